@@ -1,0 +1,1 @@
+"""Formats of the frozen base behind one FrozenLinear protocol."""

@@ -1,0 +1,1 @@
+"""The control plane: recipe, plan, forecast, job. Nothing here imports torch."""

@@ -1,0 +1,270 @@
+"""What the user wrote: the recipe's sections, keys, types and defaults.
+
+A default stands here and nowhere else. `source.py` turns text into these objects and errors
+into places; `plan.py` decides what a recipe leaves open ("auto").
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
+
+from decompft.adapters.spec import ADAPTER_SPECS
+
+Task = Literal["causal-lm", "sequence-classification"]
+DType = Literal["bfloat16", "float32"]
+Auto = Literal["auto"]
+
+
+class Section(BaseModel):
+    """A strict, frozen part of a recipe: unknown keys and other types are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """Which model is fine-tuned. Exactly one of `id` and `config`."""
+
+    id: str | None = Field(None, description="hub id, local folder, or GGUF file")
+    config: dict[str, Any] | None = Field(
+        None, description="a transformers config (model_type, hidden_size, ...) to build from"
+    )
+    weights: Literal["checkpoint", "random"] = Field(
+        "checkpoint", description="random: any rows of any tensor from (seed, name), no file needed"
+    )
+    revision: str = Field("main", description="hub revision")
+    task: Task = Field("causal-lm", description="what is trained")
+    num_labels: int = Field(2, ge=2, description="classes of a sequence-classification head")
+    tokenizer: str | None = Field(
+        None, description="another tokenizer: folder, hub id, .model or tokenizer.json file; "
+        "a config model without one uses bytes"
+    )
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="storage of frozen, unquantized linear weights; auto: quantization.compute"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that the model's repository carries")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.id is None) == (self.config is None):
+            raise ValueError("give exactly one of id and config")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("config needs model_type, e.g. llama")
+        if self.config is not None and self.weights == "checkpoint":
+            raise ValueError("a model built from config has no checkpoint; add weights: random")
+        return self
+
+
+class QuantizationSection(Section):
+    """How the frozen base is stored and computed with."""
+
+    format: Literal["none", "nf4"] = Field("nf4", description="storage of the frozen linear weights")
+    block_size: Literal[64, 128] = Field(64, description="weights that share a scale (nf4)")
+    double_quant: bool = Field(True, description="quantize the scales too, per row (nf4)")
+    compute: DType = Field("bfloat16", description="dtype of matrix products and activations")
+
+
+class AdapterSection(Section):
+    """The trainable part."""
+
+    method: str = Field("map", description="one of: " + ", ".join(ADAPTER_SPECS))
+    rank: int = Field(16, ge=1, description="rank of B A")
+    alpha: float = Field(32.0, gt=0, description="scaling numerator: s = alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter branch's input")
+    targets: str | list[str] = Field(
+        "all-linear", description="all-linear (all but the output head), or names or patterns "
+        "(fnmatch) of linear layers, e.g. [q_proj, v_proj] or 'layers.*.mlp.*'"
+    )
+    train_modules: list[str] = Field(
+        [], description="further modules trained whole in float32: names or patterns, e.g. [norm]"
+    )
+    options: dict[str, Any] = Field({}, description="the method's own options")
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in ADAPTER_SPECS:
+            raise ValueError(f"unknown method {value!r}; known: {', '.join(ADAPTER_SPECS)}")
+        return value
+
+    @model_validator(mode="after")
+    def _typed_options(self) -> Self:
+        self.typed_options()
+        return self
+
+    def typed_options(self) -> Any:
+        """The options as the method's own dataclass, defaults filled in."""
+        return TypeAdapter(ADAPTER_SPECS[self.method].options).validate_python(self.options)
+
+
+class Source(Section):
+    """One data set. Exactly one of `path` and `hub`."""
+
+    path: str | None = Field(None, description="file, or glob, of .jsonl .json .csv .parquet .arrow .txt")
+    hub: str | None = Field(None, description="data set id on the hub, or a folder datasets can load")
+    name: str | None = Field(None, description="configuration name of a hub data set")
+    split: str = Field("train", description="split of a hub data set")
+    format: Literal["instruction", "completion", "chat", "text", "classification"] = Field(
+        "instruction", description="instruction: instruction/output in the papers' template; "
+        "completion: prompt/completion verbatim; chat: messages through the tokenizer's template; "
+        "text: plain text; classification: text (and text_pair) with label"
+    )
+    fields: dict[str, str] = Field(
+        {}, description="our field name -> the file's, e.g. {output: answer}"
+    )
+    train_on: Literal["completion", "all"] = Field(
+        "completion", description="which tokens carry loss; text always trains all"
+    )
+    weight: float = Field(1.0, gt=0, description="times a record is seen in an epoch (0.5: every second)")
+    max_records: int | None = Field(None, ge=1, description="read at most this many records")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give exactly one of path and hub")
+        return self
+
+
+class DataSection(Section):
+    """What is trained on and evaluated on."""
+
+    train: list[Source] = Field(min_length=1, description="training sets, mixed by weight")
+    eval: list[Source] = Field([], description="evaluation sets")
+    eval_fraction: float = Field(
+        0.0, ge=0, lt=1, description="part of each training set held out for evaluation"
+    )
+    sequence_length: int = Field(2048, ge=8, description="tokens in a row")
+    packing: bool = Field(True, description="several documents in a row, isolated from each other")
+    too_long: Literal["error", "truncate", "drop"] = Field(
+        "error", description="a sample longer than sequence_length (text is always split instead)"
+    )
+    shuffle: bool = Field(True, description="a new order each epoch, a function of train.seed")
+    streaming: bool = Field(False, description="read while training; needs train.max_steps")
+    cache_dir: str | None = Field(None, description="where tokenized data is kept; default the user's cache")
+
+    @model_validator(mode="after")
+    def _streaming(self) -> Self:
+        if self.streaming and self.eval_fraction > 0:
+            raise ValueError("eval_fraction needs the whole set, which streaming never has; name data.eval")
+        return self
+
+
+class TrainSection(Section):
+    """How long, how fast, with what optimizer."""
+
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; exclusive with epochs")
+    epochs: float | None = Field(None, gt=0, description="passes over the training set")
+    stop_after_steps: int | None = Field(
+        None, ge=1, description="stop in order (exit 75) after this step, as a signal would"
+    )
+    learning_rate: float = Field(2e-4, gt=0)
+    global_batch_size: int = Field(16, ge=1, description="rows an optimizer step, over all ranks")
+    micro_batch_size: int | Auto = Field("auto", description="rows a forward pass on one rank")
+    optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit: 8-bit moments")
+    betas: tuple[float, float] = Field((0.9, 0.999), strict=False)
+    adam_eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0, description="never applied to scalars, norms and biases")
+    schedule: Literal["constant", "linear", "cosine", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
+        Field("cosine", description="as transformers.get_scheduler")
+    )
+    warmup_steps: int = Field(0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="global-norm clipping; 0 turns it off")
+    recompute: Literal["none", "full", "auto"] = Field(
+        "auto", description="activation checkpointing; auto: full only when the forecast needs it"
+    )
+    eval_every_steps: int | None = Field(None, ge=1, description="default: at start and end only")
+    early_stop_evals: int | None = Field(
+        None, ge=1, description="stop when the evaluation loss has not improved this many times"
+    )
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of max_steps and epochs")
+        return self
+
+
+class ParallelSection(Section):
+    """On how many devices, and how the work is spread."""
+
+    strategy: Literal["auto", "single", "ddp", "fsdp"] = "auto"
+    nodes: int = Field(1, ge=1)
+    gpus_per_node: int | Auto = Field(
+        "auto", description="ranks a node: GPUs where there are any, else CPU processes"
+    )
+    cpu_offload: bool = Field(False, description="keep shards in host memory (fsdp)")
+    timeout_s: float = Field(600.0, gt=0, description="a rank that is silent this long ends the run")
+    gpu_memory_gib: float | Auto = Field("auto", description="memory of one device, for the forecast")
+
+
+class CheckpointSection(Section):
+    """When training state is written, and how much of it is kept."""
+
+    every_steps: int | None = Field(None, ge=1, description="default: at the end and on a stop only")
+    keep: int = Field(3, ge=1, description="newest checkpoints that are kept")
+
+
+class WandbSection(Section):
+    project: str
+    name: str | None = None
+
+
+class MlflowSection(Section):
+    tracking_uri: str
+    experiment: str
+
+
+class LoggingSection(Section):
+    """Where numbers go besides the terminal and metrics.jsonl."""
+
+    every_steps: int = Field(1, ge=1, description="steps between lines")
+    tensorboard: bool = True
+    wandb: WandbSection | None = None
+    mlflow: MlflowSection | None = None
+
+
+class SlurmSection(Section):
+    """What the printed job script asks the scheduler for."""
+
+    time: str | None = Field(None, pattern=r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$", description="wall time, quoted")
+    partition: str | None = None
+    account: str | None = None
+    cpus_per_task: int | None = Field(None, ge=1)
+    mem: str | None = Field(None, pattern=r"^\d+[KMGT]?$", description="memory a node, e.g. 64G")
+
+
+class Recipe(Section):
+    """A whole recipe, checked."""
+
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="run name; default the file's")
+    model: ModelSection
+    quantization: QuantizationSection = QuantizationSection()
+    adapter: AdapterSection = AdapterSection()
+    data: DataSection
+    train: TrainSection
+    parallel: ParallelSection = ParallelSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    logging: LoggingSection = LoggingSection()
+    slurm: SlurmSection = SlurmSection()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        formats = {s.format for s in (*self.data.train, *self.data.eval)}
+        if self.model.task == "sequence-classification":
+            if formats != {"classification"}:
+                raise ValueError("model.task sequence-classification needs data of format classification")
+            if self.data.packing:
+                raise ValueError("data.packing cannot be used with sequence-classification; set it false")
+        elif "classification" in formats:
+            raise ValueError("data of format classification needs model.task: sequence-classification")
+        if self.data.streaming and self.train.max_steps is None:
+            raise ValueError("data.streaming needs train.max_steps: a stream has no known length")
+        if self.parallel.cpu_offload and self.parallel.strategy not in ("fsdp", "auto"):
+            raise ValueError("parallel.cpu_offload works with strategy fsdp only")
+        if self.train.early_stop_evals and not self.train.eval_every_steps:
+            raise ValueError("train.early_stop_evals needs train.eval_every_steps")
+        if (self.train.eval_every_steps) and not (self.data.eval or self.data.eval_fraction):
+            raise ValueError("train.eval_every_steps needs data.eval or data.eval_fraction")
+        return self

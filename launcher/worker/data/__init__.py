@@ -1,0 +1,1 @@
+"""From records to token rows with loss masks, and the order in which ranks see them."""

@@ -1,0 +1,1 @@
+"""CLI verbs that touch tensors; each module runs as a child process."""

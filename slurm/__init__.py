@@ -1,0 +1,1 @@
+"""Slurm: render a job script."""
