@@ -6,6 +6,7 @@ into places; `plan.py` decides what a recipe leaves open ("auto").
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
@@ -95,7 +96,8 @@ class AdapterSection(Section):
 
     def typed_options(self) -> Any:
         """The options as the method's own dataclass, defaults filled in."""
-        return TypeAdapter(ADAPTER_SPECS[self.method].options).validate_python(self.options)
+        # through JSON, where strict validation accepts a mapping for a dataclass
+        return TypeAdapter(ADAPTER_SPECS[self.method].options).validate_json(json.dumps(self.options))
 
 
 class Source(Section):
