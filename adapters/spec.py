@@ -29,6 +29,17 @@ class AdapterSpec:
     forbids_engines: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterConfig:
+    """One method as a recipe sets it, with the method's own typed options."""
+
+    method: str
+    rank: int
+    alpha: float
+    dropout: float
+    options: Any  # an instance of ADAPTER_SPECS[method].options
+
+
 def _lora_tensors(out: int, in_: int, rank: int) -> dict[str, tuple[int, ...]]:
     return {"A": (rank, in_), "B": (out, rank)}
 

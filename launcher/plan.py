@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import json
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -45,15 +46,29 @@ class Term(Frozen):
     note: str = ""
 
 
+RUNTIME = "runtime context"  # the one term that no tensor allocator sees
+
+
 class Forecast(Frozen):
-    """Memory of the fullest rank, term by term."""
+    """Memory of the fullest rank, term by term; on a CPU the device's memory is the host's."""
 
     terms: tuple[Term, ...]
     capacity_bytes: int | None  # of one device, None when unknown
+    host_terms: tuple[Term, ...] = ()  # beside a GPU
+    host_capacity_bytes: int | None = None  # a rank's part of the node's memory
 
     @property
     def total_bytes(self) -> int:
         return sum(t.num_bytes for t in self.terms)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What torch.cuda.max_memory_allocated should show: all but the runtime's own."""
+        return sum(t.num_bytes for t in self.terms if t.name != RUNTIME)
+
+    @property
+    def host_total_bytes(self) -> int:
+        return sum(t.num_bytes for t in self.host_terms)
 
 
 class Plan(Frozen):
@@ -64,12 +79,21 @@ class Plan(Frozen):
     recipe: Recipe  # paths made absolute, otherwise as written
     shape_source: str  # where the model's shape was read
     model_dir: str | None  # local folder of the checkpoint, when it is known already
+    base_config: dict[str, Any] = {}  # the transformers config that the shape was made from
     world: World
     strategy: Strategy
     strategy_reason: str
+    cpu_offload: bool = False  # fsdp only; the ladder may choose it unasked
     recompute: Literal["none", "full"]
     batch: Batch
     num_base_params: int
     num_adapter_params: int
+    num_module_params: int = 0  # of modules trained whole (train_modules, a new classification head)
     forecast: Forecast
+    seconds_per_step: float | None = None  # None when no speed is known for this device
     warnings: tuple[str, ...] = ()
+
+
+def to_json(plan: Plan) -> str:
+    """The plan as text: sorted and indented, so that equal plans are equal bytes."""
+    return json.dumps(plan.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"

@@ -7,15 +7,35 @@ into places; `plan.py` decides what a recipe leaves open ("auto").
 from __future__ import annotations
 
 import json
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from decompft.adapters.spec import ADAPTER_SPECS
 
 Task = Literal["causal-lm", "sequence-classification"]
 DType = Literal["bfloat16", "float32"]
 Auto = Literal["auto"]
+Count = Annotated[int, Field(ge=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Names = Annotated[list[str], Field(min_length=1)]
+
+# our field names of each data format: those a record must have, those it may have
+FORMAT_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "instruction": (("instruction", "output"), ("input",)),
+    "completion": (("prompt", "completion"), ()),
+    "chat": (("messages",), ()),
+    "text": (("text",), ()),
+    "classification": (("text", "label"), ("text_pair",)),
+}
 
 
 class Section(BaseModel):
@@ -38,8 +58,9 @@ class ModelSection(Section):
     task: Task = Field("causal-lm", description="what is trained")
     num_labels: int = Field(2, ge=2, description="classes of a sequence-classification head")
     tokenizer: str | None = Field(
-        None, description="another tokenizer: folder, hub id, .model or tokenizer.json file; "
-        "a config model without one uses bytes"
+        None,
+        description="another tokenizer: folder, hub id, .model or tokenizer.json file; "
+        "a config model without one uses bytes",
     )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="storage of frozen, unquantized linear weights; auto: quantization.compute"
@@ -73,9 +94,10 @@ class AdapterSection(Section):
     rank: int = Field(16, ge=1, description="rank of B A")
     alpha: float = Field(32.0, gt=0, description="scaling numerator: s = alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter branch's input")
-    targets: str | list[str] = Field(
-        "all-linear", description="all-linear (all but the output head), or names or patterns "
-        "(fnmatch) of linear layers, e.g. [q_proj, v_proj] or 'layers.*.mlp.*'"
+    targets: str | Names = Field(
+        "all-linear",
+        description="all-linear (all but the output head), or names or patterns "
+        "(fnmatch) of linear layers, e.g. [q_proj, v_proj] or 'layers.*.mlp.*'",
     )
     train_modules: list[str] = Field(
         [], description="further modules trained whole in float32: names or patterns, e.g. [norm]"
@@ -86,18 +108,24 @@ class AdapterSection(Section):
     @classmethod
     def _known(cls, value: str) -> str:
         if value not in ADAPTER_SPECS:
-            raise ValueError(f"unknown method {value!r}; known: {', '.join(ADAPTER_SPECS)}")
+            raise ValueError(f"unknown method {value!r}")
         return value
 
-    @model_validator(mode="after")
-    def _typed_options(self) -> Self:
-        self.typed_options()
-        return self
+    @field_validator("options")
+    @classmethod
+    def _typed(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if "method" in info.data:  # absent when it is wrong itself
+            _options_of(info.data["method"], value)
+        return value
 
     def typed_options(self) -> Any:
         """The options as the method's own dataclass, defaults filled in."""
-        # through JSON, where strict validation accepts a mapping for a dataclass
-        return TypeAdapter(ADAPTER_SPECS[self.method].options).validate_json(json.dumps(self.options))
+        return _options_of(self.method, self.options)
+
+
+def _options_of(method: str, options: dict[str, Any]) -> Any:
+    # through JSON, where strict validation accepts a mapping for a dataclass
+    return TypeAdapter(ADAPTER_SPECS[method].options).validate_json(json.dumps(options))
 
 
 class Source(Section):
@@ -108,13 +136,12 @@ class Source(Section):
     name: str | None = Field(None, description="configuration name of a hub data set")
     split: str = Field("train", description="split of a hub data set")
     format: Literal["instruction", "completion", "chat", "text", "classification"] = Field(
-        "instruction", description="instruction: instruction/output in the papers' template; "
+        "instruction",
+        description="instruction: instruction/output in the papers' template; "
         "completion: prompt/completion verbatim; chat: messages through the tokenizer's template; "
-        "text: plain text; classification: text (and text_pair) with label"
+        "text: plain text; classification: text (and text_pair) with label",
     )
-    fields: dict[str, str] = Field(
-        {}, description="our field name -> the file's, e.g. {output: answer}"
-    )
+    fields: dict[str, str] = Field({}, description="our field name -> the file's, e.g. {output: answer}")
     train_on: Literal["completion", "all"] = Field(
         "completion", description="which tokens carry loss; text always trains all"
     )
@@ -125,6 +152,17 @@ class Source(Section):
     def _one_source(self) -> Self:
         if (self.path is None) == (self.hub is None):
             raise ValueError("give exactly one of path and hub")
+        return self
+
+    @model_validator(mode="after")
+    def _known_fields(self) -> Self:
+        required, optional = FORMAT_FIELDS[self.format]
+        for name in self.fields:
+            if name not in required + optional:
+                raise ValueError(
+                    f"fields names {name}, which format {self.format} does not have; "
+                    f"it has: {', '.join(required + optional)}"
+                )
         return self
 
 
@@ -160,17 +198,19 @@ class TrainSection(Section):
     stop_after_steps: int | None = Field(
         None, ge=1, description="stop in order (exit 75) after this step, as a signal would"
     )
-    learning_rate: float = Field(2e-4, gt=0)
+    learning_rate: float = Field(2e-4, gt=0, description="peak of the schedule")
     global_batch_size: int = Field(16, ge=1, description="rows an optimizer step, over all ranks")
-    micro_batch_size: int | Auto = Field("auto", description="rows a forward pass on one rank")
+    micro_batch_size: Count | Auto = Field("auto", description="rows a forward pass on one rank")
     optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit: 8-bit moments")
-    betas: tuple[float, float] = Field((0.9, 0.999), strict=False)
-    adam_eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0, description="never applied to scalars, norms and biases")
-    schedule: Literal["constant", "linear", "cosine", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
-        Field("cosine", description="as transformers.get_scheduler")
+    betas: tuple[Beta, Beta] = Field(
+        (0.9, 0.999), strict=False, description="decay of AdamW's first and second moment"
     )
-    warmup_steps: int = Field(0, ge=0)
+    adam_eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.0, ge=0, description="never applied to scalars, norms and biases")
+    schedule: Literal[
+        "constant", "linear", "cosine", "constant_with_warmup", "polynomial", "inverse_sqrt"
+    ] = Field("cosine", description="as transformers.get_scheduler")
+    warmup_steps: int = Field(0, ge=0, description="steps over which the rate rises from 0")
     max_grad_norm: float = Field(1.0, ge=0, description="global-norm clipping; 0 turns it off")
     recompute: Literal["none", "full", "auto"] = Field(
         "auto", description="activation checkpointing; auto: full only when the forecast needs it"
@@ -179,7 +219,7 @@ class TrainSection(Section):
     early_stop_evals: int | None = Field(
         None, ge=1, description="stop when the evaluation loss has not improved this many times"
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of the adapter's init, dropout and the order of records")
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -191,14 +231,18 @@ class TrainSection(Section):
 class ParallelSection(Section):
     """On how many devices, and how the work is spread."""
 
-    strategy: Literal["auto", "single", "ddp", "fsdp"] = "auto"
-    nodes: int = Field(1, ge=1)
-    gpus_per_node: int | Auto = Field(
+    strategy: Literal["auto", "single", "ddp", "fsdp"] = Field(
+        "auto", description="auto: the simplest that fits, and the plan says why"
+    )
+    nodes: int = Field(1, ge=1, description="machines")
+    gpus_per_node: Count | Auto = Field(
         "auto", description="ranks a node: GPUs where there are any, else CPU processes"
     )
     cpu_offload: bool = Field(False, description="keep shards in host memory (fsdp)")
     timeout_s: float = Field(600.0, gt=0, description="a rank that is silent this long ends the run")
-    gpu_memory_gib: float | Auto = Field("auto", description="memory of one device, for the forecast")
+    gpu_memory_gib: Annotated[float, Field(gt=0)] | Auto = Field(
+        "auto", description="memory of one device, for the forecast"
+    )
 
 
 class CheckpointSection(Section):
@@ -209,38 +253,46 @@ class CheckpointSection(Section):
 
 
 class WandbSection(Section):
-    project: str
-    name: str | None = None
+    """Weights & Biases; needs the extra `logging`."""
+
+    project: str = Field(description="project that the run is filed under")
+    name: str | None = Field(None, description="run name; default the recipe's")
 
 
 class MlflowSection(Section):
-    tracking_uri: str
-    experiment: str
+    """MLflow; needs the extra `logging`."""
+
+    tracking_uri: str = Field(description="server or folder")
+    experiment: str = Field(description="experiment that the run is filed under")
 
 
 class LoggingSection(Section):
     """Where numbers go besides the terminal and metrics.jsonl."""
 
     every_steps: int = Field(1, ge=1, description="steps between lines")
-    tensorboard: bool = True
-    wandb: WandbSection | None = None
-    mlflow: MlflowSection | None = None
+    tensorboard: bool = Field(True, description="write event files into the run directory")
+    wandb: WandbSection | None = Field(None, description="also log to Weights & Biases")
+    mlflow: MlflowSection | None = Field(None, description="also log to MLflow")
 
 
 class SlurmSection(Section):
     """What the printed job script asks the scheduler for."""
 
-    time: str | None = Field(None, pattern=r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$", description="wall time, quoted")
-    partition: str | None = None
-    account: str | None = None
-    cpus_per_task: int | None = Field(None, ge=1)
+    time: str | None = Field(
+        None, pattern=r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$", description="wall time, HH:MM:SS or D-HH:MM:SS"
+    )
+    partition: str | None = Field(None, description="partition, as sbatch --partition")
+    account: str | None = Field(None, description="account, as sbatch --account")
+    cpus_per_task: int | None = Field(None, ge=1, description="cores a node's task gets")
     mem: str | None = Field(None, pattern=r"^\d+[KMGT]?$", description="memory a node, e.g. 64G")
 
 
 class Recipe(Section):
     """A whole recipe, checked."""
 
-    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="run name; default the file's")
+    name: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="run name; default the file's"
+    )
     model: ModelSection
     quantization: QuantizationSection = QuantizationSection()
     adapter: AdapterSection = AdapterSection()

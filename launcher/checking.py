@@ -1,0 +1,176 @@
+"""What is wrong with the files a recipe names, as far as a machine without a GPU can tell?
+
+Existence, the first record, the headers of the weights. What needs a full read is found by `launch`
+before any process group exists.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from decompft.launcher.errors import DataError, DecompftError, ModelError
+from decompft.launcher.packaged import is_packaged, packaged_file
+from decompft.launcher.packaged import is_packaged, packaged_file
+from decompft.launcher.recipe import FORMAT_FIELDS, Recipe, Source
+
+_HEADER_LIMIT = 100_000_000  # bytes; what safetensors itself accepts
+_NEEDS_ARROW = (".parquet", ".arrow", ".zst")  # not opened: pyarrow takes longer to import than check may
+
+
+def check(recipe: Recipe, *, strict: bool) -> tuple[str, ...]:
+    """Look at the model and the data.
+
+    Args:
+        recipe: as `source.load` returns it, paths absolute.
+        strict: what is not on this machine is an error (before a launch), not a warning.
+
+    Returns:
+        Warnings, each one line.
+
+    Raises:
+        ModelError, DataError: something is there and wrong, or absent and `strict`.
+    """
+    warnings = _check_model(recipe, strict=strict)
+    for part, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
+        for i, source in enumerate(sources):
+            warnings += _check_source(source, f"data.{part}[{i}]", strict=strict)
+    return tuple(warnings)
+
+
+def check_weights(model_dir: Path) -> None:
+    """Compare what the safetensors headers of a checkpoint promise with the files' sizes.
+
+    Raises:
+        ModelError: no weights, a missing shard, a broken header, or a file that is cut short.
+    """
+    index = model_dir / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index}: not a weight index: {error}", "fetch it again") from error
+        files = [model_dir / name for name in names]
+    else:
+        files = sorted(model_dir.glob("*.safetensors"))
+    if not files:
+        pickled = sorted(path.name for path in model_dir.glob("*.bin"))
+        if pickled:
+            raise ModelError(
+                f"{model_dir}: its weights are pickled ({pickled[0]}), which decompft does not read",
+                "load the model with transformers and save it again: save_pretrained writes safetensors",
+            )
+        raise ModelError(
+            f"{model_dir}: holds no *.safetensors file", "name the folder that holds the weights"
+        )
+    for file in files:
+        _check_safetensors(file)
+
+
+def _check_safetensors(path: Path) -> None:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            # a cut or foreign file makes this number anything: do not read gigabytes for it
+            head = file.read(length) if 8 + length <= size and length <= _HEADER_LIMIT else b""
+    except FileNotFoundError:
+        raise ModelError(
+            f"{path}: this shard is in the index but not in the folder", "fetch it again"
+        ) from None
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        header: dict[str, Any] = json.loads(head)
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise ModelError(
+            f"{path}: not a safetensors file, or cut short: its header cannot be read ({size} bytes)",
+            "copy or fetch the file again",
+        ) from None
+    promised = 8 + length + max(ends, default=0)
+    if size != promised:
+        what = "truncated" if size < promised else "longer than its header says"
+        raise ModelError(
+            f"{path}: {what}: {size} bytes, the header promises {promised}", "copy or fetch the file again"
+        )
+
+
+def _check_model(recipe: Recipe, *, strict: bool) -> list[str]:
+    from decompft.launcher.models import read_shape
+
+    model = recipe.model
+    _, where, model_dir = read_shape(recipe)
+    if model.weights == "random" or model.id is None:
+        return []
+    if is_packaged(model.id):
+        try:
+            packaged_file(model.id)
+        except ModelError as error:
+            if strict:
+                raise
+            return [f"{error.message} (shape: {where})"]
+    if model.id.endswith(".gguf"):
+        return []
+    if model_dir is not None:
+        try:
+            check_weights(model_dir)
+        except ModelError as error:
+            if strict or any(model_dir.glob("*.safetensors*")) or any(model_dir.glob("*.bin")):
+                raise
+            return [error.message]
+        return []
+    absent = f"model.id: the weights of {model.id} are not on this machine (shape: {where})"
+    if not strict:
+        return [absent]
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise ModelError(
+            absent + ", and HF_HUB_OFFLINE forbids fetching them", "set model.id to a local folder"
+        )
+    return [f"model.id: the weights of {model.id} will be fetched from the hub"]
+
+
+def _check_source(source: Source, key: str, *, strict: bool) -> list[str]:
+    if source.path is None:
+        return _check_hub(source, key)
+    if not Path(source.path).exists() and not glob.glob(source.path, recursive=True):
+        absent = f"{key}.path: {source.path}: no such file"
+        if strict:
+            raise DataError(absent, f"point it at your data: {key}.path=FILE, or edit the recipe")
+        return [absent]
+    # records.py is worker code that imports the standard library only: one reader, one set of messages
+    from decompft.launcher.worker.data.records import iter_records, raw_field, source_files, text_field
+
+    try:
+        if source_files(source)[0].name.endswith(_NEEDS_ARROW):
+            return []
+        record = next(iter_records(source))
+        for name in FORMAT_FIELDS[source.format][0]:
+            if name == "messages":
+                _check_messages(raw_field(record, name, source.fields), record.where)
+            elif name == "label":
+                raw_field(record, name, source.fields)
+            else:
+                text_field(record, name, source.fields)
+    except DecompftError as error:
+        raise DataError(f"{key}: {error.message}", error.hint) from error
+    return []
+
+
+def _check_messages(messages: Any, where: str) -> None:
+    is_list = isinstance(messages, list) and messages
+    if is_list and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+        return
+    raise DataError(
+        f"{where}: messages is not a list of turns",
+        'a turn looks like {"role": "user", "content": "..."}',
+    )
+
+
+def _check_hub(source: Source, key: str) -> list[str]:
+    if Path(source.hub or "").is_dir():
+        return []
+    return [f"{key}.hub: {source.hub} is looked up when the run starts"]

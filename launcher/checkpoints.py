@@ -1,0 +1,70 @@
+"""Which checkpoint of a run is the newest one that can be trusted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+def newest_valid(checkpoints_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are all there and unchanged.
+
+    Every file is hashed, so this costs one read of the newest checkpoint (more only when it is damaged).
+
+    Returns:
+        The folder, or None; and one line for each newer folder that was skipped, saying why.
+    """
+    skipped: list[str] = []
+    for folder in reversed(list_checkpoints(checkpoints_dir)):
+        problem = find_problem(folder)
+        if problem is None:
+            return folder, skipped
+        skipped.append(f"{folder.name}: {problem}")
+    return None, skipped
+
+
+def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
+    """Folders named like checkpoints, oldest first; temporary folders have other names."""
+    if not checkpoints_dir.is_dir():
+        return []
+    found = [p for p in checkpoints_dir.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint_dir: Path) -> int:
+    """The optimizer step in a checkpoint folder's name."""
+    match = _NAME.fullmatch(checkpoint_dir.name)
+    if match is None:
+        raise ValueError(f"{checkpoint_dir}: a checkpoint folder is named step-XXXXXXXX")
+    return int(match[1])
+
+
+def find_problem(checkpoint_dir: Path) -> str | None:
+    """Why a checkpoint cannot be trusted, in words, or None if it can."""
+    if not (checkpoint_dir / "COMPLETE").is_file():
+        return "it has no COMPLETE file: the save was cut short"
+    try:
+        manifest = (checkpoint_dir / "manifest.json").read_bytes()
+        sealed = (checkpoint_dir / "COMPLETE").read_text(encoding="ascii").strip()
+        if sealed and sealed != hashlib.sha256(manifest).hexdigest():
+            return "manifest.json is damaged: its sha256 is not the one in COMPLETE"
+        files = json.loads(manifest)["files"]
+        entries = [(name, int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()]
+    except FileNotFoundError:
+        return "manifest.json is missing"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"manifest.json cannot be read ({type(error).__name__}: {error})"
+    for name, size, sha256 in entries:
+        path = checkpoint_dir / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, the manifest says {size}"
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                return f"{name} is damaged: its sha256 is not the manifest's"
+    return None

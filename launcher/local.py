@@ -1,0 +1,164 @@
+"""From a plan to running ranks on this machine, and back to an exit code."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from decompft.launcher.ending import Say, report
+from decompft.launcher.errors import EXIT_AGAIN, EXIT_USER, PlanError, RunFailed
+from decompft.launcher.failure import describe_exit
+from decompft.launcher.job import base_env, free_port, make_job, prepare_argv
+from decompft.launcher.outcome import Outcome
+from decompft.launcher.plan import Forecast, Plan
+from decompft.launcher.resume import Start, choose_start
+from decompft.launcher.runs import RunDir
+from decompft.launcher.supervise import Interrupts, PortTaken, start, supervise
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_PORT_TRIES = 5
+
+
+def launch(
+    plan: Plan,
+    recipe_text: str,
+    *,
+    run_dir: Path | None,
+    resume: str | None,
+    console: Console,
+    typed: tuple[str, ...] = ("RECIPE",),
+    dry_run: bool = False,
+) -> int:
+    """Run a plan on this machine.
+
+    Args:
+        recipe_text: the recipe file, verbatim.
+        run_dir: default runs/NAME under the current folder.
+        resume: None, "auto", a run or a checkpoint.
+        typed: recipe and overrides as the user typed them, for the next command to type.
+        dry_run: say what would happen; start and write nothing.
+
+    Returns:
+        The exit code: 0 finished, 2 the input is wrong, 3 failed, 75 stopped in order.
+
+    Raises:
+        UserError: nothing was started.
+        RunFailed: preparing broke, or no port could be had; a failure of the ranks is reported instead.
+    """
+    say = _speaker(console)
+    if plan.world.nodes > 1:
+        raise PlanError(
+            f"parallel.nodes: {plan.world.nodes} nodes cannot be started from here",
+            "set parallel.nodes=1, or print a job script with `decompft sbatch`",
+        )
+    path = run_dir or Path("runs") / plan.name
+    begin = choose_start(plan, run_dir=path, resume=resume)
+    for line in (*begin.notes, summary_line(plan), forecast_line(plan.forecast)):
+        say(line)
+    if dry_run:
+        _describe(plan, begin, say)
+        return 0
+    lock = begin.run.lock()
+    try:
+        begin.run.record(recipe_text=recipe_text, plan=plan)
+        code = prepare(plan, begin.run, lock=lock, say=say)
+        if code != 0 and begin.is_new:
+            begin.run.forget()
+        if code in (EXIT_USER, EXIT_AGAIN):  # the reason is on the terminal already
+            return code
+        if code != 0:
+            message = f"{path}: preparing model and data {describe_exit(code)}"
+            raise RunFailed(message, "its output above says why")
+        incarnation, outcome = _run_ranks(plan, begin, lock=lock, say=say)
+    finally:
+        os.close(lock)
+    again = shlex.join(("decompft", "launch", *typed, "--resume", "auto", "--run-dir", str(path)))
+    report(begin.run, incarnation, outcome, again=again, say=say)
+    return outcome.exit_code
+
+
+def prepare(plan: Plan, run: RunDir, *, lock: int, say: Say) -> int:
+    """Convert and tokenize in a child; its exit code, or 75 when a signal ended it."""
+    with Interrupts() as interrupts:
+        child = start(prepare_argv(run.path.absolute()), base_env(plan), lock=lock)
+        has_told = False
+        while True:
+            try:
+                code = child.wait(0.2)
+                break
+            except subprocess.TimeoutExpired:
+                if interrupts.count and not has_told:
+                    has_told = True
+                    child.terminate()
+                elif interrupts.count > 1:
+                    child.kill()
+    if interrupts.count:
+        say(f"{interrupts.last}: stopped while preparing; no rank was started")
+        return EXIT_AGAIN
+    return code
+
+
+def summary_line(plan: Plan) -> str:
+    """What runs where, in a line."""
+    ranks = "1 rank" if plan.world.size == 1 else f"{plan.world.size} ranks"
+    batch = plan.batch
+    rows = f"{batch.micro_size} x {batch.accumulation} x {plan.world.size}"
+    where = f"{plan.strategy} on {ranks} ({plan.world.device})"
+    return f"{plan.name}: {where}, batch {rows} = {batch.global_size} rows"
+
+
+def forecast_line(forecast: Forecast) -> str:
+    """The memory forecast in a line: the total, and its four largest terms."""
+    terms = sorted(forecast.terms, key=lambda term: -term.num_bytes)[:4]
+    parts = ", ".join(f"{term.name} {_gib(term.num_bytes)}" for term in terms)
+    of = "" if forecast.capacity_bytes is None else f" of {_gib(forecast.capacity_bytes)}"
+    return f"forecast: {_gib(forecast.total_bytes)}{of} GiB a rank ({parts})"
+
+
+def _run_ranks(plan: Plan, begin: Start, *, lock: int, say: Say) -> tuple[int, Outcome]:
+    run = begin.run
+    for _ in range(_PORT_TRIES):
+        incarnation = run.next_incarnation()
+        job = make_job(plan, run.path, incarnation=incarnation, resume=begin.checkpoint, port=free_port())
+        resumed = None if begin.checkpoint is None else str(begin.checkpoint)
+        run.append_event("start", incarnation=incarnation, world_size=plan.world.size, checkpoint=resumed)
+        try:
+            outcome = supervise(job, run, incarnation, say=say, lock=lock)
+        except PortTaken:
+            continue
+        return incarnation, outcome
+    raise RunFailed(
+        f"{run.path}: the rendezvous port was taken {_PORT_TRIES} times in a row",
+        "something on this machine opens ports very fast; try again",
+    )
+
+
+def _describe(plan: Plan, begin: Start, say: Say) -> None:
+    run = begin.run
+    # the free port, and the number of the incarnation, are found at the start
+    job = make_job(plan, run.path, incarnation=1, resume=begin.checkpoint, port=0)
+    say(f"would {'make' if begin.is_new else 'continue'} {run.path}: recipe.yaml plan.json env.json")
+    say(f"would prepare: {shlex.join(prepare_argv(run.path.absolute()))}")
+    say(f"would run: {shlex.join(job.argv)}")
+    for key, value in sorted(job.env.items()):
+        say(f"  {key}={shlex.quote(value)}")
+
+
+def _speaker(console: Console) -> Say:
+    def say(line: str) -> None:
+        try:
+            # no markup: file names and log lines may hold brackets
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        except OSError:
+            pass  # the terminal is gone (SIGHUP, a closed pipe); the ranks are not
+
+    return say
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f}"

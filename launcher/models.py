@@ -1,0 +1,156 @@
+"""What shape is the model of a recipe: every layer's size and the exact number of parameters.
+
+Only `config.json` is needed, never the weights. `families.py` knows how each model type turns a
+config into layers, `model_source.py` where configs are found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from decompft.adapters.targets import TargetMismatch, select
+from decompft.launcher.errors import AdapterError
+from decompft.launcher.recipe import Recipe
+
+LAYER = "{i}"  # stands for the layer's number in a name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearShape:
+    """A linear layer, or the same one in every decoder layer. The weight is (out, in_)."""
+
+    name: str  # full module name, with {i} for the layer's number when per_layer
+    out: int
+    in_: int
+    bias: bool = False
+    per_layer: bool = True
+
+    @property
+    def num_weights(self) -> int:
+        """Of one of them, without the bias."""
+        return self.out * self.in_
+
+    @property
+    def num_biases(self) -> int:
+        return self.out if self.bias else 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OtherShape:
+    """An embedding or a norm, or the same one in every layer."""
+
+    name: str
+    num_params: int
+    per_layer: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Saved:
+    """What one layer keeps for the backward pass, besides the inputs of its linears."""
+
+    norm_inputs: int = 2  # norms over the hidden size
+    qk_norm: bool = False  # norms over queries and keys
+    block_inputs: int = 2  # distinct hidden-wide inputs of linears: attention's and the MLP's
+    mlp_eager: int = 4  # intermediate-wide tensors without fused kernels, down's input included
+    mlp_fused: int = 3  # and with them
+    has_liger: bool = True  # Liger has kernels for this model type
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """Sizes of a model, as transformers would build it for the recipe's task."""
+
+    model_type: str
+    task: Literal["causal-lm", "sequence-classification"]
+    hidden: int
+    num_layers: int
+    vocab: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate: int
+    max_positions: int
+    tied: bool  # the head is the embedding, counted once
+    linears: tuple[LinearShape, ...]  # all but the head, in the model's order
+    head: LinearShape
+    others: tuple[OtherShape, ...]  # embeddings, norms
+    saved: Saved = field(default_factory=Saved)
+
+    def count(self, part: LinearShape | OtherShape) -> int:
+        """How many of a part the model has."""
+        return self.num_layers if part.per_layer else 1
+
+    @property
+    def num_params(self) -> int:
+        linears = sum(self.count(x) * (x.num_weights + x.num_biases) for x in self.linears)
+        others = sum(self.count(x) * x.num_params for x in self.others)
+        return linears + others + self.num_head_params
+
+    @property
+    def num_head_params(self) -> int:
+        """Of the output head; a tied head's weight counts with the embedding."""
+        return self.head.num_biases + (0 if self.tied else self.head.num_weights)
+
+    def names(self, part: LinearShape | OtherShape) -> list[str]:
+        """The full module names of a part, one a layer."""
+        if not part.per_layer:
+            return [part.name]
+        return [part.name.replace(LAYER, str(i)) for i in range(self.num_layers)]
+
+
+def read_shape(recipe: Recipe) -> tuple[ModelShape, str, Path | None]:
+    """The shape of the recipe's model, where it was read, and the checkpoint's folder if it is known.
+
+    Raises:
+        ModelError: not found (with what was tried), not readable, or of an unknown type.
+    """
+    from decompft.launcher.families import shape_of
+    from decompft.launcher.model_source import find_config
+
+    found = find_config(recipe)
+    model = recipe.model
+    return shape_of(found.config, model.task, model.num_labels), found.source, found.model_dir
+
+
+def adapted_linears(shape: ModelShape, targets: str | Sequence[str]) -> list[tuple[str, int, int]]:
+    """(name, out, in) of every linear layer that `adapter.targets` selects.
+
+    Raises:
+        AdapterError: a target matches nothing.
+    """
+    sizes = {name: (part.out, part.in_) for part in shape.linears for name in shape.names(part)}
+    try:
+        chosen = select(list(sizes), targets, [shape.head.name])
+    except TargetMismatch as error:
+        raise AdapterError(f"adapter.targets: {error}", _target_hint(shape, error.target)) from error
+    return [(name, *sizes[name]) for name in chosen]
+
+
+def trained_modules(shape: ModelShape, patterns: Sequence[str]) -> list[tuple[str, int]]:
+    """(name, parameters) of every module that `adapter.train_modules` selects, the head included.
+
+    Raises:
+        AdapterError: a pattern matches nothing.
+    """
+    if not patterns:
+        return []
+    linears = (*shape.linears, shape.head)
+    sizes = {name: x.num_weights + x.num_biases for x in linears for name in shape.names(x)}
+    sizes |= {name: x.num_params for x in shape.others for name in shape.names(x)}
+    try:
+        return [(name, sizes[name]) for name in select(list(sizes), patterns, ())]
+    except TargetMismatch as error:
+        raise AdapterError(
+            f"adapter.train_modules: {error}",
+            "name a module by its last component, e.g. norm, or by a pattern",
+        ) from error
+
+
+def _target_hint(shape: ModelShape, target: str) -> str:
+    if target == shape.head.name.rpartition(".")[2]:
+        return f"the output head takes no adapter; train it whole with adapter.train_modules: [{target}]"
+    known = ", ".join(dict.fromkeys(x.name.rpartition(".")[2] for x in shape.linears))
+    return f"use all-linear, a pattern, or names of this model's linear layers: {known}"

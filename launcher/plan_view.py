@@ -1,0 +1,87 @@
+"""How a plan looks to a reader: decisions, memory term by term, warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from decompft.launcher.fit import gib
+from decompft.launcher.plan import Plan, Term
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+BAR_WIDTH = 20
+
+
+def show(plan: Plan, console: Console | None = None) -> None:
+    """Print the plan; without a terminal the same lines come plain and as wide as they need."""
+    from rich.console import Console  # 30 ms, and only this verb needs it
+    from rich.table import Table
+
+    console = console or Console(highlight=False)
+    if not console.is_terminal:
+        # a log has no width; wrapped tables cannot be read back or grepped
+        console.width = max(console.width, 160)
+    console.print(f"[bold]plan {plan.name}[/bold]", soft_wrap=True)
+    decisions = Table.grid(padding=(0, 2))
+    for key, value in _decisions(plan):
+        decisions.add_row(f"  {key}", value)
+    console.print(decisions)
+    memory = plan.forecast
+    where = "memory of a rank" if plan.world.device == "cpu" else "device memory of a rank"
+    console.print(_table(where, memory.terms, memory.total_bytes, memory.capacity_bytes))
+    if memory.host_terms:
+        console.print(
+            _table(
+                "host memory of a rank",
+                memory.host_terms,
+                memory.host_total_bytes,
+                memory.host_capacity_bytes,
+            )
+        )
+    for warning in plan.warnings:
+        console.print(f"[yellow]warning:[/yellow] {warning}", soft_wrap=True)
+
+
+def _decisions(plan: Plan) -> list[tuple[str, str]]:
+    recipe, world, batch = plan.recipe, plan.world, plan.batch
+    q = recipe.quantization
+    kind = "CPU process" if world.device == "cpu" else "GPU"
+    base: str = q.format
+    if q.format == "nf4":
+        base += f", blocks of {q.block_size}" + (", scales quantized" if q.double_quant else "")
+    config = recipe.model.config or {}
+    trained = plan.num_adapter_params + plan.num_module_params
+    rows = [
+        ("model", f"{recipe.model.id or config['model_type']}, "
+                  f"{plan.num_base_params:,} parameters"),
+        ("shape from", plan.shape_source),
+        ("base", f"{base}, compute {q.compute}"),
+        ("adapter", f"{recipe.adapter.method}, rank {recipe.adapter.rank}, {trained:,} trained "
+                    f"({trained / plan.num_base_params:.2%})"),
+        ("world", f"{world.size} ranks = {world.nodes} nodes x {world.ranks_per_node}, each a {kind}"),
+        ("strategy", plan.strategy_reason),
+        ("recompute", plan.recompute),
+        ("batch", f"{batch.global_size} rows = {batch.micro_size} x {batch.accumulation} accumulated x "
+                  f"{world.size} ranks, up to {batch.tokens_per_step:,} tokens a step"),
+        ("time", f"about {plan.seconds_per_step:.2f} s a step" if plan.seconds_per_step
+                 else "unknown: no speed was measured for this device"),
+    ]  # fmt: skip
+    return rows
+
+
+def _table(title: str, terms: Sequence[Term], total: int, capacity: int | None) -> object:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2))
+    for name, justify in (("term", "left"), ("size", "right"), ("part", "right"), ("", "left"), ("", "left")):
+        table.add_column(name, justify="right" if justify == "right" else "left", no_wrap=name != "")
+    for term in terms:
+        part = term.num_bytes / total
+        bar = "#" * round(part * BAR_WIDTH)
+        table.add_row(term.name, gib(term.num_bytes), f"{part:.1%}", bar, escape(term.note))
+    of = f"of {gib(capacity)}, {total / capacity:.0%}" if capacity else "of an unknown capacity"
+    table.add_row("total", gib(total), "", "", of, style="bold")
+    return table

@@ -1,0 +1,136 @@
+"""What `--run-dir` and `--resume` mean: where a launch begins, and what it refuses to continue."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from decompft.launcher.checkpoints import find_problem, list_checkpoints, newest_valid
+from decompft.launcher.errors import CheckpointError, UserError
+from decompft.launcher.plan import Plan
+from decompft.launcher.runs import RunDir
+
+# what may differ on resume; every other recipe key must be as it was
+_MAY_DIFFER = (
+    "parallel", "checkpoint", "logging", "slurm",
+    "train.max_steps", "train.stop_after_steps", "train.micro_batch_size",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a launch begins."""
+
+    run: RunDir
+    is_new: bool  # the folder must be made
+    checkpoint: Path | None  # what the ranks load
+    notes: tuple[str, ...]  # lines for the terminal
+
+
+def choose_start(plan: Plan, *, run_dir: Path, resume: str | None) -> Start:
+    """Decide from the disk alone what `--run-dir` and `--resume auto|RUN|CHECKPOINT` mean; writes nothing.
+
+    Raises:
+        UserError: the run exists, or what it should resume from does not, or differs in a key that matters.
+    """
+    run = RunDir(run_dir)
+    is_new = not run.plan_path.exists()
+    if resume == "auto":
+        if is_new:
+            return Start(run=run, is_new=True, checkpoint=None, notes=())
+        return _continue(run, plan)
+    if not is_new:
+        raise run.exists_error()
+    if resume is None:
+        return Start(run=run, is_new=True, checkpoint=None, notes=())
+    return _fork(run, plan, resume)
+
+
+def find_run(name: str) -> Path:
+    """A run's folder from what a user types: a path, or a name under ./runs."""
+    path = Path(name)
+    return path if path.exists() else Path("runs") / name
+
+
+def check_resume(old: Plan, new: Plan) -> None:
+    """Refuse to continue a run under another recipe.
+
+    Raises:
+        UserError: names every key that differs, with both values.
+    """
+    before, after = _flat(old.recipe.model_dump(mode="json")), _flat(new.recipe.model_dump(mode="json"))
+    lines = [
+        f"{key}: was {_shown(before, key)}, now {_shown(after, key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key, _ABSENT) != after.get(key, _ABSENT)
+        and not any(key == free or key.startswith(free + ".") for free in _MAY_DIFFER)
+    ]
+    if lines:
+        raise UserError(
+            "cannot resume with another recipe; these keys differ:\n  " + "\n  ".join(lines),
+            "set them back, or start a new run with --run-dir DIR and without --resume",
+        )
+
+
+def _continue(run: RunDir, plan: Plan) -> Start:
+    if not list_checkpoints(run.checkpoints_dir):
+        # nothing was trained that another recipe could spoil
+        note = f"{run.path} has no checkpoint yet: starting afresh"
+        return Start(run=run, is_new=False, checkpoint=None, notes=(note,))
+    check_resume(run.read_plan(), plan)
+    checkpoint, skipped = newest_valid(run.checkpoints_dir)
+    notes = [f"skipped checkpoint {line}" for line in skipped]
+    if checkpoint is None:
+        notes.append(f"{run.path} has no valid checkpoint: starting afresh")
+    else:
+        notes.append(f"resuming from {checkpoint}")
+    return Start(run=run, is_new=False, checkpoint=checkpoint, notes=tuple(notes))
+
+
+def _fork(run: RunDir, plan: Plan, resume: str) -> Start:
+    source = find_run(resume)
+    skipped: list[str] = []
+    checkpoint: Path | None
+    if (source / "manifest.json").is_file() or source.parent.name == "checkpoints":
+        checkpoint, origin = source, source.parent.parent
+        problem = find_problem(source)
+        if problem is not None:
+            raise CheckpointError(f"{source}: {problem}", "choose another checkpoint of the run")
+    elif (source / "plan.json").is_file():
+        origin = source
+        checkpoint, skipped = newest_valid(source / "checkpoints")
+        if checkpoint is None:
+            why = "".join(f"\n  {line}" for line in skipped)
+            raise CheckpointError(
+                f"{source}: no checkpoint that can be resumed from{why}", "start without --resume"
+            )
+    else:
+        raise UserError(
+            f"--resume {resume}: neither auto, nor a run (a path, or a name under ./runs), nor a checkpoint",
+            "use --resume auto to continue the run directory itself",
+        )
+    if (origin / "plan.json").is_file():
+        check_resume(RunDir(origin).read_plan(), plan)
+    notes = [f"skipped checkpoint {line}" for line in skipped]
+    notes.append(f"forking {origin} at {checkpoint.name} into {run.path}")
+    return Start(run=run, is_new=True, checkpoint=checkpoint, notes=tuple(notes))
+
+
+_ABSENT = object()
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested sections as {dotted path: value}; an empty section or list is a value of its own."""
+    if isinstance(value, dict) and value:
+        pairs = [(f"{prefix}.{key}" if prefix else str(key), item) for key, item in value.items()]
+    elif isinstance(value, list) and value:
+        pairs = [(f"{prefix}[{index}]", item) for index, item in enumerate(value)]
+    else:
+        return {prefix: value}
+    return {key: leaf for path, item in pairs for key, leaf in _flat(item, path).items()}
+
+
+def _shown(flat: dict[str, Any], key: str) -> str:
+    return json.dumps(flat[key]) if key in flat else "absent"

@@ -1,0 +1,168 @@
+"""Running a job to its end: signals become a stop file, a dead rank becomes an outcome in words."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+from decompft.launcher.ending import Say, conclude
+from decompft.launcher.failure import tail
+from decompft.launcher.job import MARK, JobSpec
+from decompft.launcher.outcome import Outcome
+from decompft.launcher.runs import RunDir
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_POLL_S = 0.2
+_SAME_S = 1.0  # schedulers and closing terminals send the same notice two or three times
+
+
+class PortTaken(Exception):
+    """The rendezvous port was free when it was chosen and is not any more; nothing has run."""
+
+
+def supervise(
+    job: JobSpec, run: RunDir, incarnation: int, *, say: Say, lock: int | None = None, grace_s: float = 15.0
+) -> Outcome:
+    """Run a job and say how it ended; its outcome.json exists afterwards, disk permitting.
+
+    The first SIGINT, SIGTERM or SIGHUP asks the ranks to save and stop and waits for them; the second
+    sends SIGTERM to every process of the job and SIGKILL after `grace_s`; the third kills at once. Signals
+    less than a second apart are one.
+    `lock` (a descriptor of `RunDir.lock`) is inherited by the job.
+
+    Raises:
+        PortTaken: another process took the port; try again with another one.
+    """
+    log_start = _size(run.metrics_path)
+    with Interrupts() as interrupts, run.launcher_log(incarnation).open("ab") as log:
+        process = start(job.argv, job.env, stderr=log, lock=lock)
+        told = 0
+        deadline = float("inf")
+        while _wait(process) is None:
+            if interrupts.count > told:
+                told = interrupts.count
+                _event(run, "signal", incarnation=incarnation, signal=interrupts.last, count=told)
+                if told == 1:
+                    _request_stop(run, incarnation)
+                    say(f"{interrupts.last}: asked every rank to save and stop; once more to kill them now")
+                elif told == 2:
+                    say(f"{interrupts.last}: ending every rank; what is not saved is lost")
+                    signal_job(job, process, signal.SIGTERM)
+                    deadline = time.monotonic() + grace_s
+                else:
+                    deadline = 0.0
+            if time.monotonic() > deadline:
+                signal_job(job, process, signal.SIGKILL)
+        # an agent that was killed leaves its ranks behind, still writing to the run
+        signal_job(job, process, signal.SIGKILL)
+    if process.returncode != 0 and told == 0 and _port_was_taken(run, incarnation):
+        raise PortTaken
+    return conclude(run, incarnation, process.returncode, was_killed=told > 1, log_start=log_start)
+
+
+class Interrupts:
+    """Counts SIGINT, SIGTERM and SIGHUP while a job runs, instead of dying of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.last = ""
+        self._time_s = float("-inf")
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in _STOP_SIGNALS:
+            # under nohup SIGHUP is ignored, and stays so
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if time.monotonic() - self._time_s < _SAME_S:
+            return
+        self._time_s = time.monotonic()
+        self.count += 1
+        self.last = signal.Signals(number).name
+
+
+def start(
+    argv: tuple[str, ...], env: dict[str, str], *, stderr: Any = None, lock: int | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a child in a session of its own, so that Ctrl-C in the terminal reaches only us.
+
+    Its stdout is ours, so that rank 0 sees a terminal where there is one.
+    """
+    return subprocess.Popen(
+        argv,
+        env=os.environ | env,
+        stdin=subprocess.DEVNULL,
+        stderr=stderr,
+        start_new_session=True,
+        pass_fds=() if lock is None else (lock,),
+    )
+
+
+def signal_job(job: JobSpec, process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Signal a job's processes: its group, and the ranks, which torchrun puts in sessions of their own."""
+    for pid in _marked(job.env.get(MARK)):
+        _kill(os.kill, pid, number)
+    _kill(os.killpg, process.pid, number)
+
+
+def _request_stop(run: RunDir, incarnation: int) -> None:
+    run.stop_file(incarnation).touch()
+
+
+def _event(run: RunDir, event: str, **details: Any) -> None:
+    try:
+        run.append_event(event, **details)
+    except OSError:
+        pass  # a full disk must not keep a signal from the ranks
+
+
+def _port_was_taken(run: RunDir, incarnation: int) -> bool:
+    if any(run.log_dir(incarnation).glob("rank-*.log")):
+        return False  # the ranks got as far as logging: the agent had its port
+    return "EADDRINUSE" in tail(run.launcher_log(incarnation))
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int | None:
+    try:
+        return process.wait(_POLL_S)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _marked(mark: str | None) -> list[int]:
+    """Processes whose environment carries the job's mark; none where there is no /proc."""
+    if mark is None:
+        return []
+    needle = b"\0" + f"{MARK}={mark}".encode() + b"\0"
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if needle in b"\0" + (folder / "environ").read_bytes() + b"\0":
+                found.append(int(folder.name))
+        except OSError:
+            continue  # ended meanwhile, or another user's
+    return found
+
+
+def _kill(how: Callable[[int, int], None], target: int, number: signal.Signals) -> None:
+    try:
+        how(target, number)
+    except (ProcessLookupError, PermissionError):
+        pass  # ended meanwhile
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

@@ -1,0 +1,209 @@
+"""From a plan to a model that trains: meta, inject, freeze, shard, stream-load, check."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from decompft.adapters.frozen.base import FrozenLinear
+from decompft.adapters.frozen.dense import DenseLinear
+from decompft.adapters.frozen.nf4 import Nf4Linear
+from decompft.adapters.inject import adapters, inject
+from decompft.adapters.spec import ADAPTER_SPECS, AdapterConfig
+from decompft.adapters.targets import TargetMismatch
+from decompft.launcher.errors import AdapterError
+from decompft.launcher.recipe import AdapterSection, QuantizationSection, Recipe
+from decompft.launcher.worker.engines.base import Engine
+from decompft.launcher.worker.load import Progress, load_base
+from decompft.launcher.worker.model import (
+    LossModel, blocks, build_on_meta, fill_buffers, head_names, read_config,
+)  # fmt: skip
+from decompft.launcher.worker.tensors import RandomSource, SafetensorsSource, TensorSource
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A model ready to train, and the names of what trains."""
+
+    model: LossModel
+    trained: dict[str, nn.Parameter]  # name without the "model." of LossModel -> parameter
+    buffers: dict[str, Tensor]  # adapter tensors that do not train but belong in its file
+    adapted: tuple[str, ...]
+    kernels: str  # which library computes norms and activations, in words
+
+
+def build(
+    recipe: Recipe,
+    engine: Engine,
+    *,
+    model_dir: Path | None,
+    recompute: bool,
+    adapter: AdapterSection | None,
+    progress: Progress = lambda done, total: None,
+) -> Built:
+    """Build the recipe's model on `engine`.
+
+    Args:
+        model_dir: folder of the checkpoint; None for a model made from config.
+        recompute: activation checkpointing of every block.
+        adapter: recipe.adapter, or None for the bare frozen base.
+
+    Raises:
+        ModelError, AdapterError: model and checkpoint, or targets and model, do not fit.
+    """
+    compute = DTYPES[recipe.quantization.compute]
+    config = read_config(recipe.model, model_dir)
+    hf = build_on_meta(config, recipe.model, compute)
+    shapes = {n: tuple(p.shape) for n, p in hf.named_parameters()}
+    kernels = _use_liger(hf, engine)
+    heads = head_names(hf)
+    adapted = _inject(hf, recipe, adapter, heads)
+    new_head = set() if recipe.model.task == "causal-lm" else set(heads)
+    whole = _train_whole(hf, [] if adapter is None else adapter.train_modules, new_head, compute)
+    if recompute:
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = LossModel(hf, recipe.model.task)
+    engine.shard(model, blocks(hf))
+    engine.materialize(model)
+    fill_buffers(hf)
+    source: TensorSource
+    if recipe.model.weights == "random":
+        source = RandomSource(recipe.train.seed, shapes, engine.device)
+    else:
+        assert model_dir is not None
+        source = SafetensorsSource(model_dir)
+    new = {n for n in shapes if any(n == h or n.startswith(h + ".") for h in new_head)}
+    load_base(hf, source, engine, prefix=hf.base_model_prefix, new=new, seed=recipe.train.seed, progress=progress)
+    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers())), "a tensor was left on meta"
+    trained = {n: p for n, p in hf.named_parameters() if p.requires_grad}
+    buffers = {f"{n}.{b}": t for n, a in adapters(hf) for b, t in a.named_buffers(recurse=False)}
+    assert set(trained) == _expected(hf, whole), "what trains is not what was injected"
+    return Built(model=model, trained=trained, buffers=buffers, adapted=tuple(adapted), kernels=kernels)
+
+
+def adapter_config(section: AdapterSection) -> AdapterConfig:
+    return AdapterConfig(
+        method=section.method,
+        rank=section.rank,
+        alpha=section.alpha,
+        dropout=section.dropout,
+        options=section.typed_options(),
+    )
+
+
+def frozen_maker(
+    quantization: QuantizationSection, dense: torch.dtype
+) -> Callable[[str, int, int, torch.dtype | None], FrozenLinear]:
+    """How a linear layer of the base is stored.
+
+    Raises (when called):
+        AdapterError: a width that the block size does not divide.
+    """
+
+    def make(name: str, in_features: int, out_features: int, bias: torch.dtype | None) -> FrozenLinear:
+        if quantization.format == "none":
+            return DenseLinear(in_features, out_features, dtype=dense, bias_dtype=bias)
+        block = quantization.block_size
+        if in_features % block:
+            raise AdapterError(
+                f"{name}: width {in_features} is not a multiple of quantization.block_size {block}",
+                "use quantization.format: none for this model, or a block size that divides every width",
+            )
+        return Nf4Linear(
+            in_features, out_features, block_size=block, double_quant=quantization.double_quant, bias_dtype=bias
+        )
+
+    return make
+
+
+def _inject(hf: Any, recipe: Recipe, adapter: AdapterSection | None, heads: list[str]) -> list[str]:
+    dense = DTYPES[recipe.quantization.compute if recipe.model.dtype == "auto" else recipe.model.dtype]
+    config = None if adapter is None else adapter_config(adapter)
+    targets = "all-linear" if adapter is None else adapter.targets
+    try:
+        with torch.device("meta"):
+            return inject(hf, config, targets, heads, frozen_maker(recipe.quantization, dense))
+    except TargetMismatch as error:
+        raise AdapterError(f"adapter.targets: {error}", "see the layers with: decompft plan RECIPE --json") from error
+
+
+def _train_whole(hf: Any, patterns: list[str], heads: set[str], compute: torch.dtype) -> set[str]:
+    """Mark modules that train whole, in float32; returns their names.
+
+    Raises:
+        AdapterError: a pattern matches no module that has parameters of its own.
+    """
+    own = {n: m for n, m in hf.named_modules() if any(True for _ in m.parameters(recurse=False))}
+    own = {n: m for n, m in own.items() if not isinstance(m, FrozenLinear) and not n.endswith(".base")}
+    chosen = {n for n in own if any(n == h or n.startswith(h + ".") for h in heads)}
+    for pattern in patterns:
+        hits = {n for n in own if n.rsplit(".", 1)[-1] == pattern or fnmatch.fnmatch(n, pattern)}
+        if not hits:
+            names = sorted({n.rsplit(".", 1)[-1] for n in own})
+            raise AdapterError(f"adapter.train_modules: {pattern!r} matches no module", f"there are: {', '.join(names)}")
+        chosen |= hits
+    for name in chosen:
+        module = own[name]
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        _compute_in_float32(module, None if name in heads else compute)
+    return chosen
+
+
+def _compute_in_float32(module: nn.Module, back_to: torch.dtype | None) -> None:
+    """Cast floating inputs up before a module that trains in float32, and its output back."""
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(a.float() if torch.is_tensor(a) and a.is_floating_point() else a for a in args)
+
+    def after(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        return out if back_to is None else out.to(back_to)
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)
+
+
+def _use_liger(hf: Any, engine: Engine) -> str:
+    """Liger's fused norm, rotary and activation on a GPU where it is installed; says what runs."""
+    if engine.device.type != "cuda":
+        return "torch (no GPU)"
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    except ImportError:
+        return "torch (liger-kernel is not installed: pip install decompft[gpu])"
+    import inspect
+
+    apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(hf.config.model_type)
+    if apply is None:
+        return f"torch (liger-kernel has nothing for {hf.config.model_type})"
+    known = inspect.signature(apply).parameters
+    # the loss is ours: it never holds all logits and makes no gradient of the frozen head
+    off = {n: False for n in ("cross_entropy", "fused_linear_cross_entropy") if n in known}
+    apply(model=hf, **off)
+    return "liger-kernel"
+
+
+def _expected(hf: Any, whole: set[str]) -> set[str]:
+    names = {
+        f"{n}.{t}"
+        for n, a in adapters(hf)
+        for t in ADAPTER_SPECS[a.config.method].tensors(a.base.out_features, a.base.in_features, a.config.rank)
+    }
+    for module in whole:
+        names |= {f"{module}.{p}" for p, _ in hf.get_submodule(module).named_parameters(recurse=False)}
+    first = {n for n, _ in hf.named_parameters()}  # a tied tensor keeps its first name
+    return names & first
+
+
+def count_trained(trained: dict[str, nn.Parameter]) -> int:
+    return sum(math.prod(p.shape) for p in trained.values())

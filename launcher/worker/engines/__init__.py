@@ -1,0 +1,1 @@
+"""Parallel runtimes: one small Engine protocol, one file each."""

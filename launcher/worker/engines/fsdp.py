@@ -1,0 +1,96 @@
+"""FSDP2: parameters, gradients and optimizer state sharded by rows, gathered a block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from decompft.launcher.worker.engines.base import Engine
+
+
+class FsdpEngine(Engine):
+    """torch's fully_shard over each block and the root, without mixed-precision casts.
+
+    No policy casts anything: packed bytes viewed as bfloat16 must stay the bits they are.
+    """
+
+    def __init__(self, device: torch.device, *, timeout_s: float, cpu_offload: bool) -> None:
+        super().__init__(device, timeout_s=timeout_s)
+        self._offload = cpu_offload
+        self._root: FSDPModule | None = None
+
+    def start(self) -> None:
+        super().start()
+        if self.world_size == 1:  # a mesh needs a process group even of one rank
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+    def shard(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
+        mesh = init_device_mesh(self.device.type, (self.world_size,))
+        pin = self.device.type == "cuda"
+        offload = CPUOffloadPolicy(pin_memory=pin) if self._offload else OffloadPolicy()
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, offload_policy=offload)
+        fully_shard(model, mesh=mesh, offload_policy=offload)
+        assert isinstance(model, FSDPModule)
+        self._root = model
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # gradients are sums over tokens, divided once by the global count in the loss
+                module.set_gradient_divide_factor(1.0)
+                if self.device.type == "cpu":  # gloo has no pre-multiplied sum
+                    module.set_force_sum_reduction_for_comms(True)
+
+    @property
+    def storage_device(self) -> torch.device:
+        return torch.device("cpu") if self._offload else self.device
+
+    def local(self, tensor: Tensor) -> Tensor:
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def rows(self, parameter: Tensor) -> tuple[int, int]:
+        if not isinstance(parameter, DTensor):
+            return 0, parameter.shape[0]
+        shape, offset = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        # a rank without rows has an empty shard; its offset is then past the end
+        return min(offset[0], parameter.shape[0]), min(offset[0], parameter.shape[0]) + shape[0]
+
+    def owned_rows(self, parameter: Tensor) -> tuple[int, int] | None:
+        return self.rows(parameter)
+
+    def like(self, local: Tensor, parameter: Tensor) -> Tensor:
+        if not isinstance(parameter, DTensor):
+            return local
+        return DTensor.from_local(
+            local,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+
+    def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
+        return self._accumulate(last)
+
+    @contextmanager
+    def _accumulate(self, last: bool) -> Iterator[None]:
+        assert self._root is not None
+        self._root.set_requires_gradient_sync(last)
+        yield
+
+    def sum_shards(self, value: Tensor) -> Tensor:
+        if self.world_size > 1:
+            value = value.to(self.device)
+            dist.all_reduce(value)
+        return value

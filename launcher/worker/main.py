@@ -1,0 +1,174 @@
+"""One rank of a run: plan.json -> process group -> build -> train -> outcome."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from decompft.launcher.errors import CheckpointError, DecompftError, UserError
+from decompft.launcher.outcome import Outcome, write_outcome, write_rank
+from decompft.launcher.plan import Plan
+from decompft.launcher.runs import RunDir
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """Who this process is."""
+
+    run: RunDir
+    incarnation: int
+    resume: Path | None
+    rank: int
+    stream: TextIO  # what a person sees of this rank
+
+
+def main() -> None:
+    """Entry of every rank, started by torchrun or, when alone, directly."""
+    parser = argparse.ArgumentParser(prog="decompft.launcher.worker.main")
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--incarnation", type=int, required=True)
+    parser.add_argument("--resume", type=Path)
+    args = parser.parse_args()
+    run, rank = RunDir.open(args.run_dir), int(os.environ.get("RANK", "0"))
+    stream = _redirect(run.rank_log(args.incarnation, rank), show=rank == 0)
+    this = Rank(run=run, incarnation=args.incarnation, resume=args.resume, rank=rank, stream=stream)
+    folder = run.incarnation_dir(args.incarnation)
+    try:
+        outcome = run_rank(this)
+        if rank == 0:
+            write_outcome(folder, outcome)
+            print(outcome.message, file=stream, flush=True)
+    except Exception as error:  # the one place that records a failure; the launcher puts it into words
+        step = _last_step(run)
+        hint = error.hint if isinstance(error, DecompftError) else ""
+        message = error.message if isinstance(error, DecompftError) else f"{type(error).__name__}: {error}"
+        result = "user_error" if isinstance(error, UserError) else "failed"
+        write_rank(
+            folder, rank,
+            Outcome(result=result, step=step, message=message, hint=hint, rank=rank, time_s=time.time(),
+                    traceback=traceback.format_exc()),
+        )  # fmt: skip
+        logging.getLogger(__name__).exception("rank %d failed", rank)
+        sys.stderr.flush()
+        # without unwinding: a collective that other ranks still wait in must not hang this exit
+        os._exit(error.exit_code if isinstance(error, DecompftError) else 3)
+
+
+def run_rank(this: Rank) -> Outcome:
+    """Build and train on this rank."""
+    plan = this.run.read_plan()
+    # torch and transformers: seconds of import, and only now is it known that the plan can be read
+    import torch
+
+    from decompft.launcher.worker.build import build, count_trained
+    from decompft.launcher.worker.checkpoint import open_checkpoint, save_adapter
+    from decompft.launcher.worker.data.feed import open_eval, open_train
+    from decompft.launcher.worker.description import describe
+    from decompft.launcher.worker.engines.choose import make_engine
+    from decompft.launcher.worker.metrics import Metrics
+    from decompft.launcher.worker.prepared import Prepared
+    from decompft.launcher.worker.report import closing_lines
+    from decompft.launcher.worker.state import whole_tensors
+    from decompft.launcher.worker.train import train
+
+    began = time.perf_counter()
+    recipe = plan.recipe
+    prepared = Prepared.read(this.run.path)
+    engine = make_engine(plan)
+    if engine.world_size != plan.world.size:
+        raise UserError(f"the plan is for {plan.world.size} ranks, {engine.world_size} were started", "launch again")
+    engine.start()
+    try:
+        data = open_train(recipe, prepared)
+        held_out = open_eval(recipe, prepared, plan.batch.micro_size)
+        resume = None if this.resume is None else open_checkpoint(this.resume)
+        adapter_json = describe(plan, prepared)
+        if resume is not None:
+            _same_base(resume.state["base"], prepared.identity, this.resume)
+        built = build(
+            recipe, engine, model_dir=prepared.model_dir, recompute=plan.recompute == "full",
+            adapter=recipe.adapter, progress=_loading(this),
+        )  # fmt: skip
+        with Metrics(
+            this.run.path, rank=engine.rank, incarnation=this.incarnation, logging=recipe.logging,
+            start_step=0 if resume is None else resume.step, total_steps=data.total_steps, stream=this.stream,
+        ) as metrics:  # fmt: skip
+            metrics.message(
+                f"{plan.strategy} on {engine.world_size} x {engine.device.type}; {len(built.adapted)} layers adapted, "
+                f"{count_trained(built.trained):,} trained numbers; kernels: {built.kernels}; "
+                f"ready after {time.perf_counter() - began:.1f} s"
+            )
+            outcome = train(
+                plan, built, engine, data, held_out, this.run, incarnation=this.incarnation,
+                resume=resume, metrics=metrics, adapter_json=adapter_json,
+            )  # fmt: skip
+            for line in closing_lines(plan, engine):
+                metrics.message(line)
+            if outcome.result == "finished" and engine.rank == 0:
+                newest = open_checkpoint(this.run.checkpoints_dir / f"step-{outcome.step:08d}")
+                save_adapter(this.run.path / "adapter", whole_tensors(newest), adapter_json)
+                metrics.message(f"adapter: {this.run.path / 'adapter'}")
+        engine.barrier()
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize()
+        return outcome
+    finally:
+        engine.stop()
+
+
+def _same_base(saved: dict[str, Any], now: dict[str, Any], path: Path | None) -> None:
+    """Refuse a checkpoint that was trained over another frozen base."""
+    differing = sorted(k for k in saved.keys() | now.keys() if saved.get(k) != now.get(k))
+    if differing:
+        key = differing[0]
+        raise CheckpointError(
+            f"{path}: was trained over another base: {key} was {saved.get(key)!r}, now {now.get(key)!r}",
+            "give the model and quantization that it was trained with, or start a new run with --run-dir DIR",
+        )
+
+
+def _loading(this: Rank) -> Any:
+    """Progress of the base's loading on rank 0: a line every tenth, and nothing for what takes no time."""
+    began, shown = time.monotonic(), [time.monotonic()]
+
+    def progress(done: int, total: int) -> None:
+        now = time.monotonic()
+        if this.rank == 0 and (now - shown[0] > 2 or (done == total and now - began > 2)):
+            shown[0] = now
+            print(f"loading the base: {100 * done // max(total, 1)} % of {total / 2**30:.2f} GiB",
+                  file=this.stream, flush=True)  # fmt: skip
+
+    return progress
+
+
+def _redirect(log: Path, *, show: bool) -> TextIO:
+    """Send what this process prints into its log; returns the stream that a person sees."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    seen = os.fdopen(os.dup(1), "w", encoding="utf-8") if show else open(os.devnull, "w")
+    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
+    return seen
+
+
+def _last_step(run: RunDir) -> int:
+    """The last step in metrics.jsonl: what a failed run had done."""
+    import json
+
+    try:
+        lines = run.metrics_path.read_text().splitlines()
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+if __name__ == "__main__":
+    main()

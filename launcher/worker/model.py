@@ -1,0 +1,144 @@
+"""The model as transformers defines it, on meta, behind one module that returns a loss sum."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from decompft.launcher.errors import ModelError
+from decompft.launcher.recipe import ModelSection
+from decompft.launcher.worker.data.batches import Batch
+from decompft.launcher.worker.loss import head_logits, token_loss_sum
+
+# the frozen base's own dropout is off: only adapter.dropout drops anything
+_DROPOUTS = (
+    "attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "classifier_dropout", "embd_pdrop",
+    "embedding_dropout", "hidden_dropout", "hidden_dropout_prob", "resid_pdrop", "summary_first_dropout",
+)  # fmt: skip
+
+# families whose forward is decoder -> head (-> softcap) and nothing else, so that the head may be
+# applied chunk by chunk; a test holds each of them to transformers' own logits
+PLAIN_HEADS = ("gemma", "gemma2", "gemma3_text", "gpt2", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3")
+
+
+def read_config(section: ModelSection, model_dir: Path | None) -> Any:
+    """transformers' config object of the recipe's model, dropouts off.
+
+    Raises:
+        ModelError: transformers does not know the model type, or refuses the config.
+    """
+    from transformers import AutoConfig
+
+    try:
+        if model_dir is None:
+            assert section.config is not None
+            fields = dict(section.config)
+            config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        else:
+            config = AutoConfig.from_pretrained(
+                model_dir, trust_remote_code=section.trust_remote_code, local_files_only=True
+            )
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(f"{model_dir or 'model.config'}: {error}", "check model_type and config.json") from error
+    for name in _DROPOUTS:
+        if getattr(config, name, None) is not None:
+            setattr(config, name, 0.0)
+    config.use_cache = False
+    if section.task == "sequence-classification":
+        config.num_labels = section.num_labels
+    return config
+
+
+def build_on_meta(config: Any, section: ModelSection, dtype: torch.dtype) -> Any:
+    """The transformers model with every parameter on meta, nothing initialised."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    auto = AutoModelForCausalLM if section.task == "causal-lm" else AutoModelForSequenceClassification
+    try:
+        with torch.device("meta"):
+            return auto.from_config(
+                config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=section.trust_remote_code
+            )
+    except ValueError as error:  # e.g. an encoder asked for as a causal LM
+        raise ModelError(f"model type {config.model_type}: {error}", f"it cannot do task {section.task}") from error
+
+
+def fill_buffers(model: Any) -> None:
+    """Compute the buffers that no checkpoint holds (rotary frequencies, masks), parameters untouched.
+
+    After materialize they are garbage; transformers' own initialiser fills what is not flagged.
+    """
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    model.initialize_weights()
+
+
+def blocks(model: Any) -> list[nn.Module]:
+    """The repeated layers: the children of the longest module list."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return list(max(lists, key=len)) if lists else []
+
+
+def head_names(model: Any) -> list[str]:
+    """Output heads by name: never adapted, kept in the compute dtype."""
+    head = model.get_output_embeddings()
+    names = [n for n, m in model.named_modules() if head is not None and m is head]
+    return names or [n for n, _ in model.named_children() if n in ("score", "classifier")]
+
+
+class LossModel(nn.Module):
+    """A transformers model whose forward is the sum of its loss over trained tokens (or labels).
+
+    It is the root that engines shard, so that the head's weight is whole while the loss uses it.
+    """
+
+    def __init__(self, model: Any, task: str) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+        self.config = model.config
+        self.plain_head = self.config.model_type in PLAIN_HEADS
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Loss sum, float32 scalar: over tokens with a target, or over rows with a label."""
+        if self.task == "sequence-classification":
+            kinds = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
+            out = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **kinds)
+            return F.cross_entropy(out.logits.float(), batch.labels, reduction="sum", ignore_index=-100)
+        index = batch.target_index
+        targets = batch.targets.reshape(-1)[index]
+        if self.plain_head:
+            hidden = self.hidden(batch.input_ids, batch.position_ids)
+            picked = hidden.reshape(-1, hidden.shape[-1])[index]
+            head = self.model.get_output_embeddings()
+            return token_loss_sum(picked, head.weight, head.bias, targets, self._softcap())
+        logits = self.logits(batch.input_ids, batch.position_ids)
+        return F.cross_entropy(logits.reshape(-1, logits.shape[-1])[index], targets, reduction="sum")
+
+    def hidden(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        """Final hidden states (B, T, H).
+
+        Documents of a packed row are told apart by position_ids that restart. transformers sees
+        that only without a mask and without a cache: both are withheld here on purpose.
+        """
+        out = self.model.base_model(
+            input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False
+        )
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+    def logits(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        """float32 logits (B, T, V)."""
+        if self.plain_head:
+            hidden = self.hidden(input_ids, position_ids)
+            head = self.model.get_output_embeddings()
+            return head_logits(hidden, head.weight, head.bias, self._softcap())
+        out = self.model(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
+        return out.logits.float()
+
+    def _softcap(self) -> float | None:
+        return getattr(self.config, "final_logit_softcapping", None)

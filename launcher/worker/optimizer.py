@@ -1,0 +1,171 @@
+"""AdamW over the trained tensors, full or 8-bit, its schedule, clipping, and its state as moments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from decompft.adapters.base import Adapter
+from decompft.adapters.inject import adapters
+from decompft.launcher.errors import UserError
+from decompft.launcher.recipe import TrainSection
+from decompft.launcher.worker.engines.base import Engine
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def make_optimizer(
+    model: nn.Module, trained: Mapping[str, nn.Parameter], train: TrainSection, engine: Engine
+) -> torch.optim.Optimizer:
+    """AdamW in groups of equal learning-rate scale; scalars, norms and biases are never decayed."""
+    scales = {f"{n}.{t}": s for n, a in adapters(model) for t, s in a.lr_scales().items()}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in trained.items():
+        groups.setdefault((scales.get(name, 1.0), parameter.dim() > 1), []).append(parameter)
+    params = [
+        {
+            "params": members,
+            "lr": train.learning_rate * scale,
+            "weight_decay": train.weight_decay if decays else 0.0,
+        }
+        for (scale, decays), members in groups.items()
+    ]
+    common: dict[str, Any] = {"lr": train.learning_rate, "betas": train.betas, "eps": train.adam_eps}
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(params, fused=True, **common)
+    return _adamw8bit(params, common, engine)
+
+
+def schedule(optimizer: torch.optim.Optimizer, train: TrainSection, total_steps: int) -> Callable[[int], float]:
+    """Step (from 0) -> factor of the learning rate: transformers' schedules as pure functions."""
+    from transformers import get_scheduler
+
+    scheduler = get_scheduler(train.schedule, optimizer, train.warmup_steps, total_steps)
+    factor: Callable[[int], float] = scheduler.lr_lambdas[0]
+    for group in optimizer.param_groups:  # the scheduler has set step 0's rate already
+        group["lr"] = group["initial_lr"]
+    return factor
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
+def clip_gradients(
+    layers: list[tuple[str, Adapter]], trained: Mapping[str, nn.Parameter], engine: Engine, max_norm: float
+) -> float:
+    """Clip by global norm, in place, and return the norm (float32, before clipping).
+
+    Tensors that still settle (Adapter.settling) are first scaled by their factor and then left
+    out: they neither count towards the norm nor shrink with it.
+    """
+    factors = {f"{n}.{t}": f for n, a in layers for t, f in a.settling().items() if f"{n}.{t}" in trained}
+    grads = {n: engine.local(p.grad) for n, p in trained.items() if p.grad is not None}
+    for name, factor in factors.items():
+        grads[name].mul_(factor.to(grads[name].device))
+    squares = engine.sum_shards(torch.stack(torch._foreach_norm(list(grads.values()))).square())
+    names = list(grads)
+    # one transfer to the host for norm and factors together
+    host = torch.cat([squares.cpu(), *(f.detach().float().reshape(1).cpu() for f in factors.values())]).tolist()
+    settling = {n for n, f in zip(factors, host[len(names) :], strict=True) if f < 1}
+    norm = sum(s for n, s in zip(names, host[: len(names)], strict=True) if n not in settling) ** 0.5
+    settled = [g for n, g in grads.items() if n not in settling]
+    if max_norm and norm > max_norm:
+        torch._foreach_mul_(settled, max_norm / (norm + 1e-6))
+    return float(norm)
+
+
+def read_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, engine: Engine) -> dict[str, Tensor]:
+    """This rank's rows of both moments, float32 whatever the optimizer stores, and the step count.
+
+    Empty before the first step.
+    """
+    state = optimizer.state.get(parameter, {})
+    if not state:
+        return {}
+    if "state1" in state:  # bitsandbytes
+        values = [_bnb_read(state, n) for n in ("1", "2")]
+    else:
+        values = [_float32(engine.local(state[n])) for n in MOMENTS]
+    return {**dict(zip(MOMENTS, values, strict=True)), "step": torch.tensor([float(state["step"])])}
+
+
+def write_moments(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, moments: Mapping[str, Tensor], engine: Engine
+) -> None:
+    """Set this rank's rows of both moments; an 8-bit optimizer quantizes them again."""
+    step = float(moments["step"])
+    if type(optimizer).__module__.startswith("bitsandbytes"):
+        optimizer.init_state(*_bnb_place(optimizer, parameter))
+        state = optimizer.state[parameter]
+        state["step"] = int(step)
+        for number, name in zip(("1", "2"), MOMENTS, strict=True):
+            _bnb_write(state, number, moments[name])
+        return
+    if "torchao" in type(optimizer).__module__:
+        state = optimizer.state[parameter]
+        for name, signed in zip(MOMENTS, (True, False), strict=True):
+            state[name] = optimizer._new_buffer(parameter, signed)
+            engine.local(state[name]).copy_(moments[name])
+        state["step"] = torch.tensor(step)
+        return
+    state = optimizer.state[parameter]
+    state["step"] = torch.tensor(step, dtype=torch.float32, device=engine.storage_device)
+    for name in MOMENTS:
+        local = moments[name].to(engine.storage_device, copy=True)
+        state[name] = engine.like(local, parameter)
+
+
+def _adamw8bit(params: list[dict[str, Any]], common: dict[str, Any], engine: Engine) -> torch.optim.Optimizer:
+    """bitsandbytes on whole tensors; torchao under FSDP2, whose sharded tensors bitsandbytes refuses."""
+    if any(engine.local(p) is not p for g in params for p in g["params"]):
+        try:
+            from torchao.optim import AdamW8bit
+        except ImportError as error:
+            raise UserError(
+                "train.optimizer adamw8bit under fsdp needs torchao", "pip install decompft[gpu], or use adamw"
+            ) from error
+        return AdamW8bit(params, **common)
+    from bitsandbytes.optim import AdamW8bit as BnbAdamW8bit
+
+    return BnbAdamW8bit(params, **common)
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    return tensor.dequantize() if hasattr(tensor, "codes") else tensor.detach()
+
+
+def _bnb_read(state: Mapping[str, Any], number: str) -> Tensor:
+    from bitsandbytes.functional import dequantize_blockwise
+
+    stored: Tensor = state[f"state{number}"]
+    if stored.dtype == torch.float32:  # small tensors are not quantized
+        return stored
+    return dequantize_blockwise(
+        stored, absmax=state[f"absmax{number}"], code=state[f"qmap{number}"], blocksize=256
+    ).view(stored.shape)
+
+
+def _bnb_write(state: dict[str, Any], number: str, moment: Tensor) -> None:
+    from bitsandbytes.functional import quantize_blockwise
+
+    stored: Tensor = state[f"state{number}"]
+    moment = moment.to(stored.device).view(stored.shape)
+    if stored.dtype == torch.float32:
+        stored.copy_(moment)
+        return
+    codes, quantized = quantize_blockwise(moment, code=state[f"qmap{number}"], blocksize=256)
+    stored.copy_(codes)
+    state[f"absmax{number}"].copy_(quantized.absmax)
+
+
+def _bnb_place(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[Any, nn.Parameter, int, int]:
+    for g, group in enumerate(optimizer.param_groups):
+        for p, member in enumerate(group["params"]):
+            if member is parameter:
+                return group, parameter, g, p
+    raise AssertionError("parameter is not in the optimizer")

@@ -1,0 +1,48 @@
+"""What a run proves about itself while it trains (DESIGN.md section 6)."""
+
+from __future__ import annotations
+
+import torch
+
+from decompft.adapters.inject import adapters
+from decompft.adapters.spec import ADAPTER_SPECS
+from decompft.launcher.errors import RunFailed
+from decompft.launcher.worker.build import Built
+from decompft.launcher.worker.engines.base import Engine
+
+STEPS_WITH_ZEROS = 1  # the spec's exact zeros are excused at the first step only
+LAST_STEP = 2  # checked at steps 0 and 2
+
+
+def prove_gradients(built: Built, engine: Engine, step: int) -> None:
+    """Every trained tensor has a finite, non-zero gradient, before step `step` (from 0) is taken.
+
+    Raises:
+        RunFailed: names the tensors that would not train.
+    """
+    if step not in (0, LAST_STEP):
+        return
+    excused = set()
+    if step < STEPS_WITH_ZEROS:
+        excused = {
+            f"{n}.{t}"
+            for n, a in adapters(built.model.model)
+            for t in ADAPTER_SPECS[a.config.method].zero_grad_at_start
+        }
+    names = list(built.trained)
+    squares = torch.stack(
+        [
+            torch.zeros((), device=engine.device) if p.grad is None
+            else engine.local(p.grad).float().square().sum().to(engine.device)
+            for p in built.trained.values()
+        ]
+    )  # fmt: skip
+    values = engine.sum_shards(squares).tolist()
+    dead = [n for n, v in zip(names, values, strict=True) if v == 0 and n not in excused]
+    if dead:  # NaN and inf are stopped by the loop, with the samples that made them
+        raise RunFailed(
+            f"step {step + 1}: {len(dead)} trained tensors have a zero gradient, first {dead[0]}; "
+            "they would silently not train",
+            "this is a defect of the model's wiring or of the data (every token masked?): "
+            "see decompft inspect data, and report the recipe if the data is fine",
+        )

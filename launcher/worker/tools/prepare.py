@@ -1,0 +1,66 @@
+"""Everything that needs no process group: find or convert the model, tokenize the data.
+
+Runs as a child of `launch`, before any rank exists: `python -m ...prepare RUN_DIR`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from decompft.launcher.plan import Plan
+from decompft.launcher.runs import RunDir
+from decompft.launcher.worker.prepared import Prepared
+from decompft.launcher.worker.tools.main import run_tool
+
+
+def main(argv: list[str]) -> None:
+    run = RunDir.open(Path(argv[0]))
+    plan = run.read_plan()
+    # transformers takes seconds to import: only here, after the plan was read
+    from decompft.launcher.worker.data.cache import data_cache_root
+    from decompft.launcher.worker.data.prepare import prepare_data
+    from decompft.launcher.worker.modelfiles import resolve
+    from decompft.launcher.worker.tokenizers import load_tokenizer, pad_id
+
+    model_dir = resolve(plan)
+    tokenizer = load_tokenizer(plan.recipe.model, model_dir)
+    tokenizer_dir = run.path / "tokenizer"
+    tokenizer.save_pretrained(tokenizer_dir)
+    sets = prepare_data(
+        plan.recipe, tokenizer, cache_root=data_cache_root(plan.recipe), show_progress=True
+    )
+    Prepared(
+        model_dir=model_dir,
+        tokenizer_dir=tokenizer_dir.resolve(),
+        identity=base_identity(plan, model_dir),
+        pad_id=pad_id(tokenizer),
+        train=sets["train"],
+        eval=sets["eval"],
+    ).write(run.path)
+
+
+def base_identity(plan: Plan, model_dir: Path | None) -> dict[str, Any]:
+    """Which frozen base this is: a checkpoint or adapter of another one is refused."""
+    from decompft.launcher.worker.modelfiles import identity
+
+    recipe = plan.recipe
+    if model_dir is None:
+        config = json.dumps(recipe.model.config, sort_keys=True)
+        source: dict[str, Any] = {
+            "config": recipe.model.config,
+            "seed": recipe.train.seed,
+            "sha256": hashlib.sha256(f"{config}:{recipe.train.seed}".encode()).hexdigest(),
+        }
+    else:
+        source = {**identity(model_dir), "id": recipe.model.id, "revision": recipe.model.revision}
+        if recipe.model.weights == "random":
+            source |= {"weights": "random", "seed": recipe.train.seed}
+    return source | {"task": recipe.model.task, "quantization": recipe.quantization.model_dump(mode="json")}
+
+
+if __name__ == "__main__":
+    run_tool(main, sys.argv[1:])

@@ -1,0 +1,201 @@
+"""The training loop, read top to bottom."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from decompft.adapters.inject import adapters
+from decompft.launcher.errors import RunFailed
+from decompft.launcher.outcome import Outcome
+from decompft.launcher.plan import Plan
+from decompft.launcher.runs import RunDir
+from decompft.launcher.worker.build import Built
+from decompft.launcher.worker.checkpoint import Checkpoint, save
+from decompft.launcher.worker.data.batches import collate
+from decompft.launcher.worker.data.feed import EvalData, TrainData
+from decompft.launcher.worker.engines.base import Engine
+from decompft.launcher.worker.model import LossModel
+from decompft.launcher.worker.metrics import Metrics, StepRow
+from decompft.launcher.worker.optimizer import clip_gradients, make_optimizer, schedule, set_learning_rate
+from decompft.launcher.worker.proofs import prove_gradients
+from decompft.launcher.worker.state import restore, slices
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where a run stands; all of it is in a checkpoint."""
+
+    step: int = 0  # optimizer steps done
+    trained_tokens: int = 0
+    best_eval: float | None = None
+    evals_without_gain: int = 0
+    start_eval: float | None = None  # of the untouched base
+    last_eval: float | None = None
+
+
+def train(
+    plan: Plan,
+    built: Built,
+    engine: Engine,
+    data: TrainData,
+    held_out: EvalData | None,
+    run: RunDir,
+    *,
+    incarnation: int,
+    resume: Checkpoint | None,
+    metrics: Metrics,
+    adapter_json: dict[str, object],
+) -> Outcome:
+    """Train to the last step, or to an orderly stop.
+
+    Raises:
+        RunFailed: the loss is not finite, a trained tensor has no gradient, or the disk refuses.
+    """
+    recipe, batch_law = plan.recipe, plan.batch
+    total = data.total_steps
+    model, layers = built.model, list(adapters(built.model.model))
+    optimizer = make_optimizer(built.model.model, built.trained, recipe.train, engine)
+    factor = schedule(optimizer, recipe.train, total)
+    parameters = list(built.trained.values())
+    engine.prepare_gradients(parameters)
+    at = Progress()
+    if resume is not None:
+        restore(resume, built, optimizer, engine)
+        at = Progress(**resume.state["progress"])
+    saved_step = at.step if resume is not None else None
+
+    def checkpoint() -> None:
+        nonlocal saved_step
+        began = time.perf_counter()
+        path = save(
+            run.path, at.step, slices(built, optimizer, engine),
+            {"progress": vars(at), "base": adapter_json["base"]},
+            rank=engine.rank, world_size=engine.world_size, barrier=engine.barrier,
+            all_ok=engine.all_ranks, incarnation=incarnation, keep=recipe.checkpoint.keep,
+            adapter_json=adapter_json,
+        )  # fmt: skip
+        saved_step = at.step
+        metrics.event("save", step=at.step, path=str(path.relative_to(run.path)), save_s=time.perf_counter() - began)
+        metrics.message(f"checkpoint at step {at.step}: {path}")
+
+    def evaluation() -> bool:
+        """Evaluate; True when training should stop early."""
+        if held_out is None:
+            return False
+        loss = evaluate(model, held_out, engine)
+        metrics.evaluation(at.step, loss, num_tokens=held_out.num_targets)
+        gained = at.best_eval is None or loss < at.best_eval
+        at.best_eval = loss if gained else at.best_eval
+        at.evals_without_gain = 0 if gained else at.evals_without_gain + 1
+        at.start_eval = loss if at.step == 0 else at.start_eval
+        at.last_eval = loss
+        patience = recipe.train.early_stop_evals
+        return patience is not None and at.evals_without_gain >= patience
+
+    if at.step == 0:
+        evaluation()
+    stop_after = recipe.train.stop_after_steps
+    stopped = stop_after is not None and at.step >= stop_after
+    model.train()
+    while at.step < total and not stopped:
+        began = time.perf_counter()
+        step = data.step(at.step, engine.world_size, engine.rank, batch_law.micro_size, batch_law.accumulation)
+        for _, adapter in layers:
+            adapter.on_step(at.step)
+        set_learning_rate(optimizer, factor(at.step))
+        loss_sum = torch.zeros((), device=engine.device)
+        num_tokens = 0
+        for index, rows in enumerate(step.micro_batches):
+            batch = collate(rows, data.pad_id)
+            num_tokens += batch.num_tokens
+            seed_step(recipe.train.seed, at.step, index, engine.rank)
+            with engine.accumulate(last=index == len(step.micro_batches) - 1):
+                loss = model(batch.to(engine.device)) / max(step.num_targets_global, 1)
+                loss.backward()
+            loss_sum += loss.detach()
+        engine.reduce_gradients()
+        if at.step < 3:
+            prove_gradients(built, engine, at.step)
+        grad_norm = clip_gradients(layers, built.trained, engine, recipe.train.max_grad_norm)
+        # the one agreement of a step: loss, tokens, who was asked to stop, the fullest rank's memory
+        asked = run.stop_file(incarnation).exists()
+        loss_value, tokens, stops = engine.sum_ranks([loss_sum.item(), num_tokens, float(asked)])
+        if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
+            raise not_finite(at.step + 1, loss_value, grad_norm, step.sample_ids, saved_step)
+        optimizer.step()
+        engine.zero_gradients(parameters)
+        at.step += 1
+        at.trained_tokens += step.num_targets_global
+        step_s = time.perf_counter() - began
+        if at.step % recipe.logging.every_steps == 0 or at.step == total:
+            metrics.step(
+                StepRow(
+                    step=at.step, epoch=data.epoch_at(at.step) or 0.0, loss=loss_value,
+                    learning_rate=recipe.train.learning_rate * factor(at.step - 1), grad_norm=grad_norm,
+                    tokens_per_s=tokens / step_s, trained_tokens=step.num_targets_global,
+                    peak_mem_bytes=peak_memory(engine.device), step_s=step_s,
+                )
+            )  # fmt: skip
+        stopped = stops > 0 or at.step == stop_after
+        every = recipe.train.eval_every_steps
+        if at.step == total or (every and at.step % every == 0 and not stopped):
+            finish_early = evaluation()
+            model.train()
+            if finish_early and at.step < total:
+                metrics.message(f"stopping early: the evaluation loss has not improved {at.evals_without_gain} times")
+                total = at.step
+        save_every = recipe.checkpoint.every_steps
+        if saved_step != at.step and (stopped or at.step == total or (save_every and at.step % save_every == 0)):
+            checkpoint()
+    if at.step < total:
+        return Outcome(result="checkpointed", step=at.step, message=f"stopped in order after step {at.step} of {total}")
+    return Outcome(result="finished", step=at.step, message=_summary(at))
+
+
+def evaluate(model: LossModel, held_out: EvalData, engine: Engine) -> float:
+    """Mean loss per trained token of the held-out rows, over all ranks."""
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=engine.device)
+    with torch.no_grad():
+        for rows in held_out.micro_batches(engine.world_size, engine.rank):
+            total += model(collate(rows, held_out.pad_id).to(engine.device)).double()
+    return engine.sum_ranks([total.item()])[0] / held_out.num_targets
+
+
+def seed_step(seed: int, step: int, micro_batch: int, rank: int) -> None:
+    """Fix every random draw of one micro batch (dropout): a resumed run draws the same."""
+    digest = hashlib.sha256(f"{seed}:{step}:{micro_batch}:{rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: reserved on a GPU, resident on a CPU, since the process began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def not_finite(step: int, loss: float, grad_norm: float, ids: Sequence[int], saved: int | None) -> RunFailed:
+    """Stop before the optimizer sees it: the last checkpoint stays good."""
+    kept = f"the checkpoint of step {saved} is untouched" if saved else "no checkpoint was written yet"
+    return RunFailed(
+        f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; the optimizer step was not taken and {kept}"
+        f" (samples {', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''})",
+        "lower train.learning_rate, raise train.warmup_steps, or look at those samples with: decompft inspect data",
+    )
+
+
+def _summary(at: Progress) -> str:
+    text = f"finished after step {at.step}, {at.trained_tokens:,} trained tokens"
+    if at.start_eval and at.last_eval is not None:
+        change = 100 * (at.last_eval / at.start_eval - 1)
+        text += f"; held-out loss {at.start_eval:.4f} -> {at.last_eval:.4f} ({change:+.1f} %)"
+    return text

@@ -1,0 +1,234 @@
+"""The memory forecast: terms against hand arithmetic, anchors against measurements."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from decompft.adapters.spec import ADAPTER_SPECS
+from decompft.launcher.families import shape_of
+from decompft.launcher.forecast import (
+    CHUNK_TOKENS,
+    CPU_PROCESS_BYTES,
+    GIB,
+    Layout,
+    Workload,
+    forecast,
+    known_speed,
+    packed_bytes,
+    quantized,
+    workload,
+)
+from decompft.launcher.known_models import known_config
+from decompft.launcher.models import LinearShape
+from decompft.launcher.plan import RUNTIME, Forecast
+from decompft.launcher.recipe import Recipe
+
+TINY = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256,
+}  # fmt: skip
+
+
+def work(config: dict[str, Any] | str = TINY, task: str = "causal-lm", **sections: Any) -> Workload:
+    config = known_config(config) or {} if isinstance(config, str) else config
+    is_lm = task == "causal-lm"
+    data = {"train": [{"path": "/d", "format": "instruction" if is_lm else "classification"}], "packing": is_lm}
+    recipe = Recipe.model_validate(
+        {
+            "model": {"config": config, "weights": "random", "task": task, "num_labels": 3},
+            "quantization": sections.get("quantization", {}),
+            "adapter": {"targets": "all-linear", **sections.get("adapter", {})},
+            "data": {**data, "sequence_length": 2048, **sections.get("data", {})},
+            "train": {"max_steps": 1, **sections.get("train", {})},
+        }
+    )
+    return workload(shape_of(config, recipe.model.task, 3), recipe)
+
+
+def layout(**changes: Any) -> Layout:
+    given = {"device": "cuda", "strategy": "single", "world_size": 1, "micro_size": 4, "recompute": "none"}
+    return Layout(**(given | changes))
+
+
+def sizes(memory: Forecast) -> dict[str, int]:
+    return {t.name: t.num_bytes for t in memory.terms}
+
+
+def run(w: Workload, **changes: Any) -> dict[str, int]:
+    return sizes(forecast(w, layout(**changes), capacity_bytes=None))
+
+
+@pytest.mark.parametrize("recompute, measured_gib", [("none", 36.9), ("full", 7.7)])
+def test_llama7b_is_within_five_percent_of_the_measurement(recompute: str, measured_gib: float) -> None:
+    # one H200, LoRA rank 16, nf4 with double quantization, micro batch 4 (shared/gpu/README.md)
+    w = work("meta-llama/Llama-2-7b-hf", adapter={"method": "lora"})
+    memory = forecast(w, layout(recompute=recompute), capacity_bytes=None)
+    assert memory.allocated_bytes / GIB == pytest.approx(measured_gib, rel=0.05)
+
+
+def test_terms_sum_and_the_runtime_is_no_tensor() -> None:
+    memory = forecast(work(), layout(), capacity_bytes=None)
+    assert memory.total_bytes == sum(t.num_bytes for t in memory.terms)
+    assert memory.total_bytes - memory.allocated_bytes == sizes(memory)[RUNTIME]
+
+
+@pytest.mark.parametrize("double_quant, row_bytes", [(True, 8 + 8), (False, 5 * 4)])
+def test_packed_bytes_count_rows_of_scales(double_quant: bool, row_bytes: int) -> None:
+    # 320 wide: 5 blocks a row, padded to 8 bytes, and 8 bytes of float32 offset and step
+    part = LinearShape(name="x", out=10, in_=320)
+    assert packed_bytes(part, block_size=64, double_quant=double_quant) == (10 * 160, 10 * row_bytes)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_packed_bytes_are_those_of_the_real_layer(double_quant: bool, block_size: int) -> None:
+    from decompft.adapters.frozen.nf4 import Nf4Linear
+
+    layer = Nf4Linear(640, 48, block_size=block_size, double_quant=double_quant, bias_dtype=None)
+    real = [p.numel() * p.element_size() for p in layer.parameters()]
+    part = LinearShape(name="x", out=48, in_=640)
+    assert sum(packed_bytes(part, block_size=block_size, double_quant=double_quant)) == sum(real)
+
+
+def test_base_terms_by_hand() -> None:
+    got = run(work(quantization={"format": "nf4", "double_quant": False}))
+    weights = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)
+    rest = 2 * 256 * 64 + 5 * 64  # embedding, head, five norms
+    assert got["base weights"] == weights // 2
+    assert got["quantization constants"] == weights // 64 * 4
+    assert got["embeddings, head, norms, biases"] == rest * 2
+
+
+@pytest.mark.parametrize(
+    "dtype, compute, size", [("auto", "bfloat16", 2), ("auto", "float32", 4), ("float32", "bfloat16", 4)]
+)
+def test_dense_base_has_its_storage_dtype(dtype: str, compute: str, size: int) -> None:
+    w = work(quantization={"format": "none", "compute": compute})
+    recipe = w.recipe.model_copy(update={"model": w.recipe.model.model_copy(update={"dtype": dtype})})
+    got = run(workload(w.shape, recipe))
+    assert got["base weights"] == 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128) * size
+    assert "quantization constants" not in got
+    assert ("cast weights" in got) == (dtype != "auto")
+
+
+@pytest.mark.parametrize("method", sorted(ADAPTER_SPECS))
+def test_trained_terms_follow_the_spec(method: str) -> None:
+    w = work(adapter={"method": method, "rank": 8, "targets": ["q_proj", "k_proj"]})
+    params = 2 * sum(ADAPTER_SPECS[method].num_params(out, 64, 8) for out in (64, 32))
+    got = run(w)
+    assert w.num_adapter_params == params
+    assert (got["adapter"], got["gradients"], got["optimizer"]) == (4 * params, 4 * params, 8 * params)
+
+
+def test_eight_bit_optimizer_is_a_quarter() -> None:
+    full, small = run(work()), run(work(train={"optimizer": "adamw8bit"}))
+    assert small["optimizer"] == pytest.approx(full["optimizer"] / 4, rel=0.02)
+
+
+def test_modules_trained_whole_move_from_frozen_to_float32() -> None:
+    without, got = run(work()), run(work(adapter={"train_modules": ["lm_head"]}))
+    assert got["modules trained whole"] == 256 * 64 * 4
+    key = "embeddings, head, norms, biases"
+    assert without[key] - got[key] == 256 * 64 * 2
+    assert got["gradients"] - without["gradients"] == 256 * 64 * 4
+
+
+def test_classification_head_is_trained_and_logits_are_few() -> None:
+    w = work(task="sequence-classification")
+    got = run(w)
+    assert w.num_module_params == 3 * 64
+    hidden = 4 * 2048 * 64 * 2
+    assert got["logits and loss"] == 4 * 3 * 6 + hidden
+
+
+def test_loss_comes_in_chunks() -> None:
+    got = run(work())
+    assert got["logits and loss"] == CHUNK_TOKENS * 256 * (2 + 4) + 4 * 2048 * 64 * 2
+
+
+def test_activations_grow_with_tokens_and_layers_only_where_kept() -> None:
+    one, two = run(work(), micro_size=1), run(work(), micro_size=2)
+    assert two["activations"] == 2 * one["activations"]
+    full = run(work(), micro_size=1, recompute="full")
+    assert full["activations"] == 2048 * 64 * 2 * 2
+    assert full["recomputed layer"] == one["activations"] // 2
+
+
+def test_activations_of_a_layer_by_hand() -> None:
+    # per token: 2 norm inputs and 2 norm outputs, q k v, attention's output, 3 x intermediate; log-sum; A x
+    got = run(work(adapter={"rank": 4}), micro_size=1)
+    elements = 4 * 64 + (64 + 2 * 32) + 64 + 3 * 128
+    assert got["activations"] == 2048 * 2 * (elements * 2 + 4 * 4 + 7 * 4 * 2)
+
+
+def test_dropout_keeps_dropped_inputs() -> None:
+    without, got = run(work(), micro_size=1), run(work(adapter={"dropout": 0.1}), micro_size=1)
+    inputs = 6 * 64 + 128
+    assert got["activations"] - without["activations"] == 2048 * 2 * inputs * 3
+
+
+def test_eager_layers_keep_more() -> None:
+    fused, eager = run(work()), run(work(), device="cpu")
+    assert eager["activations"] > fused["activations"]
+    assert eager[RUNTIME] == CPU_PROCESS_BYTES
+
+
+def test_fsdp_divides_states_and_adds_gathered_blocks() -> None:
+    one = run(work("meta-llama/Llama-2-7b-hf"))
+    four = run(work("meta-llama/Llama-2-7b-hf"), strategy="fsdp", world_size=4)
+    for name in ("base weights", "quantization constants", "adapter", "gradients", "optimizer"):
+        assert four[name] == math.ceil(one[name] / 4), name
+    layers = 2 * (one["base weights"] + one["quantization constants"]) / 32
+    embeddings = one["embeddings, head, norms, biases"]
+    assert layers + embeddings < four["gathered blocks"] < 1.2 * (layers + embeddings)
+    assert four["activations"] == one["activations"]
+
+
+def test_ddp_reduces_in_the_gradients_themselves() -> None:
+    one, two = run(work()), run(work(), strategy="ddp", world_size=2)
+    assert set(one) == set(two)
+    assert {n for n in one if one[n] != two[n]} == {RUNTIME}  # NCCL
+
+
+def test_offload_moves_states_to_the_host() -> None:
+    w = work("meta-llama/Llama-2-7b-hf")
+    memory = forecast(
+        w, layout(strategy="fsdp", world_size=2, cpu_offload=True), capacity_bytes=None, host_capacity_bytes=7
+    )
+    assert "base weights" not in sizes(memory)
+    assert "gathered blocks" in sizes(memory)
+    host = {t.name: t.num_bytes for t in memory.host_terms}
+    assert host["base weights"] == run(w)["base weights"] // 2
+    assert memory.host_capacity_bytes == 7
+
+
+def test_all_linears_in_layers_are_quantized_and_nothing_else() -> None:
+    w = work(
+        {"model_type": "bert", "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128},
+        task="sequence-classification",
+        adapter={"targets": ["query"]},
+    )
+    names = [x.name for x in quantized(w.shape, w.recipe)]
+    assert len(names) == 6 and not any("pooler" in n for n in names)
+
+
+@pytest.mark.parametrize("recompute, tokens_per_s", [("none", 17_460), ("full", 12_086)])
+def test_speed_is_the_measured_one_on_its_own_shape(recompute: str, tokens_per_s: int) -> None:
+    w = work("meta-llama/Llama-2-7b-hf")
+    # 1 %: the table's 28.0 GFLOP a token is rounded
+    speed = known_speed(w, layout(recompute=recompute), "NVIDIA H200")
+    assert speed == pytest.approx(tokens_per_s, rel=0.01)
+    two = known_speed(w, layout(recompute=recompute, strategy="ddp", world_size=2), "NVIDIA H200")
+    assert two is not None and speed is not None and 1.9 * speed < two < 2 * speed
+
+
+@pytest.mark.parametrize("changes, gpu", [({}, "NVIDIA A100"), ({}, None), ({"device": "cpu"}, None)])
+def test_speed_is_unknown_where_nothing_was_measured(changes: dict[str, Any], gpu: str | None) -> None:
+    assert known_speed(work("meta-llama/Llama-2-7b-hf"), layout(**changes), gpu) is None
+
+
+def test_speed_of_a_small_model_is_unknown() -> None:
+    assert known_speed(work(), layout(), "NVIDIA H200") is None

@@ -1,0 +1,223 @@
+"""The run directory: what launch writes, what --resume takes, and what it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from decompft.launcher.checkpoints import newest_valid
+from decompft.launcher.errors import UserError
+from decompft.launcher.outcome import Outcome, read_outcome, read_ranks, write_outcome, write_rank
+from decompft.launcher.plan import Batch, Forecast, Plan, Term, World
+from decompft.launcher.recipe import Recipe
+from decompft.launcher.resume import check_resume, choose_start
+from decompft.launcher.runs import RunDir
+
+RECIPE = "# a comment is kept\nmodel: {config: {model_type: llama}, weights: random}\n"
+
+
+def make_plan(*, ranks: int = 1, **sections: dict[str, object]) -> Plan:
+    recipe = {
+        "model": {"config": {"model_type": "llama"}, "weights": "random"},
+        "data": {"train": [{"path": "/data/train.jsonl"}]},
+        "train": {"max_steps": 10},
+    }
+    for section, values in sections.items():
+        recipe[section] = recipe.get(section, {}) | values  # type: ignore[operator]
+    return Plan(
+        name="tiny",
+        recipe=Recipe.model_validate(recipe),
+        shape_source="config",
+        model_dir=None,
+        base_config={"model_type": "llama"},
+        world=World(nodes=1, ranks_per_node=ranks, device="cpu"),
+        strategy="single" if ranks == 1 else "ddp",
+        strategy_reason="a test",
+        recompute="none",
+        batch=Batch(global_size=16, micro_size=16 // ranks, accumulation=1, tokens_per_step=16 * 2048),
+        num_base_params=1000,
+        num_adapter_params=10,
+        forecast=Forecast(terms=(Term(name="base", num_bytes=2**30),), capacity_bytes=2**33),
+    )
+
+
+def make_checkpoint(run: Path, step: int, content: bytes = b"state") -> Path:
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    (folder / "state").mkdir(parents=True)
+    (folder / "state" / "a.bin").write_bytes(content)
+    entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest = json.dumps({"files": {"state/a.bin": entry}}).encode()
+    (folder / "manifest.json").write_bytes(manifest)
+    (folder / "COMPLETE").write_text(hashlib.sha256(manifest).hexdigest() + "\n")
+    return folder
+
+
+def test_create_writes_recipe_verbatim_and_a_plan_that_reads_back(tmp_path: Path) -> None:
+    plan = make_plan()
+    run = RunDir.create(tmp_path / "new", recipe_text=RECIPE, plan=plan)
+    assert run.recipe_path.read_text() == RECIPE
+    assert RunDir.open(run.path).read_plan() == plan
+    text = run.plan_path.read_text()
+    assert text == json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n"
+    assert "torch" in json.loads((run.path / "env.json").read_text())["packages"]
+
+
+def test_an_existing_run_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
+    RunDir.create(tmp_path, recipe_text="old", plan=make_plan())
+    with pytest.raises(UserError, match="exists already") as error:
+        RunDir.create(tmp_path, recipe_text="new", plan=make_plan())
+    assert "--resume auto" in error.value.hint
+    assert (tmp_path / "recipe.yaml").read_text() == "old"
+
+
+def test_incarnations_count_from_one_and_keep_their_plans(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, recipe_text=RECIPE, plan=make_plan())
+    assert run.next_incarnation() == 1
+    run.record(recipe_text=RECIPE, plan=make_plan(train={"max_steps": 99}))
+    assert run.next_incarnation() == 2
+    kept = [json.loads((run.incarnation_dir(n) / "plan.json").read_text()) for n in (1, 2)]
+    assert [plan["recipe"]["train"]["max_steps"] for plan in kept] == [10, 99]
+
+
+def test_a_run_in_use_is_refused(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, recipe_text=RECIPE, plan=make_plan())
+    run.lock()
+    with pytest.raises(UserError, match="another launch is running"):
+        run.lock()
+
+
+def test_an_unwritable_place_is_the_users_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        RunDir.create(tmp_path / "file" / "run", recipe_text=RECIPE, plan=make_plan())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parallel": {"gpus_per_node": 2}},
+        {"checkpoint": {"keep": 7}},
+        {"logging": {"every_steps": 5}},
+        {"slurm": {"time": "1:00:00"}},
+        {"train": {"max_steps": 20}},
+        {"train": {"stop_after_steps": 5}},
+        {"train": {"micro_batch_size": 2}},
+    ],
+    ids=str,
+)
+def test_resume_allows(change: dict[str, dict[str, object]]) -> None:
+    new = make_plan(**change)
+    assert new.recipe != make_plan().recipe
+    check_resume(make_plan(), new)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"train": {"learning_rate": 0.5}}, "train.learning_rate: was 0.0002, now 0.5"),
+        ({"train": {"seed": 3}}, "train.seed: was 0, now 3"),
+        ({"adapter": {"options": {"eps": 0.1}}}, "adapter.options.eps: was absent, now 0.1"),
+        (
+            {"data": {"train": [{"path": "/other.jsonl"}]}},
+            'data.train[0].path: was "/data/train.jsonl", now "/other.jsonl"',
+        ),
+    ],
+    ids=str,
+)
+def test_resume_refuses_by_name_with_both_values(change: dict[str, dict[str, object]], line: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_resume(make_plan(), make_plan(**change))
+    assert line in error.value.message
+
+
+def test_newest_valid_skips_the_damaged_and_says_why(tmp_path: Path) -> None:
+    good = make_checkpoint(tmp_path, 100)
+    make_checkpoint(tmp_path, 200)
+    (tmp_path / "checkpoints/step-00000200/state/a.bin").write_bytes(b"stale")  # same size
+    make_checkpoint(tmp_path, 300)
+    (tmp_path / "checkpoints/step-00000300/state/a.bin").write_bytes(b"stat")  # cut short
+    make_checkpoint(tmp_path, 400)
+    (tmp_path / "checkpoints/step-00000400/COMPLETE").unlink()
+    make_checkpoint(tmp_path, 500)
+    (tmp_path / "checkpoints/step-00000500/manifest.json").write_text("{")
+    make_checkpoint(tmp_path, 600)
+    (tmp_path / "checkpoints/step-00000600/state/a.bin").unlink()
+    make_checkpoint(tmp_path, 700)
+    (tmp_path / "checkpoints/step-00000700").rename(tmp_path / "checkpoints/.tmp-step-00000700")
+    found, skipped = newest_valid(tmp_path / "checkpoints")
+    assert found == good
+    assert [line.split(":")[0] for line in skipped] == [f"step-00000{n}00" for n in (6, 5, 4, 3, 2)]
+    assert "is missing" in skipped[0]
+    assert "manifest.json is damaged" in skipped[1]
+    assert "no COMPLETE" in skipped[2]
+    assert "has 4 bytes, the manifest says 5" in skipped[3]
+    assert "a.bin is damaged" in skipped[4]
+
+
+def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 99999999)
+    assert newest_valid(tmp_path / "checkpoints")[0] is not None
+    newest = make_checkpoint(tmp_path, 100000000)
+    assert newest_valid(tmp_path / "checkpoints")[0] == newest
+
+
+def test_resume_auto_starts_continues_or_starts_afresh(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    first = choose_start(make_plan(), run_dir=path, resume="auto")
+    assert (first.is_new, first.checkpoint) == (True, None)
+    RunDir.create(path, recipe_text=RECIPE, plan=make_plan())
+    # nothing trained yet, so even another recipe may be used
+    afresh = choose_start(make_plan(train={"seed": 3}), run_dir=path, resume="auto")
+    assert (afresh.is_new, afresh.checkpoint) == (False, None)
+    checkpoint = make_checkpoint(path, 100)
+    again = choose_start(make_plan(), run_dir=path, resume="auto")
+    assert (again.is_new, again.checkpoint) == (False, checkpoint)
+    with pytest.raises(UserError, match="train.seed"):
+        choose_start(make_plan(train={"seed": 3}), run_dir=path, resume="auto")
+
+
+def test_without_resume_an_existing_run_is_refused(tmp_path: Path) -> None:
+    RunDir.create(tmp_path, recipe_text=RECIPE, plan=make_plan())
+    with pytest.raises(UserError, match="exists already"):
+        choose_start(make_plan(), run_dir=tmp_path, resume=None)
+
+
+def test_a_fork_reads_the_old_run_and_takes_a_new_folder(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    RunDir.create(old, recipe_text=RECIPE, plan=make_plan())
+    make_checkpoint(old, 100)
+    newest = make_checkpoint(old, 200)
+    before = sorted(p.relative_to(old) for p in old.rglob("*"))
+    fork = choose_start(make_plan(), run_dir=new, resume=str(old))
+    assert (fork.run.path, fork.is_new, fork.checkpoint) == (new, True, newest)
+    older = old / "checkpoints/step-00000100"
+    assert choose_start(make_plan(), run_dir=new, resume=str(older)).checkpoint == older
+    assert sorted(p.relative_to(old) for p in old.rglob("*")) == before
+    with pytest.raises(UserError, match="train.seed"):
+        choose_start(make_plan(train={"seed": 3}), run_dir=new, resume=str(old))
+    with pytest.raises(UserError, match="exists already"):
+        choose_start(make_plan(), run_dir=old, resume=str(old))
+    with pytest.raises(UserError, match="neither auto, nor a run"):
+        choose_start(make_plan(), run_dir=new, resume=str(tmp_path / "nowhere"))
+    (older / "COMPLETE").unlink()
+    with pytest.raises(UserError, match="no COMPLETE"):
+        choose_start(make_plan(), run_dir=new, resume=str(older))
+
+
+def test_outcomes_read_back_and_choose_the_exit_code(tmp_path: Path) -> None:
+    assert read_outcome(tmp_path) is None
+    codes = {"finished": 0, "user_error": 2, "failed": 3, "checkpointed": 75}
+    for result, code in codes.items():
+        outcome = Outcome(result=result, step=7, message="m", hint="h", rank=1)  # type: ignore[arg-type]
+        write_outcome(tmp_path, outcome)
+        assert read_outcome(tmp_path) == outcome
+        assert outcome.exit_code == code
+    rows = json.loads((tmp_path / "outcome.json").read_text())
+    assert sorted(rows) == ["hint", "message", "rank", "result", "step"]
+    told = Outcome(result="failed", rank=12, time_s=1.5, traceback="Traceback ...")
+    write_rank(tmp_path, 12, told)
+    assert read_ranks(tmp_path) == {12: told}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["outcome.json", "rank-12.json"]
