@@ -22,7 +22,7 @@ help:
 # The run is stopped half way and resumed, because that is what a cluster will do to yours.
 quickstart: $(VENV)/.core $(VENV)/.quickstart
 	@if [ -e $(QUICK) ]; then echo "replacing $(QUICK)"; rm -r $(QUICK); fi
-	$(RUN) launch recipes/quickstart.yaml --run-dir $(QUICK) train.stop_after_steps=20; \
+	$(RUN) launch recipes/quickstart.yaml --run-dir $(QUICK) train.stop_after_steps=12; \
 		code=$$?; if [ $$code -ne 75 ]; then echo "expected exit code 75 (stopped in order), got $$code"; exit 1; fi
 	$(RUN) launch recipes/quickstart.yaml --run-dir $(QUICK) --resume auto
 	@echo; echo "--- the untouched model:"

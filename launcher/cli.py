@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -96,6 +95,20 @@ def _plan(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _sbatch(args: argparse.Namespace) -> int:
+    from decompft.launcher import planner
+    from decompft.slurm import render
+
+    _, recipe = _recipe(args, strict=False)
+    plan = planner.make(recipe)
+    for warning in plan.warnings:
+        _warn(warning)
+    run_dir = str(args.run_dir or Path("runs") / plan.name)
+    text = render.script(plan, recipe_path=args.recipe, run_dir=run_dir, overrides=args.overrides)
+    print(text, end="")
+    return EXIT_DONE
+
+
 def _check(args: argparse.Namespace) -> int:
     _, recipe = _recipe(args, strict=False)
     print(f"{args.recipe}: ok ({recipe.name})")
@@ -147,8 +160,12 @@ def _warn(text: str) -> None:
 
 def _tool(args: argparse.Namespace) -> int:
     """Run the worker tool of this verb with the arguments as typed after it."""
+    import subprocess
+
     given = vars(args)
-    words = [str(given[name]) for name in args.positional]
+    words: list[str] = []
+    for name in args.positional:
+        words += given[name] if isinstance(given[name], list) else [str(given[name])]
     for name in args.flags:
         value, flag = given[name], f"--{name.replace('_', '-')}"
         if value is True:
@@ -189,10 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     def verb(name: str, text: str, *, recipe: bool = False) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if recipe:
-            sub.add_argument("recipe", metavar="RECIPE", help="a file, or the name of a shipped recipe")
-            sub.add_argument(
-                "overrides", metavar="KEY=VALUE", nargs="*", default=[], help="e.g. adapter.rank=8"
-            )
+            _add_recipe(sub)
         return sub
 
     launch = verb("launch", "run a recipe on this machine", recipe=True)
@@ -204,6 +218,10 @@ def _parser() -> argparse.ArgumentParser:
     plan = verb("plan", "show what would run, and the memory forecast per rank", recipe=True)
     plan.add_argument("--json", action="store_true", help="print plan.json")
     plan.set_defaults(run=_plan)
+
+    sbatch = verb("sbatch", "print a Slurm job script that runs a recipe", recipe=True)
+    sbatch.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/NAME")
+    sbatch.set_defaults(run=_sbatch)
 
     verb("check", "validate all that can be known without a GPU", recipe=True).set_defaults(run=_check)
     verb("schema", "print the JSON Schema of a recipe").set_defaults(run=_schema)
@@ -241,8 +259,11 @@ def _add_tools(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
     evaluate.add_argument("--scorer", choices=("likelihood", "first-match", "both"))
     evaluate.add_argument("--batch-size", type=int, metavar="N")
     evaluate.add_argument("--json", action="store_true", help="print the scores as JSON")
-    flags = ("task", "base", "no_adapter", "limit", "scorer", "batch_size", "json")
-    evaluate.set_defaults(run=_tool, positional=("adapter",), flags=flags)
+    evaluate.set_defaults(
+        run=_tool,
+        positional=("adapter",),
+        flags=("task", "base", "no_adapter", "limit", "scorer", "batch_size", "json"),
+    )
 
     generate = verb("generate", "answer a prompt")
     _add_adapter(generate)
@@ -250,14 +271,23 @@ def _add_tools(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
     generate.add_argument("--no-adapter", action="store_true", help="ask the bare base")
     generate.add_argument("--max-new-tokens", type=int, metavar="N")
     generate.add_argument("--format", choices=("auto", "chat", "instruction", "plain"))
-    flags = ("prompt", "base", "no_adapter", "max_new_tokens", "format")
-    generate.set_defaults(run=_tool, positional=("adapter",), flags=flags)
+    generate.set_defaults(
+        run=_tool,
+        positional=("adapter",),
+        flags=("prompt", "base", "no_adapter", "max_new_tokens", "format"),
+    )
 
     inspect = verb("inspect", "show samples as they are trained on")
-    inspect.add_argument("what", choices=("data",))
-    inspect.add_argument("recipe", metavar="RECIPE", help="a file, or the name of a shipped recipe")
-    inspect.add_argument("--num", type=int, metavar="N", help="samples to show")
-    inspect.set_defaults(run=_inspect, positional=("what", "recipe"), flags=("num",))
+    kinds = inspect.add_subparsers(dest="kind", metavar="data", required=True)
+    data = kinds.add_parser("data", help="samples as tokens, the trained ones marked")
+    _add_recipe(data)
+    data.add_argument("--num", type=int, metavar="N", help="samples to show")
+    data.set_defaults(run=_inspect, positional=("kind", "recipe", "overrides"), flags=("num",))
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a file, or the name of a shipped recipe")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="e.g. adapter.rank=8")
 
 
 def _add_adapter(parser: argparse.ArgumentParser) -> None:

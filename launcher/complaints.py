@@ -61,12 +61,6 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]}?" if near else ""
 
 
-def dotted(path: KeyPath) -> str:
-    """`data.train[0].path`"""
-    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
-    return text.removeprefix(".")
-
-
 def _path_in(value: Any, loc: tuple[int | str, ...], kind: str) -> KeyPath:
     """The part of pydantic's location that is keys; it also names the branches of a union."""
     path: list[int | str] = []

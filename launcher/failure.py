@@ -25,6 +25,11 @@ class Cause:
     is_consequence: bool = False  # of another rank's death
 
 
+_TOLD_TO_END = Cause(
+    words="it was told to end from outside (a scheduler, a shutdown, kill)",
+    hint="resume when the machine is yours again",
+)
+
 # searched in this order in a rank's message and traceback, then in its last log lines
 _CAUSES: tuple[tuple[str, Cause], ...] = (
     (
@@ -72,6 +77,7 @@ _CAUSES: tuple[tuple[str, Cause], ...] = (
             is_consequence=True,
         ),
     ),
+    (r"SignalException: Process \d+ got signal: (15|SIGTERM)", _TOLD_TO_END),
 )
 
 _SIGNALS: dict[int, Cause] = {
@@ -86,9 +92,7 @@ _SIGNALS: dict[int, Cause] = {
         words="a crash in mapped memory: a full /dev/shm, or a file cut short while it was being read",
         hint="look at `df /dev/shm` and at the model's files",
     ),
-    signal.SIGTERM: Cause(
-        words="it was told to end from outside", hint="resume when the machine is yours again"
-    ),
+    signal.SIGTERM: _TOLD_TO_END,
 }
 
 _UNKNOWN = Cause(
@@ -174,7 +178,7 @@ def _said(told: Outcome, rank: int) -> Outcome:
         step=told.step,
         message=told.message,
         # a rank's own hint is better informed than the table
-        hint=told.hint or f"likely {cause.words}; {cause.hint}",
+        hint=told.hint or f"likely cause: {cause.words}; {cause.hint}",
         rank=rank,
     )
 
@@ -194,7 +198,7 @@ def _fell_silent(run: RunDir, incarnation: int, rank: int | None, code: int) -> 
     return Outcome(
         result="failed",
         message=f"{who} {describe_exit(code)}",
-        hint=f"likely {cause.words}; {cause.hint}",
+        hint=f"likely cause: {cause.words}; {cause.hint}",
         rank=rank,
     )
 

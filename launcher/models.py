@@ -74,6 +74,7 @@ class ModelShape:
     intermediate: int
     max_positions: int
     tied: bool  # the head is the embedding, counted once
+    has_softcap: bool  # final logits pass through softcap * tanh(logits / softcap)
     linears: tuple[LinearShape, ...]  # all but the head, in the model's order
     head: LinearShape
     others: tuple[OtherShape, ...]  # embeddings, norms
@@ -130,16 +131,15 @@ def adapted_linears(shape: ModelShape, targets: str | Sequence[str]) -> list[tup
 
 
 def trained_modules(shape: ModelShape, patterns: Sequence[str]) -> list[tuple[str, int]]:
-    """(name, parameters) of every module that `adapter.train_modules` selects, the head included.
+    """(name, parameters) of every module that `adapter.train_modules` selects: embeddings, norms, the head.
 
     Raises:
         AdapterError: a pattern matches nothing.
     """
     if not patterns:
         return []
-    linears = (*shape.linears, shape.head)
-    sizes = {name: x.num_weights + x.num_biases for x in linears for name in shape.names(x)}
-    sizes |= {name: x.num_params for x in shape.others for name in shape.names(x)}
+    sizes = {name: x.num_params for x in shape.others for name in shape.names(x)}
+    sizes[shape.head.name] = shape.head.num_weights + shape.head.num_biases
     try:
         return [(name, sizes[name]) for name in select(list(sizes), patterns, ())]
     except TargetMismatch as error:

@@ -9,16 +9,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from decompft.adapters.spec import ADAPTER_SPECS
-from decompft.launcher.complaints import Complaint, complaints, dotted
 from decompft.launcher.errors import RecipeError
 from decompft.launcher.packaged import is_packaged
 from decompft.launcher.recipe import AdapterSection, Recipe
-from decompft.launcher.yaml_tree import KeyPath, Mark, Tree, read
+from decompft.launcher.yaml_tree import KeyPath, Mark, Tree, dotted, read
+
+if TYPE_CHECKING:
+    from decompft.launcher.complaints import Complaint
 
 _MOST_ERRORS = 10  # more than these only bury the first
 
@@ -71,6 +73,9 @@ def parse(text: str, *, where: str, base_dir: Path, overrides: Sequence[str] = (
     try:
         Recipe.model_validate(value)
     except ValidationError as error:
+        # here: a recipe without errors does not pay for the words
+        from decompft.launcher.complaints import complaints
+
         found += [sources.spell(complaint) for complaint in complaints(error, value)]
     if found:
         raise _error(found, where)

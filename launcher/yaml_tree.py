@@ -88,6 +88,12 @@ def read(text: str, *, where: str) -> Tree:
     return Tree(value=value, key_marks=walk.key_marks, value_marks=walk.value_marks, twice=tuple(walk.twice))
 
 
+def dotted(path: KeyPath) -> str:
+    """`data.train[0].path`"""
+    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
+    return text.removeprefix(".")
+
+
 @cache
 def _loader_class() -> Any:  # a yaml Loader subclass; yaml's stubs do not name the C one's base
     import yaml

@@ -63,7 +63,7 @@ def _begin(args: argparse.Namespace) -> int:
     plan = planner.make(recipe)
     if plan.world.device != args.device:
         raise PlanError(
-            f"{socket.gethostname()}: the job was planned for {args.device}, this node has {plan.world.device}",
+            f"{socket.gethostname()}: the job was planned for {args.device}, here it is {plan.world.device}",
             "ask for GPUs in the script (gpus-per-node), or print it again where the GPUs are known",
         )
     start = choose_start(plan, run_dir=args.run_dir, resume="auto")

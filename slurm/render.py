@@ -1,7 +1,8 @@
 """The job script for a plan: a pure function, same input, same bytes.
 
-A first version: it is checked with `bash -n` and golden files, but was not run on a cluster. It does
-not requeue itself: exit 75 means that the state is saved and the same script continues it.
+A first version, for the plain case. No test runs it on a Slurm; by hand it ran on two virtual nodes of
+Slurm 22.05 (finished, and stopped by USR1 and continued), never with GPUs or on a real cluster. It does not
+requeue itself: exit 75 means that the state is saved and the same script continues it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def script(plan: Plan, *, recipe_path: str, run_dir: str, overrides: Sequence[st
     """The text to give to sbatch.
 
     Args:
-        recipe_path: as the user typed it; looked up again on the cluster, relative to the folder of submission.
+        recipe_path: as the user typed it; looked up again on the cluster, from the folder of submission.
         run_dir: on a file system that all nodes share; relative to the folder of submission.
         overrides: KEY=VALUE as the user typed them.
 
@@ -95,7 +96,7 @@ def _check_time(limit: str | None) -> None:
     total_s = int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
     if total_s < 2 * WARNING_S:
         raise PlanError(
-            f"slurm.time: {limit} leaves no time to train: the job is told to save {WARNING_S} s before its end",
+            f"slurm.time: {limit} is too short: the job is told to save {WARNING_S} s before its end",
             f"ask for at least {2 * WARNING_S // 60} minutes, e.g. 00:30:00",
         )
 

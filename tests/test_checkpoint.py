@@ -219,6 +219,15 @@ def test_a_missing_file_is_found(tmp_path: Path, name: str) -> None:
         open_checkpoint(path)
 
 
+def test_a_manifest_with_another_state_is_found(tmp_path: Path) -> None:
+    path = saved(tmp_path, 100, make_whole())
+    manifest = (path / "manifest.json").read_text()
+    assert manifest.count('"sample": 640') == 1
+    (path / "manifest.json").write_text(manifest.replace('"sample": 640', '"sample": 641'))
+    with pytest.raises(CheckpointError, match="manifest.json is damaged"):
+        open_checkpoint(path)
+
+
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, 100, make_whole())
     manifest = json.loads((path / "manifest.json").read_text())

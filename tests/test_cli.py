@@ -93,6 +93,13 @@ def test_plan_json_is_the_plan(capsys: Capture) -> None:
     assert out == json.dumps(plan, indent=2, sort_keys=True) + "\n"
 
 
+def test_sbatch_prints_a_script(capsys: Capture) -> None:
+    assert main(["sbatch", TINY, "slurm.time=1:00:00", "--run-dir", "there", "adapter.rank=2"]) == 0
+    script = capsys.readouterr().out
+    assert script.startswith("#!") and "--time=1:00:00" in script
+    assert TINY in script and "adapter.rank=2" in script and "there" in script
+
+
 def test_recipes_are_listed_shown_and_copied(capsys: Capture) -> None:
     assert main(["recipes"]) == 0
     listed = capsys.readouterr().out
@@ -118,7 +125,7 @@ def test_schema_is_json(capsys: Capture) -> None:
         ["merge", "no-adapter", "--into", "dense", "--out", "out"],
         ["eval", "no-adapter", "--task", "a.jsonl", "b.jsonl", "--limit", "3", "--json", "--no-adapter"],
         ["generate", "no-adapter", "--prompt", "-5 + 3?", "--max-new-tokens", "4", "--format", "plain"],
-        ["inspect", "data", "no-recipe", "--num", "2"],
+        ["inspect", "data", TINY, "--num", "2", "data.train[0].path=none.jsonl"],
     ],
     ids=lambda argv: argv[0],
 )

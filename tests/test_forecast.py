@@ -35,7 +35,10 @@ TINY = {
 def work(config: dict[str, Any] | str = TINY, task: str = "causal-lm", **sections: Any) -> Workload:
     config = known_config(config) or {} if isinstance(config, str) else config
     is_lm = task == "causal-lm"
-    data = {"train": [{"path": "/d", "format": "instruction" if is_lm else "classification"}], "packing": is_lm}
+    data = {
+        "train": [{"path": "/d", "format": "instruction" if is_lm else "classification"}],
+        "packing": is_lm,
+    }
     recipe = Recipe.model_validate(
         {
             "model": {"config": config, "weights": "random", "task": task, "num_labels": 3},
@@ -141,12 +144,31 @@ def test_classification_head_is_trained_and_logits_are_few() -> None:
     got = run(w)
     assert w.num_module_params == 3 * 64
     hidden = 4 * 2048 * 64 * 2
-    assert got["logits and loss"] == 4 * 3 * 6 + hidden
+    assert got["logits and loss"] == 4 * 3 * 8 + 3 * hidden
 
 
 def test_loss_comes_in_chunks() -> None:
     got = run(work())
-    assert got["logits and loss"] == CHUNK_TOKENS * 256 * (2 + 4) + 4 * 2048 * 64 * 2
+    assert got["logits and loss"] == CHUNK_TOKENS * 256 * 8 + 3 * 4 * 2048 * 64 * 2
+
+
+def test_chunks_are_those_of_the_loss() -> None:
+    from decompft.launcher.worker import loss
+
+    assert CHUNK_TOKENS == loss.CHUNK_TOKENS
+
+
+def test_softcap_needs_another_copy_of_the_logits() -> None:
+    small = TINY | {"model_type": "gemma2", "head_dim": 16, "tie_word_embeddings": False}
+    capped, plain = run(work(small)), run(work(small | {"final_logit_softcapping": None}))
+    assert capped["logits and loss"] - plain["logits and loss"] == CHUNK_TOKENS * 256 * 4
+
+
+def test_fsdp_accumulates_whole_gradients() -> None:
+    w = work(train={"global_batch_size": 16})
+    assert "accumulated gradients" not in run(w, strategy="fsdp", world_size=4, micro_size=4)
+    got = run(w, strategy="fsdp", world_size=4, micro_size=1)
+    assert got["accumulated gradients"] == w.num_adapter_params * 4
 
 
 def test_activations_grow_with_tokens_and_layers_only_where_kept() -> None:
@@ -205,14 +227,14 @@ def test_offload_moves_states_to_the_host() -> None:
     assert memory.host_capacity_bytes == 7
 
 
-def test_all_linears_in_layers_are_quantized_and_nothing_else() -> None:
+def test_all_linears_but_the_head_are_quantized() -> None:
     w = work(
         {"model_type": "bert", "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128},
         task="sequence-classification",
         adapter={"targets": ["query"]},
     )
     names = [x.name for x in quantized(w.shape, w.recipe)]
-    assert len(names) == 6 and not any("pooler" in n for n in names)
+    assert len(names) == 7 and "bert.pooler.dense" in names and "classifier" not in names
 
 
 @pytest.mark.parametrize("recompute, tokens_per_s", [("none", 17_460), ("full", 12_086)])

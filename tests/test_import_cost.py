@@ -25,6 +25,12 @@ except SystemExit as error:
 print(json.dumps({"code": code, "modules": sorted(sys.modules)}), file=sys.stderr)
 """
 
+_FLOOR = """
+import argparse, yaml, pydantic
+class Section(pydantic.BaseModel):
+    key: int
+"""
+
 
 @pytest.fixture(scope="module")
 def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
@@ -44,6 +50,7 @@ def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ["plan", TINY],
         ["plan", TINY, "--json"],
         ["recipes", "list"],
+        ["sbatch", TINY, "slurm.time=1:00:00"],
         ["launch", TINY, "--dry-run"],
     ],
     ids=" ".join,
@@ -66,8 +73,12 @@ def test_no_control_verb_imports_torch(argv: list[str], env: dict[str, str], tmp
 def test_an_answer_takes_a_quarter_of_a_second(argv: list[str], env: dict[str, str]) -> None:
     command = [sys.executable, "-m", "decompft.launcher.cli", *argv]
     subprocess.run(command, env=env, capture_output=True, check=True)  # writes the byte code
-    # the least of several: other processes on the machine only ever add
-    assert min(_cpu_s(command, env) for _ in range(5)) < 0.25
+    floor = [sys.executable, "-c", _FLOOR]
+    # in turns, and the least of several: other processes on the machine only ever add
+    pairs = [(_cpu_s(command, env), _cpu_s(floor, env)) for _ in range(5)]
+    answer, least = (min(column) for column in zip(*pairs, strict=True))
+    # on a slow or busy machine the libraries alone take longer: then ours may add half of that
+    assert answer < max(0.25, 1.5 * least), pairs
 
 
 def _cpu_s(command: list[str], env: dict[str, str]) -> float:

@@ -260,6 +260,7 @@ def test_under_torchrun_the_rank_that_was_killed_is_found_not_the_one_that_compl
         ("ModuleNotFoundError: No module named 'bitsandbytes'", "package"),
         ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234", "lost another rank"),
         ("torch.distributed.DistBackendError: NCCL error ... ncclRemoteError", "lost another rank"),
+        ("multiprocessing.api.SignalException: Process 137 got signal: 15", "told to end from outside"),
         ("ValueError: something else", "not a failure that decompft knows"),
     ],
 )

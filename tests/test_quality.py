@@ -38,13 +38,19 @@ def test_adapters_know_nothing_of_ranks() -> None:
     # import-linter sees an outside package as one node, so it cannot tell torch.distributed from torch
     files = sorted((ROOT / "adapters").rglob("*.py"))
     assert files
-    found = [f"{path.relative_to(ROOT)}: {name}" for path in files for name in _imports(path)
-             if name.startswith("torch.distributed")]
+    found = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in files
+        for name in _imports(path)
+        if name.startswith("torch.distributed")
+    ]
     assert found == []
 
 
 def test_source_is_ascii() -> None:
-    files = [p for top in ("adapters", "launcher", "slurm", "recipes", "tests") for p in (ROOT / top).rglob("*.py")]
+    files = [
+        p for top in ("adapters", "launcher", "slurm", "recipes", "tests") for p in (ROOT / top).rglob("*.py")
+    ]
     assert len(files) > 30
     assert [str(path.relative_to(ROOT)) for path in files if not path.read_bytes().isascii()] == []
 

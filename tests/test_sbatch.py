@@ -52,11 +52,11 @@ SCRIPTS = {"gpu_4x8": gpu_script, "cpu_1x2": cpu_script, "nasty": nasty_script}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_script_equals_its_golden(name: str, request: pytest.FixtureRequest) -> None:
+def test_script_equals_its_golden(name: str, update_golden: bool) -> None:
     text, path = SCRIPTS[name](), GOLDEN / f"{name}.sbatch"
-    if request.config.getoption("--update-golden", default=False) or os.environ.get("UPDATE_GOLDEN"):
+    if update_golden:
         path.write_text(text)
-    assert text == path.read_text(), "differs from the golden; review, then run with UPDATE_GOLDEN=1"
+    assert text == path.read_text(), "differs from the golden; review, then --update-golden"
 
 
 def test_every_golden_belongs_to_a_script() -> None:
@@ -233,8 +233,8 @@ def test_end_turns_the_outcome_into_the_exit_code(tmp_path: Path, result: str, c
 def test_end_finds_the_rank_behind_sruns_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDir.create(tmp_path, recipe_text="", plan=make_plan(ranks=2))
     run.next_incarnation()
-    report = "[0]:\n  time      : x\n  host      : vn-2\n  rank      : 3 (local_rank: 1)\n  exitcode  : -9 (pid: 5)\n"
-    run.launcher_log(1).write_text("".join(f"1: {line}\n" for line in report.splitlines()))
+    report = ["[0]:", "  host      : vn-2", "  rank      : 3 (local_rank: 1)", "  exitcode  : -9 (pid: 5)"]
+    run.launcher_log(1).write_text("".join(f"1: {line}\n" for line in report))
     assert batch.main(["end", str(tmp_path), "1", "1"]) == 3
     assert "rank 3 was killed by signal 9 (SIGKILL)" in capsys.readouterr().err
 

@@ -56,7 +56,7 @@ class Console:
         logger.info("%s", line)
         if self._bar is None:
             self._write(line)
-        elif time.monotonic() - self._drawn_at > -1 or row.step >= self._total:
+        elif time.monotonic() - self._drawn_at > _REDRAW_S or row.step >= self._total:
             progress, task = self._bar
             progress.update(task, completed=row.step, numbers=line.split("  ", 1)[1])
             progress.refresh()

@@ -52,7 +52,7 @@ def converted(path: Path, say: Callable[[str], None], environ: Mapping[str, str]
         with _locked(parent / f"{folder.name}.lock", lambda: say(waiting)):
             if not (folder / RECORD).is_file():
                 say(f"{path.name}: converting to safetensors, once, into {folder}")
-                _convert(path, digest, folder)
+                _convert(path, digest, folder, say)
                 say(f"{path.name}: converted")
     except OSError as error:
         raise ModelError(
@@ -69,7 +69,7 @@ def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
     return Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "decompft"
 
 
-def _convert(path: Path, digest: str, folder: Path) -> None:
+def _convert(path: Path, digest: str, folder: Path, say: Callable[[str], None]) -> None:
     """Into a temporary folder beside it, then renamed: a folder with its final name is whole."""
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -77,8 +77,10 @@ def _convert(path: Path, digest: str, folder: Path) -> None:
         with _no_bars():
             model = _plain_model(path, is_quantized=not types <= _PLAIN)
             model.save_pretrained(temporary)
-            if "tokenizer.ggml.tokens" in fields:
+            try:
                 _tokenizer(path, fields).save_pretrained(temporary)
+            except ModelError as error:
+                say(str(error))  # fatal only if the recipe names no other tokenizer
         record = {
             "source": str(path.resolve()),
             "sha256": digest,
@@ -143,8 +145,8 @@ def _tokenizer(path: Path, fields: dict[str, Any]) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # as above
         raise ModelError(
-            f"model.id: transformers cannot read the tokenizer in {path}: {_first_line(error)}",
-            "name the model's original tokenizer with model.tokenizer",
+            f"{path.name}: transformers cannot read the tokenizer in it: {_first_line(error)}",
+            "name the model's own tokenizer with model.tokenizer",
         ) from error
     for gguf_role, role in _ROLES.items():
         token = fields.get(f"tokenizer.ggml.{gguf_role}_token_id")
@@ -172,8 +174,6 @@ def _header(path: Path) -> tuple[dict[str, Any], set[str]]:
     wanted = {"tokenizer.ggml.model", "tokenizer.ggml.add_bos_token"}
     wanted |= {f"tokenizer.ggml.{role}_token_id" for role in _ROLES}
     fields = {key: field.contents() for key, field in reader.fields.items() if key in wanted}
-    if "tokenizer.ggml.tokens" in reader.fields:
-        fields["tokenizer.ggml.tokens"] = True  # their number is of no use here, and reading them is slow
     return fields, {tensor.tensor_type.name for tensor in reader.tensors}
 
 

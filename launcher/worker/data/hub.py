@@ -10,9 +10,9 @@ from decompft.launcher.errors import DataError
 from decompft.launcher.recipe import Source
 
 
-def iter_hub(source: Source) -> Iterator[tuple[str, Any]]:
+def iter_hub(source: Source, streaming: bool) -> Iterator[tuple[str, Any]]:
     """(place, record) of each row of a hub data set or of a folder that `datasets` can load."""
-    for number, row in enumerate(load_hub(source), start=1):
+    for number, row in enumerate(load_hub(source, streaming), start=1):
         yield f"{source.hub}[{source.split}]: record {number}", dict(row)
 
 
@@ -21,8 +21,8 @@ def hub_fingerprint(source: Source) -> str:
     return str(load_hub(source)._fingerprint)
 
 
-def load_hub(source: Source) -> Any:
-    """The data set as a `datasets.Dataset` (memory-mapped).
+def load_hub(source: Source, streaming: bool = False) -> Any:
+    """The data set as a `datasets.Dataset` (memory-mapped), or an `IterableDataset` that reads as it goes.
 
     Raises:
         DataError: no network and not in the cache, no such configuration or split, or nothing readable.
@@ -38,7 +38,10 @@ def load_hub(source: Source) -> Any:
             loaded = datasets.load_from_disk(str(folder))
         else:
             loaded = datasets.load_dataset(
-                str(folder) if folder.is_dir() else source.hub, source.name, split=source.split
+                str(folder) if folder.is_dir() else source.hub,
+                source.name,
+                split=source.split,
+                streaming=streaming,
             )
     except Exception as error:  # network, parsing and naming errors come in a dozen types
         raise DataError(

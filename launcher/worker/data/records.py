@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,8 +30,11 @@ class Record:
     values: dict[str, Any]
 
 
-def iter_records(source: Source) -> Iterator[Record]:
+def iter_records(source: Source, *, streaming: bool = False) -> Iterator[Record]:
     """The records of a source in file order, at most `max_records` of them.
+
+    Args:
+        streaming: read a hub set over the network instead of downloading it first.
 
     Raises:
         DataError: missing or broken file, or no record at all; the message names file and line.
@@ -38,13 +42,11 @@ def iter_records(source: Source) -> Iterator[Record]:
     if source.hub is not None:
         from decompft.launcher.worker.data.hub import iter_hub
 
-        rows = iter_hub(source)
+        rows = iter_hub(source, streaming)
     else:
         rows = (row for path in source_files(source) for row in _read(path))
     index = -1
-    for index, (where, values) in enumerate(rows):
-        if source.max_records is not None and index >= source.max_records:
-            return
+    for index, (where, values) in enumerate(islice(rows, source.max_records)):
         if not isinstance(values, dict):
             raise DataError(
                 f"{where}: expected an object with fields, found {type(values).__name__}",

@@ -145,7 +145,8 @@ def _row(samples: list[Sample]) -> Row:
 
 
 def _one_pass(source: Source, data: DataSection, encoder: Encoder, counts: Counts) -> Iterator[Sample]:
-    return iter_samples(iter_records(source), source, data, encoder, lambda _: counts)
+    records = iter_records(source, streaming=True)
+    return iter_samples(records, source, data, encoder, lambda _: counts)
 
 
 def _shuffled(samples: Iterator[Sample], bits: np.random.PCG64) -> Iterator[Sample]:

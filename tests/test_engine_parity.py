@@ -1,0 +1,82 @@
+"""The parity ladder's upper rungs: ddp and fsdp on two processes give single's losses."""
+
+import pytest
+from tiny import losses, make_run, run_ranks
+
+pytestmark = pytest.mark.dist
+
+STEPS = 8
+
+
+def reverse_micro_batches() -> None:
+    """In a forked rank: add the same micro batches in opposite order."""
+    from decompft.launcher.worker.data import feed
+
+    original = feed.PreparedTrain.step
+
+    def reversed_step(self, *args, **kwargs):
+        step = original(self, *args, **kwargs)
+        step.micro_batches.reverse()
+        return step
+
+    feed.PreparedTrain.step = reversed_step
+
+
+def curve(folder, name, *, patch=None, **sections):
+    run = make_run(folder, name, **sections)
+    run_ranks(run, patch=patch)
+    return losses(run)
+
+
+def largest_difference(a, b):
+    assert len(a) == len(b) == STEPS
+    return max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["lora", "map"])
+def test_ddp_and_fsdp_repeat_singles_losses(tmp_path, method, compute):
+    """Within three times what the order of addition alone does to single, and never above the cap."""
+    cap = {"float32": 1e-4, "bfloat16": 1e-2}[compute]
+    common = {
+        "adapter": {"method": method, "rank": 4, "alpha": 8.0},
+        "quantization": {"format": "nf4", "compute": compute},
+        "train": {"max_steps": STEPS, "learning_rate": 0.01, "global_batch_size": 4, "micro_batch_size": 1},
+    }
+    single = curve(tmp_path, "single", **common)
+    reordered = curve(tmp_path, "reordered", patch=reverse_micro_batches, **common)
+    tolerance = min(3 * largest_difference(single, reordered), cap)
+    for strategy in ("ddp", "fsdp"):
+        parallel = {"strategy": strategy, "gpus_per_node": 2}
+        found = curve(tmp_path, strategy, parallel=parallel, **common)
+        assert largest_difference(single, found) <= tolerance, (strategy, single, found)
+    assert single[-1] < single[0]
+
+
+def test_fsdp_with_cpu_offload_repeats_singles_losses(tmp_path):
+    common = {"train": {"max_steps": STEPS, "learning_rate": 0.01, "global_batch_size": 4, "micro_batch_size": 2}}
+    single = curve(tmp_path, "single", **common)
+    offload = {"strategy": "fsdp", "gpus_per_node": 2, "cpu_offload": True}
+    assert largest_difference(single, curve(tmp_path, "offload", parallel=offload, **common)) < 1e-5
+
+
+@pytest.mark.parametrize("split", [(1, 2), (2, 1), (2, 2), (4, 1)])
+def test_loss_is_per_token_whatever_the_split(tmp_path, split):
+    """ranks x micro batch: the sum over tokens divided once by their global count, never a mean of means."""
+    world, micro = split
+    train = {"max_steps": 2, "learning_rate": 0.01, "global_batch_size": 8}
+    parallel = {"strategy": "ddp", "gpus_per_node": world} if world > 1 else {}
+    data = {"packing": False}
+    whole = make_run(tmp_path, "whole", train={**train, "micro_batch_size": 8}, data=_merge(tmp_path, data))
+    run_ranks(whole)
+    parts = make_run(
+        tmp_path, "parts", train={**train, "micro_batch_size": micro}, data=_merge(tmp_path, data), parallel=parallel
+    )
+    run_ranks(parts)
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def _merge(folder, data):
+    from tiny import recipe_data
+
+    return {**recipe_data(folder)["data"], **data}

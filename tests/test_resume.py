@@ -1,0 +1,142 @@
+"""N steps equal k + (N - k) steps, and a checkpoint loads on other numbers of ranks."""
+
+import json
+
+import pytest
+import torch
+from tiny import losses, make_run, run_ranks
+
+from decompft.launcher.checkpoints import newest_valid
+from decompft.launcher.runs import RunDir
+from decompft.launcher.worker.restore import load_adapter, open_checkpoint
+
+pytestmark = pytest.mark.dist
+
+TRAIN = {"max_steps": 6, "learning_rate": 0.01, "global_batch_size": 4, "micro_batch_size": 1, "warmup_steps": 2}
+WORLDS = {
+    "single": {},
+    "ddp": {"strategy": "ddp", "gpus_per_node": 2},
+    "fsdp": {"strategy": "fsdp", "gpus_per_node": 2},
+}
+
+
+def start(folder, name, world="single", **sections):
+    return make_run(folder, name, **{"train": TRAIN, "parallel": WORLDS[world]} | sections)
+
+
+def continue_as(folder, name, first: RunDir, world="single", **sections):
+    """A new incarnation of the same run, under another world if asked."""
+    run = start(folder, name, world, **sections)
+    checkpoint, skipped = newest_valid(first.checkpoints_dir)
+    assert checkpoint is not None and not skipped
+    run_ranks(run, resume=checkpoint)
+    return run
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("method", ["lora", "map"])
+def test_stopped_and_resumed_equals_unbroken_bit_for_bit(tmp_path, world, method):
+    adapter = {"adapter": {"method": method, "rank": 4, "alpha": 8.0, "dropout": 0.1}}
+    unbroken = start(tmp_path, "unbroken", world, **adapter)
+    run_ranks(unbroken)
+    first = start(tmp_path, "first", world, **adapter, train={**TRAIN, "stop_after_steps": 3})
+    run_ranks(first)
+    rest = continue_as(tmp_path, "rest", first, world, **adapter)
+    assert losses(first) + losses(rest) == losses(unbroken)
+    tensors, _ = load_adapter(rest.path / "adapter")
+    expected, _ = load_adapter(unbroken.path / "adapter")
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[n], expected[n]) for n in tensors)
+
+
+@pytest.mark.parametrize(("before", "after"), [(a, b) for a in WORLDS for b in WORLDS if a != b])
+def test_resume_on_another_world(tmp_path, before, after):
+    first = start(tmp_path, "first", before, train={**TRAIN, "stop_after_steps": 3})
+    run_ranks(first)
+    rest = continue_as(tmp_path, "rest", first, after)
+    unbroken = start(tmp_path, "unbroken", "single")
+    run_ranks(unbroken)
+    # the tolerance of the parity tests' fp32 cap
+    assert losses(first) + losses(rest) == pytest.approx(losses(unbroken), rel=1e-4)
+
+
+def test_parameters_and_moments_are_bit_equal_right_after_loading(tmp_path):
+    """fsdp on 2 writes, single reads and stops at once: its own checkpoint holds the same numbers."""
+    first = start(tmp_path, "first", "fsdp", train={**TRAIN, "stop_after_steps": 3})
+    run_ranks(first)
+    written = open_checkpoint(newest_valid(first.checkpoints_dir)[0])
+
+    def save_at_once() -> None:
+        from decompft.launcher.worker import train
+
+        # the loop writes a checkpoint when it stops; asked to stop before any step, it only loads and saves
+        original = train.restore
+
+        def restore(checkpoint, built, optimizer, engine):
+            original(checkpoint, built, optimizer, engine)
+            from decompft.launcher.worker.state import slices
+
+            from decompft.launcher.worker.checkpoint import save
+
+            save(
+                second.path, 3, slices(built, optimizer, engine), checkpoint.state, rank=0, world_size=1,
+                barrier=engine.barrier, all_ok=engine.all_ranks, incarnation=1, keep=1, adapter_json={},
+            )  # fmt: skip
+
+        train.restore = restore
+
+    second = start(tmp_path, "second", "single", train={**TRAIN, "stop_after_steps": 3})
+    run_ranks(second, resume=newest_valid(first.checkpoints_dir)[0], patch=save_at_once)
+    read = open_checkpoint(newest_valid(second.checkpoints_dir)[0])
+    for kind in ("param", "exp_avg", "exp_avg_sq", "step"):
+        assert read.names(kind) == written.names(kind)
+        for name in read.names(kind):
+            rows = written.shape(name, kind)[0]
+            assert torch.equal(read.read_rows(name, kind, 0, rows), written.read_rows(name, kind, 0, rows))
+
+
+def test_no_pickle_in_a_checkpoint(tmp_path):
+    run = start(tmp_path, "run")
+    run_ranks(run)
+    kinds = {p.suffix for p in run.checkpoints_dir.rglob("*") if p.is_file() and p.name != "COMPLETE"}
+    assert kinds == {".safetensors", ".json"}
+
+
+def test_a_checkpoint_of_another_base_is_refused(tmp_path):
+    first = start(tmp_path, "first", train={**TRAIN, "stop_after_steps": 3})
+    run_ranks(first)
+    other = start(tmp_path, "other", quantization={"format": "none", "compute": "float32"})
+    with pytest.raises(AssertionError, match="trained over another base: quantization"):
+        run_ranks(other, resume=newest_valid(first.checkpoints_dir)[0])
+
+
+def test_stop_file_stops_after_a_checkpoint(tmp_path):
+    """What Ctrl-C does: every rank ends at the same step, saved, with the outcome `checkpointed`."""
+    run = start(tmp_path, "run", "ddp")
+
+    def ask_to_stop_at_step_2() -> None:
+        from decompft.launcher.worker.data import feed
+
+        original = feed.PreparedTrain.step
+
+        def step(self, number, *args, **kwargs):
+            if number == 2:
+                run.stop_file(1).touch()
+            return original(self, number, *args, **kwargs)
+
+        feed.PreparedTrain.step = step
+
+    run_ranks(run, patch=ask_to_stop_at_step_2)
+    assert len(losses(run)) == 3
+    assert newest_valid(run.checkpoints_dir)[0].name == "step-00000003"
+    assert not (run.path / "adapter").exists()
+
+
+def test_adapter_file_describes_itself(tmp_path):
+    run = start(tmp_path, "run")
+    run_ranks(run)
+    description = json.loads((run.path / "adapter" / "adapter.json").read_text())
+    assert description["adapter"]["method"] == "map"
+    assert description["adapter"]["options"]["eps"] == 1e-6
+    assert description["formula"]["is_reading"] is False
+    assert len(description["base"]["sha256"]) == 64

@@ -1,0 +1,113 @@
+"""Tiny runs for tests: a real recipe, a real run directory, real ranks as forked processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from decompft.launcher.machine import Machine
+from decompft.launcher.planner import make
+from decompft.launcher.runs import RunDir
+from decompft.launcher.source import parse
+from decompft.launcher.worker.main import Rank, run_rank
+from decompft.launcher.worker.tools import prepare
+
+LLAMA = {
+    "model_type": "llama", "vocab_size": 260, "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+}  # fmt: skip
+CPU = Machine(num_cores=2, host_memory_bytes=16 * 2**30)
+
+
+def recipe_data(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    """A recipe for a model of 100,000 weights and 40 short records; sections are merged over it."""
+    path = folder / "data.jsonl"
+    if not path.exists():
+        rows = [{"instruction": f"Say {i} times {i}.", "output": f"It is {i * i}."} for i in range(40)]
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    base: dict[str, Any] = {
+        "model": {"config": LLAMA, "weights": "random"},
+        "quantization": {"format": "nf4", "compute": "float32"},
+        "adapter": {"method": "map", "rank": 4, "alpha": 8.0},
+        "data": {
+            "train": [{"path": str(path), "format": "instruction"}],
+            "sequence_length": 256,
+            "cache_dir": str(folder / "cache"),
+        },
+        "train": {"max_steps": 4, "learning_rate": 0.01, "global_batch_size": 4, "micro_batch_size": 1},
+    }
+    for name, section in sections.items():
+        base[name] = {**base.get(name, {}), **section}
+    return base
+
+
+def make_run(folder: Path, name: str = "run", **sections: dict[str, Any]) -> RunDir:
+    """A planned and prepared run directory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(recipe_data(folder, **sections))  # JSON is YAML
+    recipe = parse(text, where="test", base_dir=folder, overrides=())
+    run = RunDir.create(folder / name, recipe_text=text, plan=make(recipe, machine=CPU))
+    prepare.main([str(run.path)])
+    return run
+
+
+def run_ranks(run: RunDir, *, resume: Path | None = None, patch: Callable[[], None] | None = None) -> int:
+    """Run one incarnation with the plan's world size; returns its number. A failing rank fails the test."""
+    incarnation = run.next_incarnation()
+
+    def rank_main(rank: int) -> None:
+        if patch is not None:
+            patch()
+        with open(run.rank_log(incarnation, rank), "w") as stream:
+            run_rank(Rank(run=run, incarnation=incarnation, resume=resume, rank=rank, stream=stream))
+
+    fork(rank_main, run.read_plan().world.size)
+    return incarnation
+
+
+def fork(work: Callable[[int], None], world_size: int) -> None:
+    """Run `work(rank)` in forked processes joined by gloo's environment; errors are raised here."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    queue = mp.get_context("fork").SimpleQueue()
+    context = mp.start_processes(
+        _child, args=(work, world_size, port, queue), nprocs=world_size, join=False, start_method="fork"
+    )
+    try:
+        while not context.join(timeout=120):
+            pass
+    except Exception as error:
+        told = "" if queue.empty() else queue.get()
+        raise AssertionError(f"a rank failed:\n{told or error}") from None
+
+
+def metrics(run: RunDir) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
+
+
+def losses(run: RunDir) -> list[float]:
+    return [row["loss"] for row in metrics(run)]
+
+
+def _child(rank: int, work: Callable[[int], None], world_size: int, port: int, queue: Any) -> None:
+    torch.set_num_threads(1)  # first: a forked process hangs in the parent's OpenMP pool
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    try:
+        work(rank)
+    except BaseException:
+        queue.put(traceback.format_exc())
+        sys.stderr.flush()
+        os._exit(1)
