@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.frozen.dense import DenseLinear
 from decompft.adapters.frozen.nf4 import Nf4Linear
-from decompft.adapters.inject import adapters, inject
+from decompft.adapters.inject import MakeFrozen, adapters, inject
 from decompft.adapters.spec import ADAPTER_SPECS, AdapterConfig
 from decompft.adapters.targets import TargetMismatch
 from decompft.launcher.errors import AdapterError
-from decompft.launcher.recipe import AdapterSection, QuantizationSection, Recipe
+from decompft.launcher.recipe import AdapterSection, ModelSection, QuantizationSection
 from decompft.launcher.worker.engines.base import Engine
 from decompft.launcher.worker.load import Progress, load_base
 from decompft.launcher.worker.model import (
@@ -41,53 +40,85 @@ class Built:
     kernels: str  # which library computes norms and activations, in words
 
 
+@dataclass(frozen=True, kw_only=True)
+class Outline:
+    """A model on meta, with what is known of it before a weight is read."""
+
+    hf: Any  # the transformers model
+    shapes: dict[str, tuple[int, ...]]  # of its parameters before injection, as transformers names them
+    adapted: tuple[str, ...]
+    new_heads: set[str]  # modules that a checkpoint need not have
+    whole: set[str]  # modules that train whole
+
+
 def build(
-    recipe: Recipe,
+    section: ModelSection,
+    quantization: QuantizationSection,
+    adapter: AdapterSection | None,
     engine: Engine,
     *,
+    seed: int,
     model_dir: Path | None,
     recompute: bool,
-    adapter: AdapterSection | None,
     progress: Progress = lambda done, total: None,
 ) -> Built:
-    """Build the recipe's model on `engine`.
+    """Build a model on `engine` from three sections of a recipe, or of an adapter.json.
 
     Args:
+        adapter: None for the bare frozen base.
+        seed: of the adapter's start, of new tensors, and of random weights.
         model_dir: folder of the checkpoint; None for a model made from config.
         recompute: activation checkpointing of every block.
-        adapter: recipe.adapter, or None for the bare frozen base.
 
     Raises:
         ModelError, AdapterError: model and checkpoint, or targets and model, do not fit.
     """
-    compute = DTYPES[recipe.quantization.compute]
-    config = read_config(recipe.model, model_dir)
-    hf = build_on_meta(config, recipe.model, compute)
-    shapes = {n: tuple(p.shape) for n, p in hf.named_parameters()}
+    outline = outline_of(section, quantization, adapter, model_dir)
+    hf, shapes = outline.hf, outline.shapes
     kernels = _use_liger(hf, engine)
-    heads = head_names(hf)
-    adapted = _inject(hf, recipe, adapter, heads)
-    new_head = set() if recipe.model.task == "causal-lm" else set(heads)
-    whole = _train_whole(hf, [] if adapter is None else adapter.train_modules, new_head, compute)
     if recompute:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = LossModel(hf, recipe.model.task)
+    model = LossModel(hf, section.task)
     engine.shard(model, blocks(hf))
     engine.materialize(model)
     fill_buffers(hf)
-    source: TensorSource
-    if recipe.model.weights == "random":
-        source = RandomSource(recipe.train.seed, shapes, engine.device)
-    else:
-        assert model_dir is not None
-        source = SafetensorsSource(model_dir)
-    new = {n for n in shapes if any(n == h or n.startswith(h + ".") for h in new_head)}
-    load_base(hf, source, engine, prefix=hf.base_model_prefix, new=new, seed=recipe.train.seed, progress=progress)
+    source = open_source(section, model_dir, seed, shapes, engine.device)
+    new = {n for n in shapes if any(n == h or n.startswith(h + ".") for h in outline.new_heads)}
+    load_base(hf, source, engine, prefix=hf.base_model_prefix, new=new, seed=seed, progress=progress)
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers())), "a tensor was left on meta"
     trained = {n: p for n, p in hf.named_parameters() if p.requires_grad}
     buffers = {f"{n}.{b}": t for n, a in adapters(hf) for b, t in a.named_buffers(recurse=False)}
-    assert set(trained) == _expected(hf, whole), "what trains is not what was injected"
-    return Built(model=model, trained=trained, buffers=buffers, adapted=tuple(adapted), kernels=kernels)
+    assert set(trained) == _expected(hf, outline.whole), "what trains is not what was injected"
+    return Built(model=model, trained=trained, buffers=buffers, adapted=outline.adapted, kernels=kernels)
+
+
+def outline_of(
+    section: ModelSection, quantization: QuantizationSection, adapter: AdapterSection | None, model_dir: Path | None
+) -> Outline:
+    """The model on meta with its adapters and frozen layers in place, no weight read.
+
+    Raises:
+        ModelError, AdapterError: as `build`.
+    """
+    compute = DTYPES[quantization.compute]
+    hf = build_on_meta(read_config(section, model_dir), section, compute)
+    shapes = {n: tuple(p.shape) for n, p in hf.named_parameters()}
+    heads = head_names(hf)
+    dense = DTYPES[quantization.compute if section.dtype == "auto" else section.dtype]
+    adapted = _inject(hf, adapter, heads, frozen_maker(quantization, dense))
+    new_heads = set() if section.task == "causal-lm" else set(heads)
+    whole = _train_whole(hf, [] if adapter is None else adapter.train_modules, new_heads, compute)
+    return Outline(hf=hf, shapes=shapes, adapted=tuple(adapted), new_heads=new_heads, whole=whole)
+
+
+def open_source(
+    section: ModelSection, model_dir: Path | None, seed: int, shapes: dict[str, tuple[int, ...]], device: torch.device
+) -> TensorSource:
+    """Where the base's weights come from."""
+    if section.weights == "random":
+        return RandomSource(seed, shapes, device)
+    assert model_dir is not None
+    return SafetensorsSource(model_dir)
 
 
 def adapter_config(section: AdapterSection) -> AdapterConfig:
@@ -100,9 +131,7 @@ def adapter_config(section: AdapterSection) -> AdapterConfig:
     )
 
 
-def frozen_maker(
-    quantization: QuantizationSection, dense: torch.dtype
-) -> Callable[[str, int, int, torch.dtype | None], FrozenLinear]:
+def frozen_maker(quantization: QuantizationSection, dense: torch.dtype) -> MakeFrozen:
     """How a linear layer of the base is stored.
 
     Raises (when called):
@@ -125,13 +154,12 @@ def frozen_maker(
     return make
 
 
-def _inject(hf: Any, recipe: Recipe, adapter: AdapterSection | None, heads: list[str]) -> list[str]:
-    dense = DTYPES[recipe.quantization.compute if recipe.model.dtype == "auto" else recipe.model.dtype]
+def _inject(hf: Any, adapter: AdapterSection | None, heads: list[str], make: MakeFrozen) -> list[str]:
     config = None if adapter is None else adapter_config(adapter)
     targets = "all-linear" if adapter is None else adapter.targets
     try:
         with torch.device("meta"):
-            return inject(hf, config, targets, heads, frozen_maker(recipe.quantization, dense))
+            return inject(hf, config, targets, heads, make)
     except TargetMismatch as error:
         raise AdapterError(f"adapter.targets: {error}", "see the layers with: decompft plan RECIPE --json") from error
 

@@ -114,8 +114,13 @@ def save(
     return final
 
 
-def save_adapter(folder: Path, tensors: Mapping[str, Tensor], adapter_json: Mapping[str, Any]) -> None:
+def save_adapter(
+    folder: Path, tensors: Mapping[str, Tensor], adapter_json: Mapping[str, Any], *, tokenizer: Path | None = None
+) -> None:
     """Writes adapter.safetensors and adapter.json as a new folder, replacing an old one; one rank calls it.
+
+    Args:
+        tokenizer: folder of the tokenizer that it was trained with; copied to folder/tokenizer.
 
     Raises:
         RunFailed: the disk is full or refuses; an old folder is untouched.
@@ -125,6 +130,8 @@ def save_adapter(folder: Path, tensors: Mapping[str, Tensor], adapter_json: Mapp
         shutil.rmtree(temp, ignore_errors=True)
         temp.mkdir(parents=True)
         _write_adapter(temp, [_entry(name, tensor) for name, tensor in tensors.items()], adapter_json)
+        if tokenizer is not None:
+            shutil.copytree(tokenizer, temp / "tokenizer")
         fsync_folder(temp)
         load_adapter(temp)
         _move_into_place(temp, folder)
@@ -193,7 +200,7 @@ def _write_manifest(temp: Path, head: dict[str, Any], adapter_json: Mapping[str,
         for kind, entry in kinds.items():
             _check_cover(name, kind, entry)
     manifest = {**head, "tensors": tensors, "files": files}
-    files.update(_write_adapter(temp, _params(Checkpoint(temp, manifest)), adapter_json))
+    files.update(_write_adapter(temp, _params(Checkpoint(temp, manifest)), {**adapter_json, "step": head["step"]}))
     record = write_json(temp / "manifest.json", manifest)
     fsync_folder(temp / "state")
     write_bytes(temp / "COMPLETE", record["sha256"].encode() + b"\n")

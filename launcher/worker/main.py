@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -74,7 +74,7 @@ def run_rank(this: Rank) -> Outcome:
     from decompft.launcher.worker.engines.choose import make_engine
     from decompft.launcher.worker.metrics import Metrics
     from decompft.launcher.worker.prepared import Prepared
-    from decompft.launcher.worker.report import closing_lines
+    from decompft.launcher.worker.report import peak_memory
     from decompft.launcher.worker.state import whole_tensors
     from decompft.launcher.worker.train import train
 
@@ -93,8 +93,8 @@ def run_rank(this: Rank) -> Outcome:
         if resume is not None:
             _same_base(resume.state["base"], prepared.identity, this.resume)
         built = build(
-            recipe, engine, model_dir=prepared.model_dir, recompute=plan.recompute == "full",
-            adapter=recipe.adapter, progress=_loading(this),
+            recipe.model, recipe.quantization, recipe.adapter, engine, seed=recipe.train.seed,
+            model_dir=prepared.model_dir, recompute=plan.recompute == "full", progress=_loading(this),
         )  # fmt: skip
         with Metrics(
             this.run.path, rank=engine.rank, incarnation=this.incarnation, logging=recipe.logging,
@@ -109,11 +109,15 @@ def run_rank(this: Rank) -> Outcome:
                 plan, built, engine, data, held_out, this.run, incarnation=this.incarnation,
                 resume=resume, metrics=metrics, adapter_json=adapter_json,
             )  # fmt: skip
-            for line in closing_lines(plan, engine):
-                metrics.message(line)
+            peak = peak_memory(plan, engine)
+            metrics.message(peak.line())
+            metrics.event("memory", step=outcome.step, **asdict(peak))
             if outcome.result == "finished" and engine.rank == 0:
                 newest = open_checkpoint(this.run.checkpoints_dir / f"step-{outcome.step:08d}")
-                save_adapter(this.run.path / "adapter", whole_tensors(newest), adapter_json)
+                save_adapter(
+                    this.run.path / "adapter", whole_tensors(newest), adapter_json | {"step": newest.step},
+                    tokenizer=prepared.tokenizer_dir,
+                )  # fmt: skip
                 metrics.message(f"adapter: {this.run.path / 'adapter'}")
         engine.barrier()
         if engine.device.type == "cuda":

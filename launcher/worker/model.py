@@ -131,12 +131,15 @@ class LossModel(nn.Module):
         hidden: Tensor = out.last_hidden_state
         return hidden
 
+    def head(self, hidden: Tensor) -> Tensor:
+        """float32 logits (..., V) of hidden states (..., H); of families with a plain head only."""
+        head = self.model.get_output_embeddings()
+        return head_logits(hidden, head.weight, head.bias, self._softcap())
+
     def logits(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         """float32 logits (B, T, V)."""
         if self.plain_head:
-            hidden = self.hidden(input_ids, position_ids)
-            head = self.model.get_output_embeddings()
-            return head_logits(hidden, head.weight, head.bias, self._softcap())
+            return self.head(self.hidden(input_ids, position_ids))
         out = self.model(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
         return out.logits.float()
 

@@ -16,6 +16,7 @@ from decompft.launcher.checking import check_weights
 from decompft.launcher.errors import ModelError
 from decompft.launcher.packaged import is_packaged, packaged_file
 from decompft.launcher.plan import Plan
+from decompft.launcher.recipe import ModelSection
 from decompft.launcher.worker.gguf_convert import RECORD, converted
 
 _INDEX = "model.safetensors.index.json"
@@ -24,13 +25,24 @@ _REMOTE_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")  # ne
 _REMOTE_EXTRAS = ("*/*", "consolidated*")  # subfolders hold other formats; consolidated: the weights again
 
 
-def resolve(plan: Plan, say: Callable[[str], None] = lambda line: print(line, flush=True)) -> Path | None:
-    """The folder of the plan's model, after converting or downloading what has to be.
+def resolve(plan: Plan) -> Path | None:
+    """The folder of the plan's model, as `resolve_model`."""
+    return resolve_model(plan.recipe.model, known=None if plan.model_dir is None else Path(plan.model_dir))
+
+
+def resolve_model(
+    model: ModelSection,
+    *,
+    known: Path | None = None,
+    say: Callable[[str], None] = lambda line: print(line, flush=True),
+) -> Path | None:
+    """The folder of a model, after converting or downloading what has to be.
 
     A local folder is returned as it is, a GGUF file is converted once and cached, a hub id is downloaded
     into the hub's own cache.
 
     Args:
+        known: a folder with the config of a hub id, used when its weights are not needed.
         say: takes a line for the user before work that lasts.
 
     Returns:
@@ -40,7 +52,6 @@ def resolve(plan: Plan, say: Callable[[str], None] = lambda line: print(line, fl
     Raises:
         ModelError: not found, not reachable, incomplete, or only there as pickles.
     """
-    model = plan.recipe.model
     if model.id is None:
         return None
     needs_weights = model.weights == "checkpoint"
@@ -52,7 +63,7 @@ def resolve(plan: Plan, say: Callable[[str], None] = lambda line: print(line, fl
     if path.suffix == ".gguf" or path.is_absolute() or model.id.startswith(("./", "../", "~")):
         raise ModelError(f"model.id: {model.id} does not exist", "name a folder, a .gguf file, or a hub id")
     if not needs_weights:  # the shape is in the plan's source of shapes; nothing is worth a download
-        return Path(plan.model_dir) if plan.model_dir else None
+        return known
     return _checked(_downloaded(model.id, model.revision, model.trust_remote_code, say), needs_weights)
 
 

@@ -24,6 +24,7 @@ from decompft.launcher.worker.model import LossModel
 from decompft.launcher.worker.metrics import Metrics, StepRow
 from decompft.launcher.worker.optimizer import clip_gradients, make_optimizer, schedule, set_learning_rate
 from decompft.launcher.worker.proofs import prove_gradients
+from decompft.launcher.worker.report import peak_bytes
 from decompft.launcher.worker.state import restore, slices
 
 
@@ -139,7 +140,7 @@ def train(
                     step=at.step, epoch=data.epoch_at(at.step) or 0.0, loss=loss_value,
                     learning_rate=recipe.train.learning_rate * factor(at.step - 1), grad_norm=grad_norm,
                     tokens_per_s=tokens / step_s, trained_tokens=step.num_targets_global,
-                    peak_mem_bytes=peak_memory(engine.device), step_s=step_s,
+                    peak_mem_bytes=peak_bytes(engine.device), step_s=step_s,
                 )
             )  # fmt: skip
         stopped = stops > 0 or at.step == stop_after
@@ -172,15 +173,6 @@ def seed_step(seed: int, step: int, micro_batch: int, rank: int) -> None:
     """Fix every random draw of one micro batch (dropout): a resumed run draws the same."""
     digest = hashlib.sha256(f"{seed}:{step}:{micro_batch}:{rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: reserved on a GPU, resident on a CPU, since the process began."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def not_finite(step: int, loss: float, grad_norm: float, ids: Sequence[int], saved: int | None) -> RunFailed:

@@ -21,7 +21,7 @@ def make_engine(plan: Plan) -> Engine:
         # torch.distributed.fsdp takes 2 s to import
         from decompft.launcher.worker.engines.fsdp import FsdpEngine
 
-        return FsdpEngine(device, timeout_s=timeout_s, cpu_offload=plan.recipe.parallel.cpu_offload)
+        return FsdpEngine(device, timeout_s=timeout_s, cpu_offload=plan.cpu_offload)
     if plan.strategy == "ddp":
         from decompft.launcher.worker.engines.ddp import DdpEngine
 

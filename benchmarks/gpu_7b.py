@@ -1,0 +1,116 @@
+"""Tokens/s and peak memory of one training step, Llama-2-7B's shape, ours beside PEFT + Liger.
+
+    python benchmarks/gpu_7b.py --gpus 1 --out benchmarks/results/single_gpu.json
+    python benchmarks/gpu_7b.py --gpus 2 --out benchmarks/results/multi_gpu.json
+
+Each case is a process of its own, ours through `launch` as a user starts it. A figure is the
+median of 20 steps after 5. The peer is ../shared/gpu/peers.py, timed in the same call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import statistics
+import string
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ROOT / "benchmarks" / "llama7b_shape.yaml"
+WORK = ROOT / ".bench"
+WARM_UP, STEPS = 5, 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--peers", type=Path, help="peers.py of the benchmark machine")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    WORK.mkdir(exist_ok=True)
+    write_text(WORK / "random.jsonl", num_records=(WARM_UP + STEPS) * 8)
+    rows = [run_ours(n, o) for n, o in cases(args.gpus) if args.only in n]
+    if args.peers is not None and args.gpus == 1:
+        rows += [run_peer(args.peers, case) for case in ("nf4-liger", "nf4-liger-gc") if args.only in case]
+    for row in rows:
+        print(json.dumps({k: v for k, v in row.items() if k not in ("losses", "command")}), flush=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
+
+
+def cases(gpus: int) -> list[tuple[str, list[str]]]:
+    """(name, overrides); with two GPUs the same global batch on every strategy, so that losses compare."""
+    if gpus == 1:
+        return [
+            (f"{method}-{recompute}", [f"adapter.method={method}", f"train.recompute={recompute}"])
+            for method in ("map", "lora")
+            for recompute in ("none", "full")
+        ]
+    common = ["adapter.method=map", "train.global_batch_size=8"]
+    return [
+        ("map-single", [*common, "parallel.strategy=single", "parallel.gpus_per_node=1"]),
+        ("map-ddp", [*common, "parallel.strategy=ddp", f"parallel.gpus_per_node={gpus}"]),
+        ("map-fsdp", [*common, "parallel.strategy=fsdp", f"parallel.gpus_per_node={gpus}"]),
+        ("map-fsdp-full", [*common, "parallel.strategy=fsdp", f"parallel.gpus_per_node={gpus}", "train.recompute=full"]),
+    ]  # fmt: skip
+
+
+def run_ours(name: str, overrides: list[str]) -> dict[str, Any]:
+    run = WORK / "runs" / name
+    shutil.rmtree(run, ignore_errors=True)
+    argv = [sys.executable, "-c", "from decompft.launcher.cli import main; main()", "launch", str(RECIPE)]
+    argv += [*overrides, "--run-dir", str(run)]
+    began = time.perf_counter()
+    done = subprocess.run(argv, capture_output=True, text=True)
+    if done.returncode:
+        return {"stack": "decompft", "case": name, "error": (done.stdout + done.stderr)[-3000:]}
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    memory = next(e for e in map(json.loads, (run / "events.jsonl").open()) if e["event"] == "memory")
+    plan = json.loads((run / "plan.json").read_text())
+    timed = rows[WARM_UP:]
+    return {
+        "stack": "decompft", "case": name, "adapter": plan["recipe"]["adapter"]["method"], "quantization": "nf4+dq",
+        "compute": "bfloat16", "recompute": plan["recompute"], "strategy": plan["strategy"],
+        "ranks": plan["world"]["ranks_per_node"], "micro_batch": plan["batch"]["micro_size"],
+        "accumulation": plan["batch"]["accumulation"], "sequence_length": plan["recipe"]["data"]["sequence_length"],
+        "tokens_per_s": round(statistics.median(r["tokens_per_s"] for r in timed)),
+        "peak_gib": round(memory["measured"] / 2**30, 2), "peak_in_tensors_gib": round(memory["allocated"] / 2**30, 2),
+        "forecast_gib": round(memory["forecast"] / 2**30, 2),
+        "forecast_error_percent": round(100 * (memory["forecast"] / memory["measured"] - 1), 1),
+        "losses": [r["loss"] for r in rows], "wall_s": round(time.perf_counter() - began, 1),
+        "command": f"decompft launch benchmarks/llama7b_shape.yaml {' '.join(overrides)}",
+    }  # fmt: skip
+
+
+def run_peer(script: Path, case: str) -> dict[str, Any]:
+    argv = [sys.executable, str(script), "--case", case, "--bs", "4", "--steps", str(WARM_UP + STEPS)]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    if done.returncode:
+        return {"stack": "peft", "case": case, "error": (done.stdout + done.stderr)[-3000:]}
+    row = json.loads(done.stdout.strip().splitlines()[-1])
+    return {
+        "stack": "peft", "case": case, "adapter": "lora", "quantization": "nf4+dq", "compute": "bfloat16",
+        "recompute": "full" if "gc" in case else "none", "strategy": "single", "ranks": 1, "micro_batch": 4,
+        "sequence_length": 2048, "tokens_per_s": row["tok_s"], "peak_in_tensors_gib": row["peak_GiB"],
+        "command": f"python peers.py --case {case} --bs 4 --steps {WARM_UP + STEPS}",
+    }  # fmt: skip
+
+
+def write_text(path: Path, *, num_records: int) -> None:
+    """Records that fill a row of the byte tokenizer: 2,047 letters and the end token."""
+    draw = random.Random(0)
+    with path.open("w") as file:
+        for _ in range(num_records):
+            text = "".join(draw.choices(string.ascii_lowercase + " ", k=2047))
+            file.write(json.dumps({"text": text}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
