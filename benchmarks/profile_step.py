@@ -22,7 +22,10 @@ RECIPE = Path(__file__).resolve().parent / "llama7b_shape.yaml"
 def main() -> None:
     plan = make(load(RECIPE, sys.argv[1:]))
     recipe, engine = plan.recipe, make_engine(plan)
-    built = build(recipe, engine, model_dir=None, recompute=plan.recompute == "full", adapter=recipe.adapter)
+    built = build(
+        recipe.model, recipe.quantization, recipe.adapter, engine,
+        seed=0, model_dir=None, recompute=plan.recompute == "full",
+    )  # fmt: skip
     optimizer = make_optimizer(built.model.model, built.trained, recipe.train, engine)
     engine.prepare_gradients(list(built.trained.values()))
     length = recipe.data.sequence_length

@@ -1,0 +1,189 @@
+"""A trained adapter over its base, ready to be asked: built from adapter.json alone, or the bare base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from decompft.adapters.inject import adapters
+from decompft.launcher.checkpoints import newest_valid
+from decompft.launcher.errors import AdapterError, UserError
+from decompft.launcher.recipe import AdapterSection, ModelSection, QuantizationSection
+from decompft.launcher.worker.build import build
+from decompft.launcher.worker.engines.base import Engine
+from decompft.launcher.worker.load import Progress
+from decompft.launcher.worker.model import LossModel
+from decompft.launcher.worker.modelfiles import identity, resolve_model
+from decompft.launcher.worker.restore import load_adapter
+from decompft.launcher.worker.state import place_adapter
+from decompft.launcher.worker.tokenizers import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """An adapter folder as it was read, and where its base lies here."""
+
+    folder: Path
+    tensors: dict[str, Tensor]
+    model: ModelSection
+    quantization: QuantizationSection
+    adapter: AdapterSection
+    seed: int
+    formats: tuple[str, ...]  # of the data it was trained on
+    step: int | None  # optimizer steps it was trained for
+    model_dir: Path | None
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The run's tokenizer, which lies beside the adapter or in the run of its checkpoint."""
+        for place in (self.folder / "tokenizer", self.folder.parent.parent / "tokenizer"):
+            if place.is_dir():
+                return load_tokenizer(self.model.model_copy(update={"tokenizer": None}), place)
+        return load_tokenizer(self.model, self.model_dir)
+
+    def settle(self, model: torch.nn.Module) -> None:
+        """Bring what depends on the step (a magnitude's warm-up) to where training left it."""
+        for _, layer in adapters(model):
+            if self.step:
+                layer.on_step(self.step - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model in evaluation mode on one device, and its tokenizer."""
+
+    model: LossModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    model_dir: Path | None
+    formats: tuple[str, ...]  # that the adapter was trained on; empty for a bare base
+
+
+def load(
+    adapter: str | None,
+    *,
+    base: str | None,
+    use_adapter: bool = True,
+    progress: Progress = lambda done, total: None,
+    say: Callable[[str], None],
+) -> Loaded:
+    """Build an adapter over its base, on a GPU if there is one.
+
+    Args:
+        adapter: an adapter folder, a run directory, or a checkpoint folder; None for `base` alone.
+        base: another place of the model that adapter.json names; without an adapter, any model.
+        use_adapter: False gives the base as the adapter was trained on, quantized and without it.
+        say: takes a line for the user before work that lasts.
+
+    Raises:
+        UserError: neither is given, or something is missing, damaged, or does not fit.
+    """
+    engine = Engine(torch.device("cuda" if torch.cuda.is_available() else "cpu"), timeout_s=60)
+    if adapter is None:
+        return _bare(base, engine, progress, say)
+    found = open_adapter(adapter, base=base, say=say)
+    built = build(
+        found.model, found.quantization, found.adapter if use_adapter else None, engine,
+        seed=found.seed, model_dir=found.model_dir, recompute=False, progress=progress,
+    )  # fmt: skip
+    if use_adapter:
+        place_adapter(built, found.tensors, engine)
+        found.settle(built.model)
+    return Loaded(
+        model=built.model.eval().requires_grad_(False),
+        tokenizer=found.tokenizer(),
+        device=engine.device,
+        model_dir=found.model_dir,
+        formats=found.formats,
+    )
+
+
+def open_adapter(adapter: str, *, base: str | None, say: Callable[[str], None]) -> Adapter:
+    """Read an adapter's folder and find its base; the base's weights are not read yet.
+
+    Raises:
+        AdapterError: no adapter there, damaged, or `base` is not what it was trained on.
+        ModelError: the base is not here.
+    """
+    folder = adapter_folder(adapter)
+    tensors, description = load_adapter(folder)
+    model = ModelSection.model_validate_json(json.dumps(description["model"]))
+    if base is not None:
+        kept = model.revision if base == model.id else "main"
+        weights = "checkpoint" if model.config is not None else model.weights
+        model = model.model_copy(update={"id": base, "config": None, "revision": kept, "weights": weights})
+    model_dir = resolve_model(model, say=say)
+    _check_base(description["base"], model_dir, folder)
+    return Adapter(
+        folder=folder,
+        tensors=tensors,
+        model=model,
+        quantization=QuantizationSection.model_validate_json(json.dumps(description["quantization"])),
+        adapter=AdapterSection.model_validate_json(json.dumps(description["adapter"])),
+        seed=description["seed"],
+        formats=tuple(description["data_formats"]),
+        step=description.get("step"),  # an adapter that was not trained here has none
+        model_dir=model_dir,
+    )
+
+
+def adapter_folder(adapter: str) -> Path:
+    """The folder with adapter.json that ADAPTER means; runs are also looked for by name under ./runs.
+
+    Raises:
+        AdapterError: there is none.
+    """
+    path = Path(adapter).expanduser()
+    if not path.exists() and path.name == adapter and (Path("runs") / adapter).is_dir():
+        path = Path("runs") / adapter
+    for folder in (path, path / "adapter"):
+        if (folder / "adapter.json").is_file():
+            return folder
+    if not path.is_dir():
+        raise AdapterError(f"{adapter}: no such folder", "name an adapter folder, a run directory or a checkpoint")
+    newest, _ = newest_valid(path / "checkpoints")
+    if newest is not None:
+        raise AdapterError(
+            f"{adapter}: this run has not finished, so it has no adapter folder yet",
+            f"name a checkpoint of it instead: {newest}",
+        )
+    hint = "name a folder that a run of decompft wrote: RUN, RUN/adapter or a checkpoint"
+    if (path / "config.json").is_file():
+        hint = "this is a model's folder; to ask it without an adapter, leave ADAPTER out and give --base"
+    raise AdapterError(f"{adapter}: holds no adapter.json", hint)
+
+
+def _bare(base: str | None, engine: Engine, progress: Progress, say: Callable[[str], None]) -> Loaded:
+    if base is None:
+        raise UserError("neither an adapter nor --base is given", "name an adapter folder, a run, or --base MODEL")
+    model = ModelSection(id=base)
+    model_dir = resolve_model(model, say=say)
+    compute = "bfloat16" if engine.device.type == "cuda" else "float32"
+    whole = QuantizationSection(format="none", compute=compute)
+    built = build(model, whole, None, engine, seed=0, model_dir=model_dir, recompute=False, progress=progress)
+    return Loaded(
+        model=built.model.eval(),
+        tokenizer=load_tokenizer(model, model_dir),
+        device=engine.device,
+        model_dir=model_dir,
+        formats=(),
+    )
+
+
+def _check_base(trained_on: dict[str, Any], model_dir: Path | None, folder: Path) -> None:
+    if model_dir is None:  # made from the config and seed that adapter.json itself carries
+        return
+    if identity(model_dir)["sha256"] != trained_on["sha256"]:
+        name = trained_on.get("id") or trained_on.get("source") or f"a {trained_on['config']['model_type']} from config"
+        raise AdapterError(
+            f"{folder}: was trained over another base ({name}) than {model_dir}",
+            "an adapter works over the very weights it was trained on; name their folder with --base",
+        )
