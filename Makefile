@@ -8,8 +8,8 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
 RUN := $(BIN)/decompft
 QUICK := runs/quickstart
-PROMPT := Spell this as a London printer did in 1623: Shall I never see you again? \
-My heart is heavy, and the night is dark and long.
+PROMPT := Write this in modern spelling: Shall I neuer see thee againe? \
+My heart is heauie, and the night is darke and full of feare.
 
 .PHONY: help quickstart test lint clean
 

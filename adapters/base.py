@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,21 @@ from torch.nn import functional as F
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.frozen.linear import frozen_linear
 from decompft.adapters.spec import ADAPTER_SPECS, AdapterConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settling:
+    """A tensor's gradient is to be scaled by min(1, (size + offset) / limit).
+
+    While that is below 1 the tensor is left out of gradient clipping as well.
+    """
+
+    size: Tensor  # (1,), on the device: the host reads all layers' at once
+    offset: float
+    limit: float
+
+    def factor(self, size: float) -> float:
+        return min(1.0, (size + self.offset) / self.limit)
 
 
 class Adapter(nn.Module):
@@ -54,11 +70,8 @@ class Adapter(nn.Module):
         """Trained tensor -> its learning rate over the recipe's; 1 for those not named."""
         return {}
 
-    def settling(self) -> dict[str, Tensor]:
-        """Trained tensor -> factor in (0, 1] for its gradient while the layer settles, else nothing.
-
-        A tensor whose factor is below 1 is left out of gradient clipping in that step.
-        """
+    def settling(self) -> dict[str, Settling]:
+        """Trained tensors whose gradient is scaled down while the layer settles."""
         return {}
 
     def forward(self, x: Tensor) -> Tensor:

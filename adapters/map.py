@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decompft.adapters.base import Adapter, kaiming_uniform
+from decompft.adapters.base import Adapter, Settling, kaiming_uniform
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.lora import scaling
 from decompft.adapters.spec import AdapterConfig
@@ -42,11 +42,10 @@ class MapLinear(Adapter):
         self._update_norm: Tensor | None = None
 
     def scales(self) -> tuple[Tensor | None, Tensor | float]:
-        norm = scaling(self.config) * product_norm(self.B, self.A)
-        self._update_norm = norm.detach()
-        eps = self.config.options.eps
-        thin = self.b * (self.warmup * scaling(self.config)) / (norm + eps)
-        return self.a / (self.base_norm + eps), thin
+        s, eps = scaling(self.config), self.config.options.eps
+        p, q, norm = _MapScales.apply(self.A, self.B, self.a, self.b, self.base_norm, s, self.warmup, eps)
+        self._update_norm = norm
+        return p, q
 
     def initial_values(self, generator: torch.Generator, facts: Mapping[str, float]) -> dict[str, Tensor]:
         norm = torch.tensor([facts["frobenius_norm"]], dtype=torch.float32)
@@ -76,46 +75,42 @@ class MapLinear(Adapter):
             "b": options.magnitude_lr_ratio,
         }
 
-    def settling(self) -> dict[str, Tensor]:
+    def settling(self) -> dict[str, Settling]:
         """At B = 0 the slope of D / (N(D) + eps) is 1/eps, a million times LoRA's, and one step
         later a hundred times. Unscaled, that one gradient would fill AdamW's second moment and
         hold B still for thousands of steps, and would shrink every other gradient by clipping."""
-        limit = self.config.options.settle_norm
-        if not limit or self._update_norm is None:
+        options = self.config.options
+        if not options.settle_norm or self._update_norm is None:
             return {}
-        return {"B": ((self._update_norm + self.config.options.eps) / limit).clamp(max=1.0)}
+        return {"B": Settling(size=self._update_norm, offset=options.eps, limit=options.settle_norm)}
 
 
-def product_norm(B: Tensor, A: Tensor) -> Tensor:
-    """N(B A) of shape (1,) for B (out, rank), A (rank, in), without the product (METHODS 1.3, identity 1)."""
-    norm: Tensor = _ProductNorm.apply(B, A)
-    return norm
+class _MapScales(torch.autograd.Function):
+    """(p, q, N(D)), each (1,): p = a / (N(W) + eps), q = w b s / (N(D) + eps), w the warm-up.
 
-
-class _ProductNorm(torch.autograd.Function):
-    """n = sqrt(tr((B^T B)(A A^T))); dB = B (A A^T) / n, dA = (B^T B) A / n, both 0 where n is 0.
-
-    One node instead of a dozen: the products are rank x rank, so that launches are what it costs.
+    N(D) = s n, n = sqrt(tr((B^T B)(A A^T))) (METHODS 1.3, identity 1), so that
+    dB = B (A A^T) dn / n and dA = (B^T B) A dn / n; both are taken as 0 at n = 0, where the norm has no slope.
+    One node, because everything here is rank x rank or smaller and costs its launch.
     """
 
     @staticmethod
-    def forward(ctx: Any, B: Tensor, A: Tensor) -> Tensor:
-        BtB, AAt = gram(B.T), gram(A)
-        norm = torch.sum(BtB * AAt).clamp_min(0).sqrt().reshape(1)
-        ctx.save_for_backward(B, A, BtB, AAt, norm)
-        return norm
+    def forward(
+        ctx: Any, A: Tensor, B: Tensor, a: Tensor, b: Tensor, base_norm: Tensor, s: float, w: float, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        AAt, BtB = A @ A.T, B.T @ B
+        n = torch.sum(AAt * BtB).clamp_min_(0).sqrt_().reshape(1)
+        update_norm = s * n
+        per_b = (w * s) / (update_norm + eps)  # dq/db
+        per_a = (base_norm + eps).reciprocal_()  # dp/da
+        ctx.save_for_backward(A, B, b, AAt, BtB, n, per_a, per_b)
+        ctx.factor = 1 / w  # dq/dn = -b per_b s / (N(D) + eps) = -b per_b**2 / w
+        ctx.mark_non_differentiable(update_norm)
+        return a * per_a, b * per_b, update_norm
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        B, A, BtB, AAt, norm = ctx.saved_tensors
-        slope = torch.where(norm > 0, grads[0] / norm, 0.0)
-        return B @ (AAt * slope), (BtB * slope) @ A
-
-
-def gram(A: Tensor) -> Tensor:
-    """A A^T (rank, rank) of A (rank, n), in A's dtype."""
-    rank, n = A.shape
-    pieces = next((k for k in (32, 16, 8, 4, 2) if n % k == 0 and n // k >= 64), 1)
-    # one long sum over n runs on a single multiprocessor; pieces of it run side by side
-    parts = A.reshape(rank, pieces, n // pieces).transpose(0, 1)
-    return torch.bmm(parts, parts.transpose(1, 2)).sum(0)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dp, dq, _ = grads
+        A, B, b, AAt, BtB, n, per_a, per_b = ctx.saved_tensors
+        db = dq * per_b
+        slope = torch.where(n > 0, db * b * per_b / n, 0.0).mul_(-ctx.factor)
+        return (BtB * slope) @ A, B @ (AAt * slope), dp * per_a, db, None, None, None, None

@@ -165,7 +165,8 @@ def _tool(args: argparse.Namespace) -> int:
     given = vars(args)
     words: list[str] = []
     for name in args.positional:
-        words += given[name] if isinstance(given[name], list) else [str(given[name])]
+        if given[name] is not None:
+            words += given[name] if isinstance(given[name], list) else [str(given[name])]
     for name in args.flags:
         value, flag = given[name], f"--{name.replace('_', '-')}"
         if value is True:
@@ -252,12 +253,18 @@ def _add_tools(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
     merge.set_defaults(run=_tool, positional=("adapter",), flags=("into", "out", "base"))
 
     evaluate = verb("eval", "score an adapter on tasks")
-    _add_adapter(evaluate)
+    _add_adapter(evaluate, optional=True)
     evaluate.add_argument("--task", required=True, nargs="+", metavar="FILE", help="JSONL files of records")
     evaluate.add_argument("--no-adapter", action="store_true", help="score the bare base")
     evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N records of a task")
-    evaluate.add_argument("--scorer", choices=("likelihood", "first-match", "both"))
-    evaluate.add_argument("--batch-size", type=int, metavar="N")
+    evaluate.add_argument(
+        "--scorer",
+        choices=("likelihood", "first-match", "both"),
+        help="by the likelihood of each label (default), or by the first label that is written",
+    )
+    evaluate.add_argument(
+        "--batch-size", type=int, metavar="N", help="sequences a forward pass at most; default by length"
+    )
     evaluate.add_argument("--json", action="store_true", help="print the scores as JSON")
     evaluate.set_defaults(
         run=_tool,
@@ -266,11 +273,15 @@ def _add_tools(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
     )
 
     generate = verb("generate", "answer a prompt")
-    _add_adapter(generate)
+    _add_adapter(generate, optional=True)
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--no-adapter", action="store_true", help="ask the bare base")
-    generate.add_argument("--max-new-tokens", type=int, metavar="N")
-    generate.add_argument("--format", choices=("auto", "chat", "instruction", "plain"))
+    generate.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 256")
+    generate.add_argument(
+        "--format",
+        choices=("auto", "chat", "instruction", "plain"),
+        help="how the prompt is wrapped; auto (default): as the adapter's training data was",
+    )
     generate.set_defaults(
         run=_tool,
         positional=("adapter",),
@@ -290,8 +301,11 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="e.g. adapter.rank=8")
 
 
-def _add_adapter(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", metavar="ADAPTER", help="an adapter folder, or a run that finished")
+def _add_adapter(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    text = "an adapter folder, a run that finished, or a checkpoint"
+    if optional:
+        text += "; without one, --base is asked as it is"
+    parser.add_argument("adapter", metavar="ADAPTER", nargs="?" if optional else None, help=text)
     parser.add_argument("--base", metavar="MODEL", help="default: the model that adapter.json names")
 
 

@@ -87,7 +87,7 @@ def build(
     load_base(hf, source, engine, prefix=hf.base_model_prefix, new=new, seed=seed, progress=progress)
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers())), "a tensor was left on meta"
     trained = {n: p for n, p in hf.named_parameters() if p.requires_grad}
-    buffers = {f"{n}.{b}": t for n, a in adapters(hf) for b, t in a.named_buffers(recurse=False)}
+    buffers = _buffers(hf)
     assert set(trained) == _expected(hf, outline.whole), "what trains is not what was injected"
     return Built(model=model, trained=trained, buffers=buffers, adapted=outline.adapted, kernels=kernels)
 
@@ -119,6 +119,11 @@ def open_source(
         return RandomSource(seed, shapes, device)
     assert model_dir is not None
     return SafetensorsSource(model_dir)
+
+
+def trained_targets(hf: Any) -> dict[str, Tensor]:
+    """All tensors of an adapter's file, as they are in the model."""
+    return {n: p for n, p in hf.named_parameters() if p.requires_grad} | _buffers(hf)
 
 
 def adapter_config(section: AdapterSection) -> AdapterConfig:
@@ -219,6 +224,10 @@ def _use_liger(hf: Any, engine: Engine) -> str:
     off = {n: False for n in ("cross_entropy", "fused_linear_cross_entropy") if n in known}
     apply(model=hf, **off)
     return "liger-kernel"
+
+
+def _buffers(hf: Any) -> dict[str, Tensor]:
+    return {f"{n}.{b}": t for n, a in adapters(hf) for b, t in a.named_buffers(recurse=False)}
 
 
 def _expected(hf: Any, whole: set[str]) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -67,35 +68,34 @@ def generate(loaded: Loaded, prompts: Sequence[Sequence[int]], *, max_new_tokens
 
     Args:
         prompts: token ids; shorter ones are padded at the left.
+        max_new_tokens: at most; fewer where the model's positions end.
 
     Raises:
-        DataError: prompt and answer are longer than the positions that the model has.
+        DataError: a prompt fills all positions that the model has.
     """
     from transformers import GenerationConfig
 
     longest = max(len(p) for p in prompts)
-    check_length(loaded, longest + max_new_tokens, "the prompt with its answer")
+    room = positions(loaded) - longest
+    if room < 1:
+        raise DataError(
+            f"the prompt has {longest} tokens, and the model {positions(loaded)} positions", "make it shorter"
+        )
     stops, pad = stop_ids(loaded), pad_id(loaded.tokenizer)
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=loaded.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=loaded.device)
     # training turned the cache off in the model's config; here it is what makes a token cost a token
     how = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=stops, pad_token_id=pad
+        max_new_tokens=min(max_new_tokens, room), do_sample=False, use_cache=True, eos_token_id=stops, pad_token_id=pad
     )
     with torch.inference_mode():
         out = loaded.model.model.generate(input_ids=ids, attention_mask=mask, generation_config=how)
     return [_until(row, stops) for row in out[:, longest:].tolist()]
 
 
-def check_length(loaded: Loaded, num_tokens: int, what: str) -> None:
-    """Refuse more tokens than the model has positions.
-
-    Raises:
-        DataError: so many tokens.
-    """
-    limit = getattr(loaded.model.config, "max_position_embeddings", None)
-    if limit is not None and num_tokens > limit:
-        raise DataError(f"{what}: {num_tokens} tokens, and the model has {limit} positions", "make it shorter")
+def positions(loaded: Loaded) -> int:
+    """How many tokens the model has positions for."""
+    return getattr(loaded.model.config, "max_position_embeddings", None) or sys.maxsize
 
 
 def _until(ids: list[int], stops: list[int]) -> list[int]:

@@ -15,7 +15,7 @@ from decompft.adapters.inject import adapters
 from decompft.launcher.checkpoints import newest_valid
 from decompft.launcher.errors import AdapterError, UserError
 from decompft.launcher.recipe import AdapterSection, ModelSection, QuantizationSection
-from decompft.launcher.worker.build import build
+from decompft.launcher.worker.build import build, trained_targets
 from decompft.launcher.worker.engines.base import Engine
 from decompft.launcher.worker.load import Progress
 from decompft.launcher.worker.model import LossModel
@@ -95,7 +95,7 @@ def load(
         seed=found.seed, model_dir=found.model_dir, recompute=False, progress=progress,
     )  # fmt: skip
     if use_adapter:
-        place_adapter(built, found.tensors, engine)
+        place_adapter(trained_targets(built.model.model), found.tensors, engine)
         found.settle(built.model)
     return Loaded(
         model=built.model.eval().requires_grad_(False),

@@ -22,7 +22,7 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Want:
+class Want:
     """One tensor of the checkpoint and where its rows go."""
 
     name: str  # as transformers names it
@@ -44,15 +44,7 @@ def load_base(model: nn.Module, source: TensorSource, engine: Engine, *, prefix:
     Raises:
         ModelError: a tensor is missing or has another shape.
     """
-    wants, missing = _wants(model, set(source.names()), prefix)
-    lost = [n for n in missing if n not in new]
-    if lost:
-        raise ModelError(
-            f"the checkpoint lacks {len(lost)} of the model's tensors, first {lost[0]}",
-            "the files belong to another model, or a shard is missing",
-        )
-    for want in wants:
-        _check_shape(want, source.shape(want.key))
+    wants, missing = match_tensors(model, source, prefix=prefix, new=new)
     needs_norm = {id(a.base): n for n, a in adapters(model) if "frobenius_norm" in _needs(a)}
     squares: dict[str, Tensor] = {}
     total = sum(_num_bytes(w) for w in wants)
@@ -70,6 +62,26 @@ def load_base(model: nn.Module, source: TensorSource, engine: Engine, *, prefix:
         _start_adapters(model, squares, engine, seed)
 
 
+def match_tensors(
+    model: nn.Module, source: TensorSource, *, prefix: str, new: set[str]
+) -> tuple[list[Want], dict[str, nn.Parameter]]:
+    """What to read, and the parameters (of those in `new`) that the checkpoint does not have.
+
+    Raises:
+        ModelError: a tensor is missing or has another shape.
+    """
+    wants, missing = _wants(model, set(source.names()), prefix)
+    lost = [n for n in missing if n not in new]
+    if lost:
+        raise ModelError(
+            f"the checkpoint lacks {len(lost)} of the model's tensors, first {lost[0]}",
+            "the files belong to another model, or a shard is missing",
+        )
+    for want in wants:
+        _check_shape(want, source.shape(want.key))
+    return wants, missing
+
+
 def place_whole(parameter: Tensor, value: Tensor, engine: Engine) -> None:
     """Copy this rank's rows of a whole tensor into its parameter."""
     start, stop = engine.rows(parameter)
@@ -82,9 +94,9 @@ def generator_for(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _wants(model: nn.Module, keys: set[str], prefix: str) -> tuple[list[_Want], dict[str, nn.Parameter]]:
+def _wants(model: nn.Module, keys: set[str], prefix: str) -> tuple[list[Want], dict[str, nn.Parameter]]:
     """What to read, and the parameters that the checkpoint does not have."""
-    wants: list[_Want] = []
+    wants: list[Want] = []
     missing: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for path, module in model.named_modules(remove_duplicate=True):
@@ -109,7 +121,7 @@ def _wants(model: nn.Module, keys: set[str], prefix: str) -> tuple[list[_Want], 
                 missing[full] = storage[0]
             else:
                 transposed = packs is not None and packs.transposed
-                wants.append(_Want(name=full, key=key, parameters=storage, layer=packs, transposed=transposed))
+                wants.append(Want(name=full, key=key, parameters=storage, layer=packs, transposed=transposed))
     return wants, missing
 
 
@@ -121,7 +133,7 @@ def _find(name: str, keys: set[str], prefix: str) -> str | None:
     return next((n for n in (*names, *old) if n in keys), None)
 
 
-def _check_shape(want: _Want, found: tuple[int, ...]) -> None:
+def _check_shape(want: Want, found: tuple[int, ...]) -> None:
     if want.layer is not None:
         expected: tuple[int, ...] = (want.layer.out_features, want.layer.in_features)
         expected = expected[::-1] if want.transposed else expected
@@ -134,14 +146,14 @@ def _check_shape(want: _Want, found: tuple[int, ...]) -> None:
         )
 
 
-def _num_bytes(want: _Want) -> int:
+def _num_bytes(want: Want) -> int:
     return sum(p.numel() * p.element_size() for p in want.parameters)
 
 
-def _read_ahead(wants: list[_Want], source: TensorSource, engine: Engine) -> Iterator[tuple[_Want, Tensor]]:
+def _read_ahead(wants: list[Want], source: TensorSource, engine: Engine) -> Iterator[tuple[Want, Tensor]]:
     """Read the next tensor while the present one is quantized; two slices in memory at most."""
 
-    def read(want: _Want) -> Tensor:
+    def read(want: Want) -> Tensor:
         start, stop = engine.rows(want.parameters[0])
         return source.rows(want.key, start, stop, transposed=want.transposed)
 
@@ -154,7 +166,7 @@ def _read_ahead(wants: list[_Want], source: TensorSource, engine: Engine) -> Ite
             yield want, rows
 
 
-def _place(want: _Want, rows: Tensor, engine: Engine, *, measure: bool) -> Tensor | None:
+def _place(want: Want, rows: Tensor, engine: Engine, *, measure: bool) -> Tensor | None:
     """Pack and copy; returns the sum of squares (float64) of the rows as they will be used."""
     packed = (rows,) if want.layer is None else want.layer.pack(rows)
     for parameter, values in zip(want.parameters, packed, strict=True):

@@ -74,6 +74,10 @@ def fill_buffers(model: Any) -> None:
     """
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
+    for module in model.modules():
+        # GPT-2's initialiser reaches into child layers for weights that injection has replaced
+        if not any(True for _ in module.buffers(recurse=False)):
+            module._is_hf_initialized = True
     model.initialize_weights()
 
 

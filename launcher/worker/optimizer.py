@@ -63,19 +63,19 @@ def clip_gradients(
     Tensors that still settle (Adapter.settling) are first scaled by their factor and then left
     out: they neither count towards the norm nor shrink with it.
     """
-    factors = {f"{n}.{t}": f for n, a in layers for t, f in a.settling().items() if f"{n}.{t}" in trained}
+    waits = {f"{n}.{t}": w for n, a in layers for t, w in a.settling().items()}
     grads = {n: engine.local(p.grad) for n, p in trained.items() if p.grad is not None}
-    for name, factor in factors.items():
-        grads[name].mul_(factor.to(grads[name].device))
     squares = engine.sum_shards(torch.stack(torch._foreach_norm(list(grads.values()))).square())
-    names = list(grads)
-    # one transfer to the host for norm and factors together
-    host = torch.cat([squares.cpu(), *(f.detach().float().reshape(1).cpu() for f in factors.values())]).tolist()
-    settling = {n for n, f in zip(factors, host[len(names) :], strict=True) if f < 1}
-    norm = sum(s for n, s in zip(names, host[: len(names)], strict=True) if n not in settling) ** 0.5
-    settled = [g for n, g in grads.items() if n not in settling]
+    # one transfer to the host for the norms of gradients and of settling layers together
+    sizes = [w.size.to(squares.device) for w in waits.values()]
+    host = torch.cat([squares, *sizes]).tolist()
+    factors = {n: w.factor(size) for (n, w), size in zip(waits.items(), host[len(grads) :], strict=True)}
+    settling = {n: f for n, f in factors.items() if f < 1}
+    norm = sum(s for n, s in zip(grads, host[: len(grads)], strict=True) if n not in settling) ** 0.5
+    for name, factor in settling.items():
+        grads[name].mul_(factor)
     if max_norm and norm > max_norm:
-        torch._foreach_mul_(settled, max_norm / (norm + 1e-6))
+        torch._foreach_mul_([g for n, g in grads.items() if n not in settling], max_norm / (norm + 1e-6))
     return float(norm)
 
 

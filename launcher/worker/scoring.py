@@ -23,7 +23,7 @@ from decompft.launcher.worker.data.encode import Encoder
 from decompft.launcher.worker.data.records import Record, iter_records, text_field
 from decompft.launcher.worker.data.rendered import Rendered
 from decompft.launcher.worker.data.templates import instruction_prompt
-from decompft.launcher.worker.generation import check_length, encode_prompts, generate
+from decompft.launcher.worker.generation import encode_prompts, generate, positions
 from decompft.launcher.worker.inference import Loaded
 from decompft.launcher.worker.loss import CHUNK_TOKENS
 from decompft.launcher.worker.tokenizers import pad_id
@@ -105,7 +105,7 @@ def first_matches(
     pattern = re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)))
     prompts = encode_prompts([question.prompt for question in questions], loaded.tokenizer)
     for question, ids in zip(questions, prompts, strict=True):
-        check_length(loaded, len(ids) + NEW_TOKENS, question.where)
+        _check_length(loaded, len(ids) + NEW_TOKENS, question)
     found: list[str | None] = [None] * len(questions)
     done = 0
     for batch in _batches(range(len(prompts)), lambda place: len(prompts[place]) + NEW_TOKENS, loaded, batch_size):
@@ -157,7 +157,7 @@ def _rows(loaded: Loaded, questions: Sequence[Question]) -> tuple[list[_Row], li
         own: dict[tuple[int, ...], _Row] = {}
         for number in range(starts[-1], starts[-1] + len(question.labels)):
             ids, trained = encoded[number]
-            check_length(loaded, len(ids), question.where)
+            _check_length(loaded, len(ids), question)
             # the last token is only predicted, never read
             row = own.setdefault(tuple(ids[:-1].tolist()), _Row(tokens=tuple(ids[:-1].tolist())))
             for place in trained.nonzero()[0].tolist():
@@ -196,6 +196,14 @@ def _read(loaded: Loaded, rows: Sequence[_Row]) -> tuple[Tensor, Tensor]:
         shift = torch.tensor([[start], [0]], device=loaded.device)
         values.append(_chosen(model.head(hidden[start:stop]), pairs[:, inside] - shift))
     return torch.cat(values), torch.tensor(labels)
+
+
+def _check_length(loaded: Loaded, num_tokens: int, question: Question) -> None:
+    if num_tokens > positions(loaded):
+        raise DataError(
+            f"{question.where}: {num_tokens} tokens with its answer, and the model has {positions(loaded)} positions",
+            "leave the record out, or shorten it",
+        )
 
 
 def _chosen(logits: Tensor, pairs: Tensor) -> Tensor:

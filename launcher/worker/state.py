@@ -66,13 +66,12 @@ def whole_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return {n: checkpoint.read_rows(n, "param", 0, checkpoint.shape(n, "param")[0]) for n in checkpoint.names("param")}
 
 
-def place_adapter(built: Built, tensors: dict[str, Tensor], engine: Engine) -> None:
-    """Put a finished adapter's tensors into a built model.
+def place_adapter(targets: dict[str, Tensor], tensors: dict[str, Tensor], engine: Engine) -> None:
+    """Put a finished adapter's tensors into a model's trained parameters and buffers, by name.
 
     Raises:
         CheckpointError: names or shapes differ.
     """
-    targets = {**built.trained, **built.buffers}
     if set(tensors) != set(targets):
         odd = sorted(set(tensors) ^ set(targets))[0]
         raise CheckpointError(f"the adapter does not fit this model, e.g. {odd}", "name its own base with --base")

@@ -42,7 +42,7 @@ def write_tensors(path: Path, entries: Iterable[Entry]) -> dict[str, Any]:
     safetensors' own save_file wants all tensors in host memory at once; here it is one at a time.
     """
     entries = sorted(entries, key=lambda e: (-e.dtype.itemsize, e.key))  # wide types first keeps all aligned
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # other tools ask for it
     end = 0
     for e in entries:
         start, end = end, end + torch.Size(e.shape).numel() * e.dtype.itemsize

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from decompft.launcher.errors import ModelError
+from decompft.launcher.worker.tensorfile import DTYPES
 
 INDEX = "model.safetensors.index.json"
 
@@ -45,6 +46,10 @@ class SafetensorsSource:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._where[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        code = self._where[name].get_slice(name).get_dtype()
+        return next(dtype for dtype, own in DTYPES.values() if own == code)
 
     def rows(self, name: str, start: int, stop: int, *, transposed: bool = False) -> Tensor:
         part = self._where[name].get_slice(name)
