@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_run, run_ranks
+from tiny import LLAMA, make_run, run_ranks
 
 from decompft.launcher.errors import DataError, UserError
 from decompft.launcher.worker import scoring
@@ -37,19 +37,13 @@ def run(tmp_path_factory):
     source = {"path": write(folder / "data.jsonl", [record(i) for i in range(8)]), "format": "instruction"}
     run = make_run(
         folder,
-        model={"config": {**_llama(), "max_position_embeddings": 512}},
-        adapter={"rank": 16, "alpha": 32.0},
+        model={"config": {**LLAMA, "max_position_embeddings": 512}},
+        adapter={"method": "lora", "rank": 16, "alpha": 32.0},
         data={"train": [source], "packing": False, "sequence_length": 512},
         train={"max_steps": 40, "learning_rate": 0.03, "global_batch_size": 4, "micro_batch_size": 4},
     )
     run_ranks(run)
     return run
-
-
-def _llama():
-    from tiny import LLAMA
-
-    return LLAMA
 
 
 @pytest.fixture(scope="module")
@@ -107,15 +101,18 @@ def test_equal_scores_go_to_the_first_label():
 
 
 def test_first_match_is_case_sensitive_and_the_first_in_the_text(loaded, tmp_path, monkeypatch):
-    replies = iter(["No. True, true and false", "nothing of the kind", "a10 is it", "false"])
-    questions, _ = scoring.read_questions(
-        write(tmp_path / "task.jsonl", [record(i, labels=("true", "false"), answer="true") for i in range(4)]), None
-    )
-    encode = loaded.tokenizer.encode
-    monkeypatch.setattr(scoring, "generate", lambda _, prompts, **how: [encode(next(replies)) for _ in prompts])
-    found = scoring.first_matches(loaded, questions, ["a1", "a10", "false", "true"], batch_size=1, report=quiet)
-    # the longest prompt is asked first: questions 3 to 0
-    assert found == ["false", "a10", None, "true"][::1] or sorted(map(str, found)) == ["None", "a10", "false", "true"]
+    replies = {0: "No. True, true and false", 1: "nothing of the kind", 2: "so a10 is it", 3: "false"}
+    records = [record(i, labels=("true", "false"), answer="true") for i in range(4)]
+    questions, _ = scoring.read_questions(write(tmp_path / "task.jsonl", records), None)
+
+    def reply(loaded, prompts, **how):
+        number = int(loaded.tokenizer.decode(prompts[0]).split("Is ")[1][0])
+        return [loaded.tokenizer(replies[number])["input_ids"]]
+
+    monkeypatch.setattr(scoring, "generate", reply)
+    words = ["a1", "a10", "false", "true"]
+    found = scoring.first_matches(loaded, questions, words, batch_size=1, report=quiet)
+    assert found == ["true", None, "a10", "false"]
 
 
 def test_eval_shows_accuracies_and_the_trained_adapter_wins(run, tmp_path, capsys):

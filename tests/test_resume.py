@@ -115,16 +115,16 @@ def test_stop_file_stops_after_a_checkpoint(tmp_path):
     run = start(tmp_path, "run", "ddp")
 
     def ask_to_stop_at_step_2() -> None:
-        from decompft.launcher.worker.data import feed
+        from decompft.launcher.worker.data import ahead
 
-        original = feed.PreparedTrain.step
+        original = ahead.Ahead.step
 
-        def step(self, number, *args, **kwargs):
+        def step(self, number):
             if number == 2:
                 run.stop_file(1).touch()
-            return original(self, number, *args, **kwargs)
+            return original(self, number)
 
-        feed.PreparedTrain.step = step
+        ahead.Ahead.step = step
 
     run_ranks(run, patch=ask_to_stop_at_step_2)
     assert len(losses(run)) == 3

@@ -17,6 +17,7 @@ from decompft.launcher.plan import Plan
 from decompft.launcher.runs import RunDir
 from decompft.launcher.worker.build import Built
 from decompft.launcher.worker.checkpoint import Checkpoint, save
+from decompft.launcher.worker.data.ahead import Ahead
 from decompft.launcher.worker.data.batches import collate
 from decompft.launcher.worker.data.feed import EvalData, TrainData
 from decompft.launcher.worker.engines.base import Engine
@@ -103,17 +104,20 @@ def train(
         evaluation()
     stop_after = recipe.train.stop_after_steps
     stopped = stop_after is not None and at.step >= stop_after
+    ahead = Ahead(
+        data, first=at.step, last=total, world_size=engine.world_size, rank=engine.rank,
+        micro=batch_law.micro_size, accumulation=batch_law.accumulation,
+    )  # fmt: skip
     model.train()
     while at.step < total and not stopped:
         began = time.perf_counter()
-        step = data.step(at.step, engine.world_size, engine.rank, batch_law.micro_size, batch_law.accumulation)
+        step = ahead.step(at.step)
         for _, adapter in layers:
             adapter.on_step(at.step)
         set_learning_rate(optimizer, factor(at.step))
         loss_sum = torch.zeros((), device=engine.device)
         num_tokens = 0
-        for index, rows in enumerate(step.micro_batches):
-            batch = collate(rows, data.pad_id)
+        for index, batch in enumerate(step.micro_batches):
             num_tokens += batch.num_tokens
             seed_step(recipe.train.seed, at.step, index, engine.rank)
             with engine.accumulate(last=index == len(step.micro_batches) - 1):
@@ -154,6 +158,7 @@ def train(
         save_every = recipe.checkpoint.every_steps
         if saved_step != at.step and (stopped or at.step == total or (save_every and at.step % save_every == 0)):
             checkpoint()
+    ahead.close()
     if at.step < total:
         return Outcome(result="checkpointed", step=at.step, message=f"stopped in order after step {at.step} of {total}")
     return Outcome(result="finished", step=at.step, message=_summary(at))

@@ -1,0 +1,56 @@
+"""Read and collate the next step's rows while the present step computes."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from decompft.launcher.worker.data.batches import Batch, collate
+from decompft.launcher.worker.data.feed import TrainData
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepBatches:
+    """One optimizer step of a rank, ready to move to its device."""
+
+    micro_batches: list[Batch]
+    num_targets_global: int
+    sample_ids: list[int]
+
+
+class Ahead:
+    """Steps in order, one ahead, on one thread; what a step holds does not depend on the thread.
+
+    Args:
+        first, last: steps [first, last) will be asked for, each once.
+    """
+
+    def __init__(
+        self, data: TrainData, *, first: int, last: int, world_size: int, rank: int, micro: int, accumulation: int
+    ) -> None:
+        self._data = data
+        self._last = last
+        self._split = (world_size, rank, micro, accumulation)
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
+        self._next: Future[StepBatches] | None = self._submit(first)
+
+    def step(self, step: int) -> StepBatches:
+        """The batches of `step`; starts on the one after it."""
+        assert self._next is not None, "steps are asked for in order, up to the last"
+        found = self._next.result()
+        self._next = self._submit(step + 1)
+        return found
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _submit(self, step: int) -> Future[StepBatches] | None:
+        return self._pool.submit(self._read, step) if step < self._last else None
+
+    def _read(self, step: int) -> StepBatches:
+        found = self._data.step(step, *self._split)
+        return StepBatches(
+            micro_batches=[collate(rows, self._data.pad_id) for rows in found.micro_batches],
+            num_targets_global=found.num_targets_global,
+            sample_ids=found.sample_ids,
+        )
