@@ -45,8 +45,16 @@ class Adapter(nn.Module):
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
 
-    def scales(self) -> tuple[Tensor | None, Tensor | float]:
-        """p (None for 1) and q; tensors of shape (1,) take part in autograd."""
+    def scales(self, *trained: Tensor) -> tuple[Tensor | None, Tensor | float, tuple[Tensor, ...]]:
+        """p (None for 1), q, and what `scales_backward` needs; no autograd inside.
+
+        Args:
+            trained: the trained tensors in the registry's order, A and B first.
+        """
+        raise NotImplementedError
+
+    def scales_backward(self, saved: tuple[Tensor, ...], dp: Tensor, dq: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the trained tensors through p and q; only for a method whose q is a tensor."""
         raise NotImplementedError
 
     def initial_values(self, generator: torch.Generator, facts: Mapping[str, float]) -> dict[str, Tensor]:
@@ -78,10 +86,11 @@ class Adapter(nn.Module):
         dropped = None
         if self.config.dropout and self.training:
             dropped = F.dropout(x, self.config.dropout)
-        base_scale, thin_scale = self.scales()
-        return frozen_linear(
-            x, self.base, dropped=dropped, A=self.A, B=self.B, base_scale=base_scale, thin_scale=thin_scale
-        )
+        return frozen_linear(x, self.base, dropped=dropped, thin=self, trained=self.trained())
+
+    def trained(self) -> tuple[Tensor, ...]:
+        """The trained tensors in the registry's order."""
+        return tuple(self.parameters(recurse=False))
 
 
 def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -25,8 +25,8 @@ class LoraLinear(Adapter):
     A: torch.nn.Parameter
     B: torch.nn.Parameter
 
-    def scales(self) -> tuple[Tensor | None, Tensor | float]:
-        return None, scaling(self.config)
+    def scales(self, *trained: Tensor) -> tuple[Tensor | None, Tensor | float, tuple[Tensor, ...]]:
+        return None, scaling(self.config), ()
 
     def initial_values(self, generator: torch.Generator, facts: Mapping[str, float]) -> dict[str, Tensor]:
         return {"A": kaiming_uniform(tuple(self.A.shape), generator), "B": torch.zeros(self.B.shape)}

@@ -9,7 +9,6 @@ base, W is what is really used: the dequantized weight, and N(W) is taken of tha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,11 +40,30 @@ class MapLinear(Adapter):
         self.warmup = 1.0
         self._update_norm: Tensor | None = None
 
-    def scales(self) -> tuple[Tensor | None, Tensor | float]:
-        s, eps = scaling(self.config), self.config.options.eps
-        p, q, norm = _MapScales.apply(self.A, self.B, self.a, self.b, self.base_norm, s, self.warmup, eps)
-        self._update_norm = norm
-        return p, q
+    def scales(self, *trained: Tensor) -> tuple[Tensor | None, Tensor | float, tuple[Tensor, ...]]:
+        """p = a / (N(W) + eps), q = w b s / (N(D) + eps) = w b / (n + eps/s), with N(D) = s n,
+        n = sqrt(tr((B^T B)(A A^T))) (METHODS 1.3, identity 1) and w the warm-up of b."""
+        A, B, a, b = trained
+        eps = self.config.options.eps
+        AAt, BtB = A @ A.T, B.T @ B
+        n = torch.dot(AAt.view(-1), BtB.view(-1)).clamp_min_(0).sqrt_().reshape(1)
+        self._update_norm = n  # over s
+        per_b = (n + eps / scaling(self.config)).reciprocal_()
+        if self.warmup != 1.0:
+            per_b *= self.warmup
+        per_a = (self.base_norm + eps).reciprocal_()
+        q = b * per_b
+        return a * per_a, q, (A, B, AAt, BtB, n, per_a, per_b, q)
+
+    def scales_backward(self, saved: tuple[Tensor, ...], dp: Tensor, dq: Tensor) -> tuple[Tensor | None, ...]:
+        """dn = -dq q / (n + eps/s); dB = B (A A^T) dn / n and dA = (B^T B) A dn / n.
+
+        At n = 0 the norm has no slope and both are 0: dq = <B^T dy, A x> is, and 1e-30 keeps 0/0 from NaN.
+        """
+        A, B, AAt, BtB, n, per_a, per_b, q = saved
+        db = dq * per_b
+        slope = (db * q).div_(n + 1e-30).mul_(-1 / self.warmup)
+        return (BtB * slope) @ A, B @ (AAt * slope), dp * per_a, db
 
     def initial_values(self, generator: torch.Generator, facts: Mapping[str, float]) -> dict[str, Tensor]:
         norm = torch.tensor([facts["frobenius_norm"]], dtype=torch.float32)
@@ -79,38 +97,7 @@ class MapLinear(Adapter):
         """At B = 0 the slope of D / (N(D) + eps) is 1/eps, a million times LoRA's, and one step
         later a hundred times. Unscaled, that one gradient would fill AdamW's second moment and
         hold B still for thousands of steps, and would shrink every other gradient by clipping."""
-        options = self.config.options
+        options, s = self.config.options, scaling(self.config)
         if not options.settle_norm or self._update_norm is None:
             return {}
-        return {"B": Settling(size=self._update_norm, offset=options.eps, limit=options.settle_norm)}
-
-
-class _MapScales(torch.autograd.Function):
-    """(p, q, N(D)), each (1,): p = a / (N(W) + eps), q = w b s / (N(D) + eps), w the warm-up.
-
-    N(D) = s n, n = sqrt(tr((B^T B)(A A^T))) (METHODS 1.3, identity 1), so that
-    dB = B (A A^T) dn / n and dA = (B^T B) A dn / n; both are taken as 0 at n = 0, where the norm has no slope.
-    One node, because everything here is rank x rank or smaller and costs its launch.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, A: Tensor, B: Tensor, a: Tensor, b: Tensor, base_norm: Tensor, s: float, w: float, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        AAt, BtB = A @ A.T, B.T @ B
-        n = torch.sum(AAt * BtB).clamp_min_(0).sqrt_().reshape(1)
-        update_norm = s * n
-        per_b = (w * s) / (update_norm + eps)  # dq/db
-        per_a = (base_norm + eps).reciprocal_()  # dp/da
-        ctx.save_for_backward(A, B, b, AAt, BtB, n, per_a, per_b)
-        ctx.factor = 1 / w  # dq/dn = -b per_b s / (N(D) + eps) = -b per_b**2 / w
-        ctx.mark_non_differentiable(update_norm)
-        return a * per_a, b * per_b, update_norm
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dp, dq, _ = grads
-        A, B, b, AAt, BtB, n, per_a, per_b = ctx.saved_tensors
-        db = dq * per_b
-        slope = torch.where(n > 0, db * b * per_b / n, 0.0).mul_(-ctx.factor)
-        return (BtB * slope) @ A, B @ (AAt * slope), dp * per_a, db, None, None, None, None
+        return {"B": Settling(size=self._update_norm, offset=options.eps / s, limit=options.settle_norm / s)}

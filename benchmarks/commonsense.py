@@ -80,7 +80,7 @@ def score(adapter: Path, tests: list[Path], model: str | None, *, bare: bool = F
     argv += ["--base", model] if model else []
     argv += ["--no-adapter"] if bare else []
     answer = json.loads(call(argv))
-    found = {Path(row["task"]).stem.removesuffix("_test"): row["likelihood"]["accuracy"] for row in answer["tasks"]}
+    found = {Path(row["task"]).stem.removesuffix("_test"): row["accuracy"] for row in answer}
     return found | {"mean": _mean(list(found.values()))}
 
 

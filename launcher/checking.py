@@ -14,7 +14,6 @@ from typing import Any
 
 from decompft.launcher.errors import DataError, DecompftError, ModelError
 from decompft.launcher.packaged import is_packaged, packaged_file
-from decompft.launcher.packaged import is_packaged, packaged_file
 from decompft.launcher.recipe import FORMAT_FIELDS, Recipe, Source
 
 _HEADER_LIMIT = 100_000_000  # bytes; what safetensors itself accepts

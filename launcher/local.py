@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import subprocess
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from decompft.launcher.ending import Say, report
-from decompft.launcher.errors import EXIT_AGAIN, EXIT_USER, PlanError, RunFailed
+from decompft.launcher.errors import EXIT_AGAIN, EXIT_FAILED, EXIT_USER, PlanError, RunFailed
 from decompft.launcher.failure import describe_exit
 from decompft.launcher.job import base_env, free_port, make_job, prepare_argv
+from decompft.launcher.machine import detect
 from decompft.launcher.outcome import Outcome
 from decompft.launcher.plan import Forecast, Plan
 from decompft.launcher.resume import Start, choose_start
@@ -56,6 +58,7 @@ def launch(
             f"parallel.nodes: {plan.world.nodes} nodes cannot be started from here",
             "set parallel.nodes=1, or print a job script with `decompft sbatch`",
         )
+    _refuse_absent_gpus(plan)
     path = run_dir or Path("runs") / plan.name
     begin = choose_start(plan, run_dir=path, resume=resume)
     for line in (*begin.notes, summary_line(plan), forecast_line(plan.forecast)):
@@ -65,16 +68,23 @@ def launch(
         return 0
     lock = begin.run.lock()
     try:
-        begin.run.record(recipe_text=recipe_text, plan=plan)
-        code = prepare(plan, begin.run, lock=lock, say=say)
-        if code != 0 and begin.is_new:
-            begin.run.forget()
-        if code in (EXIT_USER, EXIT_AGAIN):  # the reason is on the terminal already
-            return code
-        if code != 0:
-            message = f"{path}: preparing model and data {describe_exit(code)}"
-            raise RunFailed(message, "its output above says why")
-        incarnation, outcome = _run_ranks(plan, begin, lock=lock, say=say)
+        with Interrupts() as interrupts:
+            if begin.is_new and begin.checkpoint is not None:
+                begin.run.write_origin(begin.checkpoint)
+            begin.run.record(recipe_text=recipe_text, plan=plan)
+            code = prepare(plan, begin.run, interrupts=interrupts, lock=lock, say=say)
+            if code != 0 and begin.is_new:
+                begin.run.forget()
+            if code in (EXIT_USER, EXIT_FAILED, EXIT_AGAIN):  # the reason is on the terminal already
+                return code
+            if code != 0:
+                message = f"{path}: preparing model and data {describe_exit(code)}"
+                raise RunFailed(message, "its output above says why")
+            incarnation, outcome = _run_ranks(plan, begin, interrupts=interrupts, lock=lock, say=say)
+    except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "free some space, or choose another place with --run-dir DIR" if is_full else ""
+        raise RunFailed(f"{error.filename or path}: {error.strerror or error}", hint) from error
     finally:
         os.close(lock)
     again = shlex.join(("decompft", "launch", *typed, "--resume", "auto", "--run-dir", str(path)))
@@ -82,21 +92,20 @@ def launch(
     return outcome.exit_code
 
 
-def prepare(plan: Plan, run: RunDir, *, lock: int, say: Say) -> int:
+def prepare(plan: Plan, run: RunDir, *, interrupts: Interrupts, lock: int, say: Say) -> int:
     """Convert and tokenize in a child; its exit code, or 75 when a signal ended it."""
-    with Interrupts() as interrupts:
-        child = start(prepare_argv(run.path.absolute()), base_env(plan), lock=lock)
-        has_told = False
-        while True:
-            try:
-                code = child.wait(0.2)
-                break
-            except subprocess.TimeoutExpired:
-                if interrupts.count and not has_told:
-                    has_told = True
-                    child.terminate()
-                elif interrupts.count > 1:
-                    child.kill()
+    child = start(prepare_argv(run.path.absolute()), base_env(plan), lock=lock)
+    has_told = False
+    while True:
+        try:
+            code = child.wait(0.2)
+            break
+        except subprocess.TimeoutExpired:
+            if interrupts.count and not has_told:
+                has_told = True
+                child.terminate()
+            elif interrupts.count > 1:
+                child.kill()
     if interrupts.count:
         say(f"{interrupts.last}: stopped while preparing; no rank was started")
         return EXIT_AGAIN
@@ -121,7 +130,27 @@ def forecast_line(forecast: Forecast) -> str:
     return f"forecast: {_gib(forecast.total_bytes)}{of} GiB a rank ({parts})"
 
 
-def _run_ranks(plan: Plan, begin: Start, *, lock: int, say: Say) -> tuple[int, Outcome]:
+def _refuse_absent_gpus(plan: Plan) -> None:
+    if plan.world.device == "cpu":
+        return
+    found, wanted = detect().num_gpus, plan.world.ranks_per_node
+    if found >= wanted:
+        return
+    if found:
+        raise PlanError(
+            f"parallel.gpus_per_node: {wanted} GPUs are planned for, this machine has {found}",
+            f"set parallel.gpus_per_node={found}",
+        )
+    raise PlanError(
+        "parallel.gpu_memory_gib: the plan is for GPUs, and this machine has none",
+        "launch it where the GPUs are, print a job script with `decompft sbatch`, "
+        "or set DECOMPFT_DEVICE=cpu to run on the CPU",
+    )
+
+
+def _run_ranks(
+    plan: Plan, begin: Start, *, interrupts: Interrupts, lock: int, say: Say
+) -> tuple[int, Outcome]:
     run = begin.run
     for _ in range(_PORT_TRIES):
         incarnation = run.next_incarnation()
@@ -129,7 +158,7 @@ def _run_ranks(plan: Plan, begin: Start, *, lock: int, say: Say) -> tuple[int, O
         resumed = None if begin.checkpoint is None else str(begin.checkpoint)
         run.append_event("start", incarnation=incarnation, world_size=plan.world.size, checkpoint=resumed)
         try:
-            outcome = supervise(job, run, incarnation, say=say, lock=lock)
+            outcome = supervise(job, run, incarnation, interrupts=interrupts, say=say, lock=lock)
         except PortTaken:
             continue
         return incarnation, outcome
@@ -155,8 +184,8 @@ def _speaker(console: Console) -> Say:
         try:
             # no markup: file names and log lines may hold brackets
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-        except OSError:
-            pass  # the terminal is gone (SIGHUP, a closed pipe); the ranks are not
+        except (OSError, SystemExit):  # rich would exit at a closed pipe
+            pass  # the terminal is gone, or `tee` died of our Ctrl-C; the ranks are not
 
     return say
 

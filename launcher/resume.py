@@ -75,17 +75,21 @@ def check_resume(old: Plan, new: Plan) -> None:
 
 
 def _continue(run: RunDir, plan: Plan) -> Start:
-    if not list_checkpoints(run.checkpoints_dir):
+    origin = run.read_origin()
+    if origin is None and not list_checkpoints(run.checkpoints_dir):
         # nothing was trained that another recipe could spoil
         note = f"{run.path} has no checkpoint yet: starting afresh"
         return Start(run=run, is_new=False, checkpoint=None, notes=(note,))
     check_resume(run.read_plan(), plan)
     checkpoint, skipped = newest_valid(run.checkpoints_dir)
     notes = [f"skipped checkpoint {line}" for line in skipped]
-    if checkpoint is None:
-        notes.append(f"{run.path} has no valid checkpoint: starting afresh")
-    else:
+    if checkpoint is not None:
         notes.append(f"resuming from {checkpoint}")
+    elif origin is not None:
+        checkpoint = _intact(origin)
+        notes.append(f"{run.path} has no valid checkpoint of its own: beginning at {origin} again")
+    else:
+        notes.append(f"{run.path} has no valid checkpoint: starting afresh")
     return Start(run=run, is_new=False, checkpoint=checkpoint, notes=tuple(notes))
 
 
@@ -94,10 +98,7 @@ def _fork(run: RunDir, plan: Plan, resume: str) -> Start:
     skipped: list[str] = []
     checkpoint: Path | None
     if (source / "manifest.json").is_file() or source.parent.name == "checkpoints":
-        checkpoint, origin = source, source.parent.parent
-        problem = find_problem(source)
-        if problem is not None:
-            raise CheckpointError(f"{source}: {problem}", "choose another checkpoint of the run")
+        checkpoint, origin = _intact(source), source.parent.parent
     elif (source / "plan.json").is_file():
         origin = source
         checkpoint, skipped = newest_valid(source / "checkpoints")
@@ -116,6 +117,13 @@ def _fork(run: RunDir, plan: Plan, resume: str) -> Start:
     notes = [f"skipped checkpoint {line}" for line in skipped]
     notes.append(f"forking {origin} at {checkpoint.name} into {run.path}")
     return Start(run=run, is_new=True, checkpoint=checkpoint, notes=tuple(notes))
+
+
+def _intact(checkpoint: Path) -> Path:
+    problem = find_problem(checkpoint)
+    if problem is not None:
+        raise CheckpointError(f"{checkpoint}: {problem}", "choose another checkpoint of the run")
+    return checkpoint
 
 
 _ABSENT = object()

@@ -69,6 +69,10 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def _origin_path(self) -> Path:
+        return self.path / "origin.json"
+
+    @property
     def checkpoints_dir(self) -> Path:
         return self.path / "checkpoints"
 
@@ -113,6 +117,17 @@ class RunDir:
     def forget(self) -> None:
         """Undo `create` when nothing was started, so that the same command works once corrected."""
         self.plan_path.unlink(missing_ok=True)
+        self._origin_path.unlink(missing_ok=True)
+
+    def write_origin(self, checkpoint: Path) -> None:
+        """Note the other run's checkpoint that this run begins from, for as long as it has none itself."""
+        write_atomic(self._origin_path, json.dumps({"checkpoint": str(checkpoint.absolute())}) + "\n")
+
+    def read_origin(self) -> Path | None:
+        """The checkpoint that this run was forked from, if it was."""
+        if not self._origin_path.exists():
+            return None
+        return Path(json.loads(self._origin_path.read_text(encoding="utf-8"))["checkpoint"])
 
     def read_plan(self) -> Plan:
         """The plan of the last launch.

@@ -27,47 +27,40 @@ class PortTaken(Exception):
 
 
 def supervise(
-    job: JobSpec, run: RunDir, incarnation: int, *, say: Say, lock: int | None = None, grace_s: float = 15.0
+    job: JobSpec, run: RunDir, incarnation: int, *, interrupts: Interrupts, say: Say, lock: int | None = None
 ) -> Outcome:
     """Run a job and say how it ended; its outcome.json exists afterwards, disk permitting.
 
-    The first SIGINT, SIGTERM or SIGHUP asks the ranks to save and stop and waits for them; the second
-    sends SIGTERM to every process of the job and SIGKILL after `grace_s`; the third kills at once. Signals
-    less than a second apart are one.
+    The first SIGINT, SIGTERM or SIGHUP asks the ranks to save and stop and waits for them; the second kills
+    every process of the job. Signals less than a second apart are one.
     `lock` (a descriptor of `RunDir.lock`) is inherited by the job.
 
     Raises:
         PortTaken: another process took the port; try again with another one.
     """
     log_start = _size(run.metrics_path)
-    with Interrupts() as interrupts, run.launcher_log(incarnation).open("ab") as log:
+    with run.launcher_log(incarnation).open("ab") as log:
         process = start(job.argv, job.env, stderr=log, lock=lock)
         told = 0
-        deadline = float("inf")
         while _wait(process) is None:
             if interrupts.count > told:
                 told = interrupts.count
                 _event(run, "signal", incarnation=incarnation, signal=interrupts.last, count=told)
                 if told == 1:
-                    _request_stop(run, incarnation)
-                    say(f"{interrupts.last}: asked every rank to save and stop; once more to kill them now")
-                elif told == 2:
-                    say(f"{interrupts.last}: ending every rank; what is not saved is lost")
-                    signal_job(job, process, signal.SIGTERM)
-                    deadline = time.monotonic() + grace_s
+                    say(f"{interrupts.last}: {_request_stop(run, incarnation)}; once more to kill them now")
                 else:
-                    deadline = 0.0
-            if time.monotonic() > deadline:
-                signal_job(job, process, signal.SIGKILL)
+                    say(f"{interrupts.last}: killing every rank; what is not saved is lost")
+                    # not SIGTERM: a rank answers that with a save
+                    kill_job(job, process)
         # an agent that was killed leaves its ranks behind, still writing to the run
-        signal_job(job, process, signal.SIGKILL)
+        kill_job(job, process)
     if process.returncode != 0 and told == 0 and _port_was_taken(run, incarnation):
         raise PortTaken
     return conclude(run, incarnation, process.returncode, was_killed=told > 1, log_start=log_start)
 
 
 class Interrupts:
-    """Counts SIGINT, SIGTERM and SIGHUP while a job runs, instead of dying of them."""
+    """Counts SIGINT, SIGTERM and SIGHUP while a launch runs, instead of dying of them."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -111,15 +104,20 @@ def start(
     )
 
 
-def signal_job(job: JobSpec, process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    """Signal a job's processes: its group, and the ranks, which torchrun puts in sessions of their own."""
+def kill_job(job: JobSpec, process: subprocess.Popen[bytes]) -> None:
+    """Kill a job's processes: its group, and the ranks, which torchrun puts in sessions of their own."""
     for pid in _marked(job.env.get(MARK)):
-        _kill(os.kill, pid, number)
-    _kill(os.killpg, process.pid, number)
+        _kill(os.kill, pid)
+    _kill(os.killpg, process.pid)
 
 
-def _request_stop(run: RunDir, incarnation: int) -> None:
-    run.stop_file(incarnation).touch()
+def _request_stop(run: RunDir, incarnation: int) -> str:
+    """Ask the ranks to save and stop; what was done, in words."""
+    try:
+        run.stop_file(incarnation).touch()
+    except OSError as error:
+        return f"the ranks cannot be asked to stop ({error.strerror}) and go on"
+    return "asked every rank to save and stop"
 
 
 def _event(run: RunDir, event: str, **details: Any) -> None:
@@ -157,9 +155,9 @@ def _marked(mark: str | None) -> list[int]:
     return found
 
 
-def _kill(how: Callable[[int, int], None], target: int, number: signal.Signals) -> None:
+def _kill(how: Callable[[int, int], None], target: int) -> None:
     try:
-        how(target, number)
+        how(target, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
         pass  # ended meanwhile
 

@@ -91,7 +91,7 @@ def test_norm_of_the_product_equals_the_dense_norm(weight, x):
             adapter.B.copy_(scale * direction)
         adapter(x)
         dense = torch.linalg.norm(S * adapter.B.double() @ adapter.A.double())
-        assert torch.allclose(adapter.settling()["B"].size.double(), dense, rtol=1e-5, atol=0)
+        assert torch.allclose(S * adapter.settling()["B"].size.double(), dense, rtol=1e-5, atol=0)
 
 
 def test_slope_at_B_zero_is_finite_and_scaled_by_one_over_eps(weight, x):

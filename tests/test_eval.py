@@ -20,9 +20,9 @@ def quiet(*args):
     pass
 
 
-def record(number, labels=("yes", "no", "maybe"), answer="no"):
+def record(number, labels=("a", "b", "c"), answer="b"):
     text = f"Is {number} more than {'many ' * (number % 5)}?\n\nAnswer format: {'/'.join(labels)}"
-    return {"instruction": text, "output": f"the correct answer is {answer}", "answer": answer}
+    return {"instruction": text, "output": answer, "answer": answer}
 
 
 def write(path, records):
@@ -32,13 +32,13 @@ def write(path, records):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Trained to answer no."""
+    """Trained to write b; a sentence would take a model of this size too long."""
     folder = tmp_path_factory.mktemp("eval")
     source = {"path": write(folder / "data.jsonl", [record(i) for i in range(8)]), "format": "instruction"}
     run = make_run(
         folder,
         model={"config": {**LLAMA, "max_position_embeddings": 512}},
-        adapter={"method": "lora", "rank": 16, "alpha": 32.0},
+        adapter={"rank": 16, "alpha": 32.0, "train_modules": ["norm"]},
         data={"train": [source], "packing": False, "sequence_length": 512},
         train={"max_steps": 40, "learning_rate": 0.03, "global_batch_size": 4, "micro_batch_size": 4},
     )
@@ -48,7 +48,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(run):
-    return load(str(run.path), base=None, say=quiet)
+    return load(run.path / "adapter", base=None, say=quiet)
 
 
 def one_by_one(loaded, question, label):
@@ -63,7 +63,11 @@ def one_by_one(loaded, question, label):
 
 @pytest.mark.parametrize("batch_size", [None, 1, 3])
 def test_likelihoods_equal_those_of_one_sequence_at_a_time(loaded, tmp_path, batch_size):
-    sets = [("yes", "no", "maybe"), ("a1", "a2", "a3", "a4", "a5"), ("true", "false")]  # of bytes: a1, a2 share a row
+    sets = [
+        ("yes", "no", "maybe"),
+        ("a1", "a2", "a3", "a4", "a5"),
+        ("true", "false"),
+    ]  # of bytes: a1, a2 share a row
     records = [record(i, labels=sets[i % 3], answer=sets[i % 3][0]) for i in range(7)]
     questions, _ = scoring.read_questions(write(tmp_path / "task.jsonl", records), None)
     found = scoring.likelihoods(loaded, questions, batch_size=batch_size, report=quiet)
@@ -131,7 +135,10 @@ def test_eval_shows_accuracies_and_the_trained_adapter_wins(run, tmp_path, capsy
     ("row", "message"),
     [
         ({"instruction": "Is it?", "answer": "yes"}, r"task.jsonl:2: no line 'Answer format"),
-        (record(1, answer="perhaps"), r"task.jsonl:2: its answer 'perhaps' is none of the labels .* yes, no, maybe"),
+        (
+            record(1, answer="perhaps"),
+            r"task.jsonl:2: its answer 'perhaps' is none of the labels .* a, b, c",
+        ),
         ({"instruction": "Answer format: a/b"}, r"task.jsonl:2: .*answer"),
         (record(1, labels=("no " * 200, "yes"), answer="yes"), r"task.jsonl:2: .* 512 positions"),
     ],
@@ -151,7 +158,12 @@ def test_the_papers_files_can_be_read():
     for path in sorted(folder.glob("*_test.jsonl")):
         questions, words = scoring.read_questions(str(path), None)
         counts[path.stem] = len(questions), len(words)
-        assert questions[0].prompt == instruction_prompt({"instruction": json.loads(path.open().readline())["instruction"]})
+        assert questions[0].prompt == instruction_prompt(
+            {"instruction": json.loads(path.open().readline())["instruction"]}
+        )
     assert counts == {
-        "arc_challenge_test": (1172, 5), "arc_easy_test": (2376, 5), "boolq_test": (3270, 2), "openbookqa_test": (500, 4)
-    }  # fmt: skip
+        "arc_challenge_test": (1172, 5),
+        "arc_easy_test": (2376, 5),
+        "boolq_test": (3270, 2),
+        "openbookqa_test": (500, 4),
+    }

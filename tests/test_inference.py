@@ -12,6 +12,7 @@ from tiny import make_run, run_ranks
 from decompft.adapters.inject import adapters
 from decompft.launcher.errors import AdapterError, UserError
 from decompft.launcher.worker import generation
+from decompft.launcher.worker.adapter_folder import adapter_folder
 from decompft.launcher.worker.data.batches import collate
 from decompft.launcher.worker.data.feed import open_train
 from decompft.launcher.worker.inference import load
@@ -57,7 +58,7 @@ def test_the_loaded_model_has_the_loss_that_training_had(run):
     prepared = Prepared.read(run.path)
     rows = open_train(run.read_plan().recipe, prepared).step(20, 1, 0, 4, 1).micro_batches[0]
     batch = collate(rows, prepared.pad_id)
-    loaded = load(str(run.path / "checkpoints/step-00000020"), base=None, say=quiet)
+    loaded = load(run.path / "checkpoints/step-00000020", base=None, say=quiet)
     layers = [layer for _, layer in adapters(loaded.model)]
     assert {layer.warmup for layer in layers} == {0.2}
     for layer in layers:
@@ -66,7 +67,9 @@ def test_the_loaded_model_has_the_loss_that_training_had(run):
         loss = float(loaded.model(batch)) / batch.num_targets
     by_step = {row["step"]: row["loss"] for row in map(json.loads, run.metrics_path.read_text().splitlines())}
     assert loss == pytest.approx(by_step[21], rel=1e-6)
-    assert {layer.warmup for _, layer in adapters(load(str(run.path), base=None, say=quiet).model)} == {0.4}
+    assert {
+        layer.warmup for _, layer in adapters(load(run.path / "adapter", base=None, say=quiet).model)
+    } == {0.4}
 
 
 def test_places_that_mean_an_adapter(run, tmp_path, monkeypatch):
@@ -74,13 +77,13 @@ def test_places_that_mean_an_adapter(run, tmp_path, monkeypatch):
     monkeypatch.chdir(run.path.parent)
     (tmp_path / "runs").mkdir()
     for place in (run.path.name, str(run.path / "adapter"), str(run.path / "checkpoints/step-00000040")):
-        loaded = load(place, base=None, say=quiet)
+        loaded = load(adapter_folder(place), base=None, say=quiet)
         tensors.append(loaded.model.model.model.layers[0].mlp.up_proj.B)
         assert loaded.tokenizer("Hi")["input_ids"] == [72, 105]
     assert all(torch.equal(tensors[0], other) for other in tensors[1:])
     shutil.copytree(run.path, tmp_path / "runs/mine", ignore=shutil.ignore_patterns("checkpoints"))
     monkeypatch.chdir(tmp_path)
-    assert load("mine", base=None, say=quiet).formats == ("instruction",)
+    assert load(adapter_folder("mine"), base=None, say=quiet).formats == ("instruction",)
 
 
 def test_the_adapter_folder_is_enough(run, tmp_path, capsys):
@@ -91,28 +94,30 @@ def test_the_adapter_folder_is_enough(run, tmp_path, capsys):
 
 def test_what_is_no_adapter_is_refused_in_words(run, tmp_path):
     with pytest.raises(AdapterError, match="no such folder"):
-        load(str(tmp_path / "nowhere"), base=None, say=quiet)
+        adapter_folder(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="neither an adapter nor --base"):
         load(None, base=None, say=quiet)
     unfinished = tmp_path / "unfinished"
     shutil.copytree(run.path, unfinished, ignore=shutil.ignore_patterns("adapter"))
     with pytest.raises(AdapterError, match="has not finished") as error:
-        load(str(unfinished), base=None, say=quiet)
+        adapter_folder(str(unfinished))
     assert "checkpoints/step-00000040" in error.value.hint
     damaged = tmp_path / "damaged"
     shutil.copytree(run.path / "adapter", damaged)
     (damaged / "adapter.safetensors").write_bytes((damaged / "adapter.safetensors").read_bytes()[:-1])
     with pytest.raises(AdapterError, match="damaged"):
-        load(str(damaged), base=None, say=quiet)
+        load(damaged, base=None, say=quiet)
 
 
 def test_another_base_is_refused_and_a_bare_one_can_be_asked(run, tmp_path, capsys):
     from decompft.launcher.worker.inference import open_adapter
     from decompft.launcher.worker.merging import merge
 
-    merge(open_adapter(str(run.path), base=None, say=quiet), "dense", tmp_path / "model", progress=quiet)
+    merge(
+        open_adapter(run.path / "adapter", base=None, say=quiet), "dense", tmp_path / "model", progress=quiet
+    )
     with pytest.raises(AdapterError, match="trained over another base"):
-        load(str(run.path), base=str(tmp_path / "model"), say=quiet)
+        load(run.path / "adapter", base=str(tmp_path / "model"), say=quiet)
     prompt = ("--prompt", "Greet.", "--format", "instruction", "--max-new-tokens", "4")
     assert answer(capsys, "--base", str(tmp_path / "model"), *prompt) == "ok\n"
 
@@ -131,7 +136,7 @@ def test_prompts_are_written_as_in_training():
 
 
 def test_a_batch_of_prompts_is_answered_as_each_alone(run):
-    loaded = load(str(run.path), base=None, use_adapter=False, say=quiet)
+    loaded = load(run.path / "adapter", base=None, use_adapter=False, say=quiet)
     prompts = [[72, 105], [72, 101, 108, 108, 111, 33], [65]]
     together = generation.generate(loaded, prompts, max_new_tokens=6)
     assert together == [generation.generate(loaded, [p], max_new_tokens=6)[0] for p in prompts]

@@ -25,7 +25,7 @@ from decompft.launcher.job import MARK, JobSpec, free_port
 from decompft.launcher.local import launch
 from decompft.launcher.outcome import Outcome, read_outcome, write_outcome
 from decompft.launcher.runs import RunDir
-from decompft.launcher.supervise import PortTaken, supervise
+from decompft.launcher.supervise import Interrupts, PortTaken, supervise
 
 # what a child program starts with: its incarnation's folders, and the words of a rank
 PRELUDE = """
@@ -66,9 +66,10 @@ class Job:
             ranks_per_node=2,
         )
 
-    def supervise(self, body: str, *, port: int | None = None, grace_s: float = 30.0) -> Outcome:
+    def supervise(self, body: str, *, port: int | None = None) -> Outcome:
         job = self.spec(body, port=port)
-        return supervise(job, self.run, 1, say=self.said.append, grace_s=grace_s)
+        with Interrupts() as interrupts:
+            return supervise(job, self.run, 1, interrupts=interrupts, say=self.said.append)
 
     def report(self, outcome: Outcome) -> str:
         lines: list[str] = []
@@ -120,8 +121,7 @@ def test_a_second_signal_kills_a_job_that_does_not_listen(job: Job) -> None:
         wait_for(here / 'stop')
         signal_again(signal.SIGINT)
         time.sleep(600)
-        """,
-        grace_s=0.2,
+        """
     )
     assert time.monotonic() - began < 60
     assert (outcome.result, outcome.exit_code) == ("failed", 3)

@@ -27,7 +27,14 @@ COMMON = {
 }  # fmt: skip
 FAMILIES = {
     "llama": LLAMA,
-    "gpt2": {"model_type": "gpt2", "vocab_size": 260, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": 260,
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 256,
+    },
     "qwen2": {"model_type": "qwen2", **COMMON},
     "gemma": {"model_type": "gemma", "head_dim": 16, **COMMON},  # the head is the embedding
 }
@@ -68,7 +75,9 @@ def adapter_of(folder, **sections):
         name: value.detach() + 0.1 * torch.randn(value.shape, generator=moved) * (not name.endswith("norm"))
         for name, value in targets.items()
     }
-    save_adapter(run.path / "adapter", tensors, describe(run.read_plan(), prepared), tokenizer=prepared.tokenizer_dir)
+    save_adapter(
+        run.path / "adapter", tensors, describe(run.read_plan(), prepared), tokenizer=prepared.tokenizer_dir
+    )
     return run.path / "adapter"
 
 
@@ -79,7 +88,7 @@ def unmerged_logits(adapter, into):
         description = json.loads(path.read_text())
         description["quantization"]["format"] = "none"
         path.write_text(json.dumps(description))
-    loaded = load(str(adapter), base=None, say=quiet)
+    loaded = load(adapter, base=None, say=quiet)
     with torch.inference_mode():
         return loaded.model.logits(TOKENS, None)
 
@@ -95,7 +104,12 @@ def test_merge_computes_what_base_and_adapter_compute(tmp_path, family, method):
     base = checkpoint(tmp_path / "base", FAMILIES[family])
     adapter = adapter_of(
         tmp_path,
-        model={"id": str(base), "config": None, "weights": "checkpoint", "tokenizer": str(byte_folder(tmp_path))},
+        model={
+            "id": str(base),
+            "config": None,
+            "weights": "checkpoint",
+            "tokenizer": str(byte_folder(tmp_path)),
+        },
         adapter={"method": method, "rank": 4, "alpha": 8.0},
     )
     outs = {}
@@ -120,7 +134,7 @@ def test_unadapted_layers_and_whole_modules_of_a_random_base_are_merged_too(tmp_
         tmp_path, adapter={"targets": ["q_proj", "down_proj"], "train_modules": ["norm", "embed_tokens"]}
     )
     out = tmp_path / "out"
-    merge(open_adapter(str(adapter), base=None, say=quiet), "dequantized", out, progress=quiet)
+    merge(open_adapter(adapter, base=None, say=quiet), "dequantized", out, progress=quiet)
     torch.testing.assert_close(plain_logits(out), unmerged_logits(adapter, "dequantized"), **CLOSE)
     assert AutoTokenizer.from_pretrained(out)("Hi")["input_ids"] == [72, 105]
 
@@ -133,11 +147,11 @@ def test_shards_have_an_index_and_the_base_s_dtype(tmp_path):
         tmp_path, model={"id": str(base), "config": None, "weights": "checkpoint", "tokenizer": tokenizer}
     )
     out = tmp_path / "out"
-    merge(open_adapter(str(adapter), base=None, say=quiet), "dense", out, shard_bytes=50_000, progress=quiet)
+    merge(open_adapter(adapter, base=None, say=quiet), "dense", out, shard_bytes=50_000, progress=quiet)
     files = sorted(out.glob("*.safetensors"))
-    assert len(files) > 2 and set(json.loads((out / "model.safetensors.index.json").read_text())["weight_map"].values()) == {
-        file.name for file in files
-    }
+    assert len(files) > 2 and set(
+        json.loads((out / "model.safetensors.index.json").read_text())["weight_map"].values()
+    ) == {file.name for file in files}
     for file in files:
         with safe_open(file, "pt") as opened:
             assert {opened.get_slice(name).get_dtype() for name in opened.keys()} == {"BF16"}  # noqa: SIM118
@@ -155,9 +169,9 @@ def test_a_trained_classifier_head_is_in_the_merged_model(tmp_path):
         data={"train": [source], "sequence_length": 64, "packing": False},
     )
     out = tmp_path / "out"
-    merge(open_adapter(str(adapter), base=None, say=quiet), "dequantized", out, progress=quiet)
+    merge(open_adapter(adapter, base=None, say=quiet), "dequantized", out, progress=quiet)
     plain = AutoModelForSequenceClassification.from_pretrained(out, dtype=torch.float32)
-    loaded = load(str(adapter), base=None, say=quiet)
+    loaded = load(adapter, base=None, say=quiet)
     with torch.inference_mode():
         torch.testing.assert_close(plain(TOKENS).logits, loaded.model.model(TOKENS).logits, **CLOSE)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ class Console:
         elif time.monotonic() - self._drawn_at > _REDRAW_S or row.step >= self._total:
             progress, task = self._bar
             progress.update(task, completed=row.step, numbers=line.split("  ", 1)[1])
-            progress.refresh()
+            self._draw(progress.refresh)
             self._drawn_at = time.monotonic()
 
     def message(self, text: str) -> None:
@@ -68,12 +70,14 @@ class Console:
         if self._bar is None:
             self._write(text)
         else:
-            self._bar[0].console.print(text, markup=False, highlight=False, soft_wrap=True)
+            console = self._bar[0].console
+            self._draw(partial(console.print, text, markup=False, highlight=False, soft_wrap=True))
 
     def close(self) -> None:
         """Leaves the bar as it is and gives the terminal back."""
         if self._bar is not None:
-            self._bar[0].stop()
+            bar, _ = self._bar
+            self._draw(bar.stop)
             self._bar = None
 
     def _write(self, line: str) -> None:
@@ -82,9 +86,20 @@ class Console:
         try:
             self._stream.write(line + "\n")
             self._stream.flush()
-        except OSError as error:  # a closed pipe or terminal is no reason to stop training
-            self._stream = None
-            logger.warning("no more lines on the terminal: %s", error.strerror)
+        except OSError as error:
+            self._give_up(error)
+
+    def _draw(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except OSError as error:
+            self._bar = None
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        """A closed pipe or terminal is no reason to stop training."""
+        self._stream = None
+        logger.warning("no more lines on the terminal: %s", error.strerror)
 
 
 def format_step(row: StepRow, total_steps: int, *, eta_s: float) -> str:

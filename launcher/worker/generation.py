@@ -86,7 +86,11 @@ def generate(loaded: Loaded, prompts: Sequence[Sequence[int]], *, max_new_tokens
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=loaded.device)
     # training turned the cache off in the model's config; here it is what makes a token cost a token
     how = GenerationConfig(
-        max_new_tokens=min(max_new_tokens, room), do_sample=False, use_cache=True, eos_token_id=stops, pad_token_id=pad
+        max_new_tokens=min(max_new_tokens, room),
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=stops,
+        pad_token_id=pad,
     )
     with torch.inference_mode():
         out = loaded.model.model.generate(input_ids=ids, attention_mask=mask, generation_config=how)
@@ -109,6 +113,8 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    special = set(tokenizer.all_special_ids) | {
+        i for i, t in tokenizer.added_tokens_decoder.items() if t.special
+    }
     last = [token for token in ids[-2:] if token in special]  # a line break may follow it
     return last[-1] if last else None

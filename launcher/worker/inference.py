@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from decompft.adapters.inject import adapters
-from decompft.launcher.checkpoints import newest_valid
 from decompft.launcher.errors import AdapterError, UserError
-from decompft.launcher.recipe import AdapterSection, ModelSection, QuantizationSection
+from decompft.launcher.recipe import AdapterSection, DType, ModelSection, QuantizationSection
 from decompft.launcher.worker.build import build, trained_targets
 from decompft.launcher.worker.engines.base import Engine
 from decompft.launcher.worker.load import Progress
@@ -68,7 +67,7 @@ class Loaded:
 
 
 def load(
-    adapter: str | None,
+    folder: Path | None,
     *,
     base: str | None,
     use_adapter: bool = True,
@@ -78,7 +77,7 @@ def load(
     """Build an adapter over its base, on a GPU if there is one.
 
     Args:
-        adapter: an adapter folder, a run directory, or a checkpoint folder; None for `base` alone.
+        folder: with adapter.json, as `adapter_folder` finds it; None for `base` alone.
         base: another place of the model that adapter.json names; without an adapter, any model.
         use_adapter: False gives the base as the adapter was trained on, quantized and without it.
         say: takes a line for the user before work that lasts.
@@ -87,9 +86,9 @@ def load(
         UserError: neither is given, or something is missing, damaged, or does not fit.
     """
     engine = Engine(torch.device("cuda" if torch.cuda.is_available() else "cpu"), timeout_s=60)
-    if adapter is None:
+    if folder is None:
         return _bare(base, engine, progress, say)
-    found = open_adapter(adapter, base=base, say=say)
+    found = open_adapter(folder, base=base, say=say)
     built = build(
         found.model, found.quantization, found.adapter if use_adapter else None, engine,
         seed=found.seed, model_dir=found.model_dir, recompute=False, progress=progress,
@@ -106,14 +105,13 @@ def load(
     )
 
 
-def open_adapter(adapter: str, *, base: str | None, say: Callable[[str], None]) -> Adapter:
+def open_adapter(folder: Path, *, base: str | None, say: Callable[[str], None]) -> Adapter:
     """Read an adapter's folder and find its base; the base's weights are not read yet.
 
     Raises:
         AdapterError: no adapter there, damaged, or `base` is not what it was trained on.
         ModelError: the base is not here.
     """
-    folder = adapter_folder(adapter)
     tensors, description = load_adapter(folder)
     model = ModelSection.model_validate_json(json.dumps(description["model"]))
     if base is not None:
@@ -135,38 +133,14 @@ def open_adapter(adapter: str, *, base: str | None, say: Callable[[str], None]) 
     )
 
 
-def adapter_folder(adapter: str) -> Path:
-    """The folder with adapter.json that ADAPTER means; runs are also looked for by name under ./runs.
-
-    Raises:
-        AdapterError: there is none.
-    """
-    path = Path(adapter).expanduser()
-    if not path.exists() and path.name == adapter and (Path("runs") / adapter).is_dir():
-        path = Path("runs") / adapter
-    for folder in (path, path / "adapter"):
-        if (folder / "adapter.json").is_file():
-            return folder
-    if not path.is_dir():
-        raise AdapterError(f"{adapter}: no such folder", "name an adapter folder, a run directory or a checkpoint")
-    newest, _ = newest_valid(path / "checkpoints")
-    if newest is not None:
-        raise AdapterError(
-            f"{adapter}: this run has not finished, so it has no adapter folder yet",
-            f"name a checkpoint of it instead: {newest}",
-        )
-    hint = "name a folder that a run of decompft wrote: RUN, RUN/adapter or a checkpoint"
-    if (path / "config.json").is_file():
-        hint = "this is a model's folder; to ask it without an adapter, leave ADAPTER out and give --base"
-    raise AdapterError(f"{adapter}: holds no adapter.json", hint)
-
-
 def _bare(base: str | None, engine: Engine, progress: Progress, say: Callable[[str], None]) -> Loaded:
     if base is None:
-        raise UserError("neither an adapter nor --base is given", "name an adapter folder, a run, or --base MODEL")
+        raise UserError(
+            "neither an adapter nor --base is given", "name an adapter folder, a run, or --base MODEL"
+        )
     model = ModelSection(id=base)
     model_dir = resolve_model(model, say=say)
-    compute = "bfloat16" if engine.device.type == "cuda" else "float32"
+    compute: DType = "bfloat16" if engine.device.type == "cuda" else "float32"
     whole = QuantizationSection(format="none", compute=compute)
     built = build(model, whole, None, engine, seed=0, model_dir=model_dir, recompute=False, progress=progress)
     return Loaded(
@@ -182,7 +156,11 @@ def _check_base(trained_on: dict[str, Any], model_dir: Path | None, folder: Path
     if model_dir is None:  # made from the config and seed that adapter.json itself carries
         return
     if identity(model_dir)["sha256"] != trained_on["sha256"]:
-        name = trained_on.get("id") or trained_on.get("source") or f"a {trained_on['config']['model_type']} from config"
+        name = (
+            trained_on.get("id")
+            or trained_on.get("source")
+            or f"a {trained_on['config']['model_type']} from config"
+        )
         raise AdapterError(
             f"{folder}: was trained over another base ({name}) than {model_dir}",
             "an adapter works over the very weights it was trained on; name their folder with --base",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class Want:
     parameters: tuple[nn.Parameter, ...]  # storage, all with the same rows
     layer: FrozenLinear | None  # packs the rows; None: taken as they are
     transposed: bool
+    twin: str | None = None  # another tensor of the checkpoint that the model ties to this one
 
 
 def load_base(model: nn.Module, source: TensorSource, engine: Engine, *, prefix: str, new: set[str],
@@ -42,7 +43,7 @@ def load_base(model: nn.Module, source: TensorSource, engine: Engine, *, prefix:
         seed: of adapters and new tensors; with the tensor's name it fixes the values.
 
     Raises:
-        ModelError: a tensor is missing or has another shape.
+        ModelError: as `match_tensors`, or tied tensors differ.
     """
     wants, missing = match_tensors(model, source, prefix=prefix, new=new)
     needs_norm = {id(a.base): n for n, a in adapters(model) if "frobenius_norm" in _needs(a)}
@@ -68,7 +69,7 @@ def match_tensors(
     """What to read, and the parameters (of those in `new`) that the checkpoint does not have.
 
     Raises:
-        ModelError: a tensor is missing or has another shape.
+        ModelError: a tensor is missing, has another shape, or is quantized already.
     """
     wants, missing = _wants(model, set(source.names()), prefix)
     lost = [n for n in missing if n not in new]
@@ -78,6 +79,7 @@ def match_tensors(
             "the files belong to another model, or a shard is missing",
         )
     for want in wants:
+        source.dtype(want.key)  # refuses what is no float before its shape looks wrong
         _check_shape(want, source.shape(want.key))
     return wants, missing
 
@@ -96,9 +98,9 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
 def _wants(model: nn.Module, keys: set[str], prefix: str) -> tuple[list[Want], dict[str, nn.Parameter]]:
     """What to read, and the parameters that the checkpoint does not have."""
-    wants: list[Want] = []
+    wants: dict[str, Want] = {}
     missing: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
+    names: dict[int, str] = {}  # of a tensor under its first name
     for path, module in model.named_modules(remove_duplicate=True):
         if isinstance(module, Adapter):
             continue
@@ -111,18 +113,20 @@ def _wants(model: nn.Module, keys: set[str], prefix: str) -> tuple[list[Want], d
             if layer is None or own not in layer.storage_names():
                 parameters[own] = (parameter,)
         for own, storage in parameters.items():
-            if id(storage[0]) in seen:  # tied to one that is wanted already
-                continue
-            seen.add(id(storage[0]))
             full = f"{name}.{own}" if name else own
+            first = names.setdefault(id(storage[0]), full)
             key = _find(full, keys, prefix)
             packs = layer if own == "weight" else None
+            transposed = packs is not None and packs.transposed
             if key is None:
-                missing[full] = storage[0]
-            else:
-                transposed = packs is not None and packs.transposed
-                wants.append(Want(name=full, key=key, parameters=storage, layer=packs, transposed=transposed))
-    return wants, missing
+                if first == full:
+                    missing[full] = storage[0]
+            elif first in wants:
+                wants[first] = replace(wants[first], twin=key)
+            else:  # also a tied tensor that the checkpoint has under its second name only
+                missing.pop(first, None)
+                wants[first] = Want(name=first, key=key, parameters=storage, layer=packs, transposed=transposed)
+    return list(wants.values()), missing
 
 
 def _find(name: str, keys: set[str], prefix: str) -> str | None:
@@ -155,7 +159,13 @@ def _read_ahead(wants: list[Want], source: TensorSource, engine: Engine) -> Iter
 
     def read(want: Want) -> Tensor:
         start, stop = engine.rows(want.parameters[0])
-        return source.rows(want.key, start, stop, transposed=want.transposed)
+        rows = source.rows(want.key, start, stop, transposed=want.transposed)
+        if want.twin is not None and not torch.equal(rows, source.rows(want.twin, start, stop)):
+            raise ModelError(
+                f"the model's config ties {want.key} and {want.twin}, but the checkpoint has other values for each",
+                "set tie_word_embeddings: false in the model's config.json",
+            )
+        return rows
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         ahead = pool.submit(read, wants[0])

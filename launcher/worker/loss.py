@@ -27,6 +27,8 @@ def token_loss_sum(
         targets: (T,) int64.
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2), None for none.
     """
+    if not torch.is_grad_enabled():  # a Function is told of the tensors, not of the mode
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     loss: Tensor = _TokenLoss.apply(hidden, weight, bias, targets, softcap)
     return loss
 
@@ -77,7 +79,9 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grads
         d_hidden, d_weight, d_bias = ctx.saved_tensors
-        d_hidden = None if d_hidden is None else d_hidden * scale.to(d_hidden.dtype)
+        if d_hidden is not None:
+            # in float32 and rounded once: a rounded divisor would rescale every gradient by the same 0.4 %
+            d_hidden = torch.mul(d_hidden, scale.view(1, 1), out=torch.empty_like(d_hidden))
         d_weight = None if d_weight is None else d_weight * scale
         d_bias = None if d_bias is None else d_bias * scale
         return d_hidden, d_weight, d_bias, None, None

@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, TextIO
 
 from decompft.launcher.errors import CheckpointError, DecompftError, UserError
 from decompft.launcher.outcome import Outcome, write_outcome, write_rank
-from decompft.launcher.plan import Plan
 from decompft.launcher.runs import RunDir
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,22 +43,27 @@ def main() -> None:
     stream = _redirect(run.rank_log(args.incarnation, rank), show=rank == 0)
     this = Rank(run=run, incarnation=args.incarnation, resume=args.resume, rank=rank, stream=stream)
     folder = run.incarnation_dir(args.incarnation)
+    _stop_in_order_on_sigterm(run.stop_file(args.incarnation))
     try:
         outcome = run_rank(this)
         if rank == 0:
             write_outcome(folder, outcome)
-            print(outcome.message, file=stream, flush=True)
+            _show(outcome.message, stream)
     except Exception as error:  # the one place that records a failure; the launcher puts it into words
         step = _last_step(run)
         hint = error.hint if isinstance(error, DecompftError) else ""
         message = error.message if isinstance(error, DecompftError) else f"{type(error).__name__}: {error}"
         result = "user_error" if isinstance(error, UserError) else "failed"
-        write_rank(
-            folder, rank,
-            Outcome(result=result, step=step, message=message, hint=hint, rank=rank, time_s=time.time(),
-                    traceback=traceback.format_exc()),
+        outcome = Outcome(
+            result=result, step=step, message=message, hint=hint, rank=rank, time_s=time.time(),
+            traceback=traceback.format_exc(),
         )  # fmt: skip
-        logging.getLogger(__name__).exception("rank %d failed", rank)
+        try:
+            write_rank(folder, rank, outcome)
+        except OSError as full:  # the log may still take what the folder does not
+            logger.error("rank %d could not leave word: %s", rank, full)
+        # a foreseen error is said in words; its traceback is in rank-K.json
+        logger.error("rank %d failed: %s", rank, error, exc_info=not isinstance(error, DecompftError))
         sys.stderr.flush()
         # without unwinding: a collective that other ranks still wait in must not hang this exit
         os._exit(error.exit_code if isinstance(error, DecompftError) else 3)
@@ -85,46 +93,45 @@ def run_rank(this: Rank) -> Outcome:
     if engine.world_size != plan.world.size:
         raise UserError(f"the plan is for {plan.world.size} ranks, {engine.world_size} were started", "launch again")
     engine.start()
-    try:
-        data = open_train(recipe, prepared)
-        held_out = open_eval(recipe, prepared, plan.batch.micro_size)
-        resume = None if this.resume is None else open_checkpoint(this.resume)
-        adapter_json = describe(plan, prepared)
-        if resume is not None:
-            _same_base(resume.state["base"], prepared.identity, this.resume)
-        built = build(
-            recipe.model, recipe.quantization, recipe.adapter, engine, seed=recipe.train.seed,
-            model_dir=prepared.model_dir, recompute=plan.recompute == "full", progress=_loading(this),
+    data = open_train(recipe, prepared)
+    held_out = open_eval(recipe, prepared, plan.batch.micro_size)
+    resume = None if this.resume is None else open_checkpoint(this.resume)
+    adapter_json = describe(plan, prepared)
+    if resume is not None:
+        _same_base(resume.state["base"], prepared.identity, this.resume)
+    built = build(
+        recipe.model, recipe.quantization, recipe.adapter, engine, seed=recipe.train.seed,
+        model_dir=prepared.model_dir, recompute=plan.recompute == "full", progress=_loading(this),
+    )  # fmt: skip
+    with Metrics(
+        this.run.path, rank=engine.rank, incarnation=this.incarnation, logging=recipe.logging,
+        start_step=0 if resume is None else resume.step, total_steps=data.total_steps, stream=this.stream,
+    ) as metrics:  # fmt: skip
+        metrics.message(
+            f"{plan.strategy} on {engine.world_size} x {engine.device.type}; {len(built.adapted)} layers adapted, "
+            f"{count_trained(built.trained):,} trained numbers; kernels: {built.kernels}; "
+            f"ready after {time.perf_counter() - began:.1f} s"
+        )
+        outcome = train(
+            plan, built, engine, data, held_out, this.run, incarnation=this.incarnation,
+            resume=resume, metrics=metrics, adapter_json=adapter_json,
         )  # fmt: skip
-        with Metrics(
-            this.run.path, rank=engine.rank, incarnation=this.incarnation, logging=recipe.logging,
-            start_step=0 if resume is None else resume.step, total_steps=data.total_steps, stream=this.stream,
-        ) as metrics:  # fmt: skip
-            metrics.message(
-                f"{plan.strategy} on {engine.world_size} x {engine.device.type}; {len(built.adapted)} layers adapted, "
-                f"{count_trained(built.trained):,} trained numbers; kernels: {built.kernels}; "
-                f"ready after {time.perf_counter() - began:.1f} s"
-            )
-            outcome = train(
-                plan, built, engine, data, held_out, this.run, incarnation=this.incarnation,
-                resume=resume, metrics=metrics, adapter_json=adapter_json,
+        peak = peak_memory(plan, engine)
+        metrics.message(peak.line())
+        metrics.event("memory", step=outcome.step, **asdict(peak))
+        if outcome.result == "finished" and engine.rank == 0:
+            newest = open_checkpoint(this.run.checkpoints_dir / f"step-{outcome.step:08d}")
+            save_adapter(
+                this.run.path / "adapter", whole_tensors(newest), adapter_json | {"step": newest.step},
+                tokenizer=prepared.tokenizer_dir,
             )  # fmt: skip
-            peak = peak_memory(plan, engine)
-            metrics.message(peak.line())
-            metrics.event("memory", step=outcome.step, **asdict(peak))
-            if outcome.result == "finished" and engine.rank == 0:
-                newest = open_checkpoint(this.run.checkpoints_dir / f"step-{outcome.step:08d}")
-                save_adapter(
-                    this.run.path / "adapter", whole_tensors(newest), adapter_json | {"step": newest.step},
-                    tokenizer=prepared.tokenizer_dir,
-                )  # fmt: skip
-                metrics.message(f"adapter: {this.run.path / 'adapter'}")
-        engine.barrier()
-        if engine.device.type == "cuda":
-            torch.cuda.synchronize()
-        return outcome
-    finally:
-        engine.stop()
+            metrics.message(f"adapter: {this.run.path / 'adapter'}")
+    engine.barrier()
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize()
+    # only in order: after a failure, leaving the group may wait for ranks that wait for this one
+    engine.stop()
+    return outcome
 
 
 def _same_base(saved: dict[str, Any], now: dict[str, Any], path: Path | None) -> None:
@@ -146,10 +153,37 @@ def _loading(this: Rank) -> Any:
         now = time.monotonic()
         if this.rank == 0 and (now - shown[0] > 2 or (done == total and now - began > 2)):
             shown[0] = now
-            print(f"loading the base: {100 * done // max(total, 1)} % of {total / 2**30:.2f} GiB",
-                  file=this.stream, flush=True)  # fmt: skip
+            _show(f"loading the base: {100 * done // max(total, 1)} % of {total / 2**30:.2f} GiB", this.stream)
 
     return progress
+
+
+def _stop_in_order_on_sigterm(stop_file: Path) -> None:
+    """Let SIGTERM ask every rank to save and stop, as the launcher does; no rank can save alone.
+
+    A scheduler sends it to some or all ranks. torchrun sends it to the survivors of a dead rank, which must
+    go: at once if the dead one left word, else when the next collective fails or torchrun loses patience.
+    """
+
+    def on_sigterm(number: int, _frame: FrameType | None) -> None:
+        try:
+            has_failed_peer = any(stop_file.parent.glob("rank-*.json"))
+            if not has_failed_peer:
+                stop_file.touch()
+                return
+        except OSError:
+            pass  # a full disk: nothing can be saved either
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def _show(line: str, stream: TextIO) -> None:
+    try:
+        print(line, file=stream, flush=True)
+    except OSError:
+        pass  # the terminal is gone; the log has what matters
 
 
 def _redirect(log: Path, *, show: bool) -> TextIO:

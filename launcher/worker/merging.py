@@ -32,7 +32,9 @@ Into = Literal["dense", "dequantized"]
 SHARD_BYTES = 5_000_000_000
 
 
-def merge(adapter: Adapter, into: Into, out: Path, *, shard_bytes: int = SHARD_BYTES, progress: Progress) -> None:
+def merge(
+    adapter: Adapter, into: Into, out: Path, *, shard_bytes: int = SHARD_BYTES, progress: Progress
+) -> None:
     """Write config, tokenizer and weights of the merged model into the new folder `out`.
 
     Args:
@@ -48,7 +50,9 @@ def merge(adapter: Adapter, into: Into, out: Path, *, shard_bytes: int = SHARD_B
     if out.exists():
         raise UserError(f"{out}: exists already", "name a new folder with --out")
     if not ADAPTER_SPECS[adapter.adapter.method].mergeable:
-        raise AdapterError(f"{adapter.folder}: {adapter.adapter.method} is no change of weights: it cannot be merged")
+        raise AdapterError(
+            f"{adapter.folder}: {adapter.adapter.method} is no change of weights: it cannot be merged"
+        )
     temporary: Path | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +66,9 @@ def merge(adapter: Adapter, into: Into, out: Path, *, shard_bytes: int = SHARD_B
         fsync_folder(temporary)
         os.rename(temporary, out)
     except OSError as error:
-        raise RunFailed(f"{out}: not written: {error.strerror or error}", "free some space, or name another disk") from error
+        raise RunFailed(
+            f"{out}: not written: {error.strerror or error}", "free some space, or name another disk"
+        ) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -90,7 +96,12 @@ def _entries(adapter: Adapter, outline: Outline, into: Into) -> Iterator[Entry]:
 
 @torch.no_grad()
 def _merged(
-    want: Want, source: TensorSource, layer: AdapterLayer | None, into: Into, dtype: torch.dtype, device: torch.device
+    want: Want,
+    source: TensorSource,
+    layer: AdapterLayer | None,
+    into: Into,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
     """One tensor of the base as its checkpoint stores it: linear weights merged, all else as it is."""
     rows = source.rows(want.key, 0, want.parameters[0].shape[0], transposed=want.transposed)
@@ -136,7 +147,11 @@ def _write_shards(folder: Path, entries: list[Entry], shard_bytes: int, progress
 
     places: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = (
+            "model.safetensors"
+            if len(shards) == 1
+            else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        )
         write_tensors(folder / name, [replace(entry, read=partial(counted, entry)) for entry in shard])
         places |= {entry.key: name for entry in shard}
     if len(shards) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from decompft.adapters.base import Adapter
 from decompft.launcher.errors import ModelError
 from decompft.launcher.recipe import ModelSection
 from decompft.launcher.worker.data.batches import Batch
@@ -61,7 +63,10 @@ def build_on_meta(config: Any, section: ModelSection, dtype: torch.dtype) -> Any
     try:
         with torch.device("meta"):
             return auto.from_config(
-                config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=section.trust_remote_code
+                config,
+                dtype=dtype,
+                attn_implementation=_attention(config),
+                trust_remote_code=section.trust_remote_code,
             )
     except ValueError as error:  # e.g. an encoder asked for as a causal LM
         raise ModelError(f"model type {config.model_type}: {error}", f"it cannot do task {section.task}") from error
@@ -71,7 +76,12 @@ def fill_buffers(model: Any) -> None:
     """Compute the buffers that no checkpoint holds (rotary frequencies, masks), parameters untouched.
 
     After materialize they are garbage; transformers' own initialiser fills what is not flagged.
+
+    Raises:
+        ModelError: it left one out.
     """
+    own = {f"{n}.{b}": t for n, m in model.named_modules() if not isinstance(m, Adapter) for b, t in m._buffers.items()}
+    marked = {n: t.fill_(_mark(t)) for n, t in own.items() if t is not None and _mark(t) is not None}
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
     for module in model.modules():
@@ -79,6 +89,24 @@ def fill_buffers(model: Any) -> None:
         if not any(True for _ in module.buffers(recurse=False)):
             module._is_hf_initialized = True
     model.initialize_weights()
+    left = [n for n, t in marked.items() if (t.isnan() if t.is_floating_point() else t == _mark(t)).any()]
+    if left:
+        raise ModelError(
+            f"model type {model.config.model_type}: nothing computes its buffer {left[0]}",
+            "this version of decompft cannot build the model; please report its id",
+        )
+
+
+def _mark(buffer: Tensor) -> float | None:
+    """A value that no initialiser writes; None where each value is one that might be."""
+    if buffer.is_floating_point():
+        return math.nan
+    return torch.iinfo(torch.int64).min if buffer.dtype == torch.int64 else None
+
+
+def _attention(config: Any) -> str:
+    """sdpa has no argument for a cap of the attention scores (Gemma 2) and would leave it out silently."""
+    return "sdpa" if getattr(config, "attn_logit_softcapping", None) is None else "eager"
 
 
 def blocks(model: Any) -> list[nn.Module]:

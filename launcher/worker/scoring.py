@@ -94,7 +94,12 @@ def likelihoods(
 
 
 def first_matches(
-    loaded: Loaded, questions: Sequence[Question], words: Sequence[str], *, batch_size: int | None, report: Report
+    loaded: Loaded,
+    questions: Sequence[Question],
+    words: Sequence[str],
+    *,
+    batch_size: int | None,
+    report: Report,
 ) -> list[str | None]:
     """The first of `words` in what the model writes after each prompt.
 
@@ -108,7 +113,9 @@ def first_matches(
         _check_length(loaded, len(ids) + NEW_TOKENS, question)
     found: list[str | None] = [None] * len(questions)
     done = 0
-    for batch in _batches(range(len(prompts)), lambda place: len(prompts[place]) + NEW_TOKENS, loaded, batch_size):
+    for batch in _batches(
+        range(len(prompts)), lambda place: len(prompts[place]) + NEW_TOKENS, loaded, batch_size
+    ):
         answers = generate(loaded, [prompts[place] for place in batch], max_new_tokens=NEW_TOKENS)
         for place, ids in zip(batch, answers, strict=True):
             match = pattern.search(loaded.tokenizer.decode(ids, skip_special_tokens=True))
@@ -144,7 +151,7 @@ def _question(record: Record) -> Question:
 
 
 def _rows(loaded: Loaded, questions: Sequence[Question]) -> tuple[list[_Row], list[int]]:
-    """The rows of all questions, and the number of each question's first label (and of none after the last)."""
+    """The rows of all questions, and each question's first label by number, one past the last at the end."""
     items = []
     for question in questions:
         for label in question.labels:
@@ -199,9 +206,10 @@ def _read(loaded: Loaded, rows: Sequence[_Row]) -> tuple[Tensor, Tensor]:
 
 
 def _check_length(loaded: Loaded, num_tokens: int, question: Question) -> None:
-    if num_tokens > positions(loaded):
+    limit = positions(loaded)
+    if num_tokens > limit:
         raise DataError(
-            f"{question.where}: {num_tokens} tokens with its answer, and the model has {positions(loaded)} positions",
+            f"{question.where}: {num_tokens} tokens with its answer, and the model has {limit} positions",
             "leave the record out, or shorten it",
         )
 

@@ -16,6 +16,8 @@ from decompft.launcher.errors import ModelError
 from decompft.launcher.worker.tensorfile import DTYPES
 
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_FLOATS = {code: dtype for dtype, code in DTYPES.values() if dtype.is_floating_point}
 
 
 class TensorSource(Protocol):
@@ -24,6 +26,10 @@ class TensorSource(Protocol):
     def names(self) -> Iterable[str]: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Raises ModelError if it is no floating-point tensor of at least 16 bits."""
+        ...
 
     def rows(self, name: str, start: int, stop: int, *, transposed: bool = False) -> Tensor:
         """Rows [start, stop) of dimension 0; of the transposed matrix if `transposed`."""
@@ -49,7 +55,12 @@ class SafetensorsSource:
 
     def dtype(self, name: str) -> torch.dtype:
         code = self._where[name].get_slice(name).get_dtype()
-        return next(dtype for dtype, own in DTYPES.values() if own == code)
+        if code not in _FLOATS:
+            raise ModelError(
+                f"{name} is stored as {code}: this checkpoint is quantized already",
+                "give the original checkpoint; decompft quantizes it while loading (quantization.format)",
+            )
+        return _FLOATS[code]
 
     def rows(self, name: str, start: int, stop: int, *, transposed: bool = False) -> Tensor:
         part = self._where[name].get_slice(name)
@@ -72,6 +83,9 @@ class RandomSource:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
 
     def rows(self, name: str, start: int, stop: int, *, transposed: bool = False) -> Tensor:
         shape = self._shapes[name]
@@ -101,8 +115,13 @@ def _uniform(index: Tensor, key: int) -> Tensor:
 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
+    if (folder / SINGLE).is_file():  # what else lies there is another format of the same weights
+        return [folder / SINGLE]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index}: not a weight index: {error}", "copy or download it again") from error
         missing = [n for n in names if not (folder / n).is_file()]
         if missing:
             raise ModelError(

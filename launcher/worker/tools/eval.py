@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from decompft.launcher.errors import UserError
+from decompft.launcher.worker.adapter_folder import adapter_folder
 from decompft.launcher.worker.tools.main import run_tool
 
 if TYPE_CHECKING:
     from decompft.launcher.worker.inference import Loaded
 
-SCORERS = {"likelihood": ("likelihood",), "first-match": ("first-match",), "both": ("likelihood", "first-match")}
+SCORERS = {
+    "likelihood": ("likelihood",),
+    "first-match": ("first-match",),
+    "both": ("likelihood", "first-match"),
+}
 
 
 def main(argv: list[str]) -> None:
@@ -33,6 +38,7 @@ def main(argv: list[str]) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    folder = None if args.adapter is None else adapter_folder(args.adapter)
     # transformers takes seconds to import: only after the arguments were read
     from decompft.launcher.worker.inference import load
     from decompft.launcher.worker.scoring import read_questions
@@ -40,9 +46,7 @@ def main(argv: list[str]) -> None:
 
     tasks = {path: read_questions(path, args.limit) for path in args.task}
     with Progress("loading the base") as progress:
-        loaded = load(
-            args.adapter, base=args.base, use_adapter=not args.no_adapter, progress=progress, say=say
-        )
+        loaded = load(folder, base=args.base, use_adapter=not args.no_adapter, progress=progress, say=say)
     if loaded.model.task != "causal-lm":
         raise UserError(
             f"{args.adapter}: is a classifier, which writes no answers",
@@ -88,8 +92,8 @@ def _show(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table()
-    for name in ("task", "scorer"):
-        table.add_column(name, overflow="fold")
+    table.add_column("task", overflow="fold")
+    table.add_column("scorer", no_wrap=True)
     for name in ("accuracy", "correct", "records", "no match", "seconds"):
         table.add_column(name, justify="right")
     for row in rows:

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from decompft.launcher.errors import UserError
+from decompft.launcher.worker.adapter_folder import adapter_folder
 from decompft.launcher.worker.tools.main import run_tool
 
 
@@ -20,15 +21,14 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if not args.prompt.strip() or args.max_new_tokens < 1:
         raise UserError("nothing to generate", "--prompt needs some text, --max-new-tokens at least 1")
+    folder = None if args.adapter is None else adapter_folder(args.adapter)
     # transformers takes seconds to import: only after the arguments were read
     from decompft.launcher.worker import generation
     from decompft.launcher.worker.inference import load
     from decompft.launcher.worker.tools.progress import Progress, say
 
     with Progress("loading the base") as progress:
-        loaded = load(
-            args.adapter, base=args.base, use_adapter=not args.no_adapter, progress=progress, say=say
-        )
+        loaded = load(folder, base=args.base, use_adapter=not args.no_adapter, progress=progress, say=say)
     form = generation.choose_format(loaded) if args.format == "auto" else args.format
     ids = generation.prompt_ids(args.prompt, form, loaded.tokenizer)
     (answer,) = generation.generate(loaded, [ids], max_new_tokens=args.max_new_tokens)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from decompft.launcher.errors import DecompftError
+from decompft.launcher.errors import EXIT_FAILED, DecompftError
 
 
 def run_tool(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
     """Run a tool's main and exit with the code its error stands for."""
+    # they tell of kernels that nothing here uses
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         main(argv)
     except DecompftError as error:
@@ -18,4 +23,19 @@ def run_tool(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if not _is_full_disk(error):
+            raise
+        place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        hint = "free some space where the output and the caches of models and data lie"
+        print(f"error: {place}no space left on the disk\n  hint: {hint}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
     sys.exit(0)
+
+
+def _is_full_disk(error: Exception) -> bool:
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in numbers
+    # the tokenizers library raises a bare Exception with Rust's words
+    return any(f"(os error {number})" in str(error) for number in numbers)

@@ -1,0 +1,357 @@
+"""What a user gets wrong, or a disk does: words, exit code 2 or 3, no traceback, and nothing lost.
+
+In the order in which it is found: by `launch` before it starts anything, by `prepare`, by the ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import CPU, LLAMA, losses, make_run, recipe_data
+from workers import run_worker
+
+from decompft.launcher.checkpoints import newest_valid
+from decompft.launcher.cli import main
+from decompft.launcher.planner import make
+from decompft.launcher.runs import RunDir
+from decompft.launcher.source import load
+from decompft.launcher.worker.tokenizers import byte_tokenizer, save_tokenizer
+from decompft.launcher.worker.tools import prepare
+from decompft.launcher.worker.tools.main import run_tool
+
+Capture = pytest.CaptureFixture[str]
+Sections = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DECOMPFT_DEVICE", "cpu")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real checkpoint of the tiny model; copied before it is spoilt."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model") / "llama"
+    LlamaForCausalLM(LlamaConfig(**{k: v for k, v in LLAMA.items() if k != "model_type"})).save_pretrained(folder)
+    save_tokenizer(byte_tokenizer(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run of four steps with checkpoints after two and four; never changed."""
+    run = planned(tmp_path_factory.mktemp("trained"), checkpoint={"every_steps": 2})
+    prepare.main([str(run.path)])
+    assert run_worker(run).outcome.exit_code == 0
+    return run
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def write_recipe(folder: Path, **sections: dict[str, Any]) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe_data(folder, **sections)))
+    return path
+
+
+def planned(folder: Path, **sections: dict[str, Any]) -> RunDir:
+    """A run directory as `launch` makes it from folder/recipe.yaml, not yet prepared."""
+    path = write_recipe(folder, **sections)
+    return RunDir.create(folder / "run", recipe_text=path.read_text(), plan=make(load(path), machine=CPU))
+
+
+# -- found before anything is started --
+
+
+def local_model(folder: Path, model_dir: Path) -> tuple[Path, Sections]:
+    copy = shutil.copytree(model_dir, folder / "model")
+    # from `config` to `id`: null is what a key that is not given is
+    return copy, {"model": {"config": None, "weights": "checkpoint", "id": str(copy), "tokenizer": None}}
+
+
+def no_data(folder: Path, _: Path) -> Sections:
+    return {"data": {"train": [{"path": str(folder / "nowhere.jsonl")}]}}
+
+
+def empty_data(folder: Path, _: Path) -> Sections:
+    (folder / "empty.jsonl").write_text("\n")
+    return {"data": {"train": [{"path": str(folder / "empty.jsonl")}]}}
+
+
+def unknown_model_type(_: Path, __: Path) -> Sections:
+    return {"model": {"config": {**LLAMA, "model_type": "llamma"}}}
+
+
+def wrong_dtype(_: Path, __: Path) -> Sections:
+    return {"quantization": {"compute": "float16"}}
+
+
+def too_little_memory(_: Path, __: Path) -> Sections:
+    return {"parallel": {"gpu_memory_gib": 0.25}}
+
+
+def truncated_weights(folder: Path, model_dir: Path) -> Sections:
+    copy, sections = local_model(folder, model_dir)
+    os.truncate(copy / "model.safetensors", 100_000)
+    return sections
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (no_data, "nowhere.jsonl: no such file"),
+        (empty_data, "empty.jsonl: the data set is empty"),
+        (unknown_model_type, "did you mean llama?"),
+        (wrong_dtype, "quantization.compute: found the text 'float16', expected one of bfloat16, float32"),
+        (too_little_memory, "needs 0.6 GiB a rank, this machine's memory has 0.2 GiB"),
+        (truncated_weights, "model.safetensors: truncated: 100000 bytes, the header promises "),
+    ],
+)
+def test_what_can_be_known_before_the_start_is_refused_there(
+    spoil: Any, words: str, tmp_path: Path, model_dir: Path, capsys: Capture
+) -> None:
+    recipe = write_recipe(tmp_path, **spoil(tmp_path, model_dir))
+    before = content(tmp_path)
+    assert main(["launch", str(recipe), "--run-dir", str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and "\n  hint: " in err, err
+    assert words in err
+    assert "Traceback" not in err
+    assert content(tmp_path) == before, "something was written"
+
+
+def test_a_plan_for_gpus_is_not_launched_where_there_are_none(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DECOMPFT_DEVICE")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    recipe = write_recipe(tmp_path, parallel={"gpu_memory_gib": 80.0})
+    assert main(["plan", str(recipe)]) == 0  # a login node may plan for them
+    assert main(["launch", str(recipe), "--run-dir", str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err
+    assert "error: parallel.gpu_memory_gib: the plan is for GPUs, and this machine has none" in err
+    assert "decompft sbatch" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "this run directory exists already"),
+        (["--resume", "auto", "train.learning_rate=0.5"], "train.learning_rate: was 0.01, now 0.5"),
+        (["--resume", "auto", "model.config={model_type: llama}"], "model.config.hidden_size: was 64, now absent"),
+    ],
+    ids=["exists", "other_recipe", "other_model"],
+)
+def test_a_run_that_exists_is_refused_and_left_as_it_was(
+    options: list[str], words: str, trained: RunDir, capsys: Capture
+) -> None:
+    before = content(trained.path)
+    recipe = trained.path.parent / "recipe.yaml"
+    assert main(["launch", str(recipe), "--run-dir", str(trained.path), *options]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and words in err and "\n  hint: " in err and "Traceback" not in err
+    assert content(trained.path) == before
+
+
+def test_a_damaged_checkpoint_is_not_forked(trained: RunDir, tmp_path: Path, capsys: Capture) -> None:
+    copy = RunDir(shutil.copytree(trained.path, tmp_path / "copy"))
+    newest = copy.checkpoints_dir / "step-00000004"
+    os.truncate(newest / "adapter.safetensors", 1000)
+    recipe = trained.path.parent / "recipe.yaml"
+    argv = ["launch", str(recipe), "--run-dir", str(tmp_path / "new")]
+    assert main([*argv, "--resume", str(newest)]) == 2
+    err = capsys.readouterr().err
+    assert "step-00000004: adapter.safetensors has 1000 bytes, the manifest says" in err
+    assert not (tmp_path / "new").exists()
+    assert main([*argv, "--resume", str(copy.path), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "skipped checkpoint step-00000004" in out and "at step-00000002" in out
+
+
+# -- found while the data is read --
+
+
+def run_on(folder: Path, records: list[dict[str, str]], **data: Any) -> RunDir:
+    path = folder / "mine.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    section = {"train": [{"path": str(path), "format": "completion"}], "sequence_length": 64, **data}
+    return planned(folder, data=section)
+
+
+GOOD = {"prompt": "one", "completion": "two"}
+LONG = {"prompt": "one", "completion": "two" * 40}
+
+
+@pytest.mark.parametrize(
+    ("records", "data", "words"),
+    [
+        ([GOOD, LONG], {}, "mine.jsonl:2: 124 tokens, but data.sequence_length is 64"),
+        ([LONG, LONG], {"too_long": "drop"}, "all 2 records are longer than data.sequence_length"),
+        (
+            [GOOD, {"prompt": "one" * 40, "completion": "two"}],
+            {"too_long": "truncate"},
+            "mine.jsonl:2: no trained token: its prompt alone fills the 64 tokens",
+        ),
+        ([GOOD, {"prompt": "one"}], {}, "mine.jsonl:2: no field 'completion'"),
+    ],
+    ids=["too_long", "all_dropped", "no_trained_token", "a_later_record"],
+)
+def test_what_a_full_read_finds_is_named_with_file_and_line(
+    records: list[dict[str, str]], data: dict[str, Any], words: str, tmp_path: Path, capsys: Capture
+) -> None:
+    run = run_on(tmp_path, records, **data)
+    with pytest.raises(SystemExit) as caught:
+        run_tool(prepare.main, [str(run.path)])
+    err = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert "error: " in err and words in err and "\n  hint: " in err and "Traceback" not in err
+    assert not (run.path / "prepared.json").exists()
+
+
+# -- found by the ranks --
+
+
+def test_weights_that_are_not_finite_stop_before_the_first_step(tmp_path: Path, model_dir: Path) -> None:
+    copy, sections = local_model(tmp_path, model_dir)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("inf")
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    run = make_run(tmp_path, **sections)
+    ended = run_worker(run)
+    assert ended.outcome.exit_code == 3
+    assert "run failed: rank 0: step 1: the loss is nan" in ended.said
+    assert "the optimizer step was not taken and no checkpoint was written yet" in ended.said
+    assert "last step: none" in ended.said and "Traceback" not in ended.said + ended.screen
+    assert newest_valid(run.checkpoints_dir) == (None, [])
+
+
+def test_a_loss_that_becomes_nan_keeps_the_checkpoint_before(tmp_path: Path) -> None:
+    train = {"max_steps": 9, "learning_rate": 1e30, "warmup_steps": 3, "schedule": "constant_with_warmup"}
+    run = make_run(tmp_path, train=train, checkpoint={"every_steps": 1})
+    ended = run_worker(run)
+    assert ended.outcome.exit_code == 3
+    kept = newest_valid(run.checkpoints_dir)[0]
+    assert kept is not None and f"the checkpoint of step {ended.outcome.step} is untouched" in ended.said
+    assert kept.name == f"step-{ended.outcome.step:08d}"
+    assert "lower train.learning_rate" in ended.said and "Traceback" not in ended.said
+    assert len(losses(run)) == ended.outcome.step, "a step that was not taken was logged"
+
+
+def test_a_checkpoint_over_other_weights_is_refused(tmp_path: Path, model_dir: Path) -> None:
+    copy, sections = local_model(tmp_path, model_dir)
+    train = {"max_steps": 4, "stop_after_steps": 2}
+    first = make_run(tmp_path, "first", train=train, **sections)
+    assert run_worker(first).outcome.exit_code == 75
+    before = content(first.path)
+    tensors = load_file(copy / "model.safetensors")
+    save_file({name: t + 1 for name, t in tensors.items()}, copy / "model.safetensors")
+    second = make_run(tmp_path, "second", train=train, **sections)  # the same recipe: only the ranks can tell
+    checkpoint = newest_valid(first.checkpoints_dir)[0]
+    ended = run_worker(second, resume=checkpoint)
+    assert ended.outcome.exit_code == 2
+    assert f"cannot train: rank 0: {checkpoint}: was trained over another base: sha256 was" in ended.said
+    assert "hint: " in ended.said and "Traceback" not in ended.said + ended.screen
+    assert content(first.path) == before and losses_if_any(second) == []
+
+
+def test_weights_of_another_shape_than_the_config_are_refused(tmp_path: Path, model_dir: Path) -> None:
+    copy, sections = local_model(tmp_path, model_dir)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(64, 64)
+    save_file(tensors, copy / "model.safetensors")
+    ended = run_worker(make_run(tmp_path, **sections))
+    assert ended.outcome.exit_code == 2
+    assert "model.layers.1.mlp.up_proj.weight has shape [64, 64] in the checkpoint" in ended.said
+    assert "Traceback" not in ended.said + ended.screen
+
+
+def losses_if_any(run: RunDir) -> list[float]:
+    return losses(run) if run.metrics_path.exists() else []
+
+
+# -- a full disk --
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 400 KiB: room for one checkpoint of the tiny run, not for two."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    argv = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(place)]
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    if done.returncode:
+        pytest.skip(f"only root may mount a small disk: {done.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def fill(disk: Path) -> None:
+    with (disk / "ballast").open("wb", buffering=0) as ballast, pytest.raises(OSError):
+        while True:
+            ballast.write(bytes(4096))
+
+
+def test_a_full_disk_ends_the_run_and_spoils_no_checkpoint(small_disk: Path, tmp_path: Path) -> None:
+    made = make_run(tmp_path, "made", checkpoint={"every_steps": 2})
+    run = RunDir(shutil.copytree(made.path, small_disk / "run"))
+    ended = run_worker(run)
+    assert ended.outcome.exit_code == 3
+    assert "step-00000004: not saved: No space left on device" in ended.said and "free some space" in ended.said
+    assert "last step: 4" in ended.said and "Traceback" not in ended.said + ended.screen
+    kept, skipped = newest_valid(run.checkpoints_dir)
+    assert kept is not None and (kept.name, skipped) == ("step-00000002", [])
+    # with room again, the same run goes on from there
+    whole = RunDir(shutil.copytree(run.path, tmp_path / "whole"))
+    assert run_worker(whole, resume=whole.checkpoints_dir / kept.name).outcome.exit_code == 0
+    assert len(losses(whole)) == 4
+
+
+def test_a_disk_too_full_for_words_still_ends_in_words(small_disk: Path, tmp_path: Path) -> None:
+    made = make_run(tmp_path, "made", checkpoint={"every_steps": 2})
+    run = RunDir(shutil.copytree(made.path, small_disk / "run"))
+    run.incarnation_dir(1).mkdir(parents=True)  # as next_incarnation would, before the disk is full
+    (run.incarnation_dir(1) / "plan.json").write_bytes(run.plan_path.read_bytes())
+    run.log_dir(1).mkdir(parents=True)
+    run.rank_log(1, 0).touch()
+    fill(small_disk)
+    ended = run_worker(run, incarnation=1)
+    assert ended.outcome.exit_code == 3
+    assert "rank 0 ended with exit code 3" in ended.said
+    assert "the disk (or the quota) of the run directory is full" in ended.said
+    assert "Traceback" not in ended.said + ended.screen
+
+
+def test_a_disk_that_fills_while_preparing_is_said_in_words(small_disk: Path, tmp_path: Path, capfd: Any) -> None:
+    run = run_on(tmp_path, [GOOD])
+    there = RunDir(shutil.copytree(run.path, small_disk / "run"))
+    fill(small_disk)
+    with pytest.raises(SystemExit) as caught:
+        run_tool(prepare.main, [str(there.path)])
+    assert caught.value.code == 3
+    err = capfd.readouterr().err
+    assert "error: " in err and "no space left on the disk" in err and "Traceback" not in err
+
+
+def test_a_run_directory_on_a_full_disk_is_refused(small_disk: Path, tmp_path: Path, capsys: Capture) -> None:
+    fill(small_disk)
+    assert main(["launch", str(write_recipe(tmp_path)), "--run-dir", str(small_disk / "run")]) == 2
+    err = capsys.readouterr().err
+    assert "the run directory cannot be written (No space left on device)" in err and "--run-dir" in err

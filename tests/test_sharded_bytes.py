@@ -1,0 +1,106 @@
+"""Under fsdp every tensor of the model, base and adapter, is spread by rows: no rank holds what others hold too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import fork
+from tiny_models import FAMILIES, built, row, saved, section
+from torch.distributed.tensor import DTensor, Shard
+
+from decompft.adapters.frozen.nf4 import Nf4Linear
+from decompft.adapters.inject import adapters
+from decompft.launcher.recipe import AdapterSection, QuantizationSection, TrainSection
+from decompft.launcher.worker.data.batches import collate
+from decompft.launcher.worker.engines.fsdp import FsdpEngine
+from decompft.launcher.worker.optimizer import make_optimizer
+
+pytestmark = pytest.mark.dist
+
+FORMATS = {
+    "nf4-double": QuantizationSection(format="nf4", double_quant=True, compute="float32"),
+    "nf4": QuantizationSection(format="nf4", double_quant=False, compute="float32"),
+    "none": QuantizationSection(format="none", compute="float32"),
+}
+MAP = AdapterSection(method="map", rank=4, alpha=8.0)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {name: saved(tmp_path_factory.mktemp(name), FAMILIES[name])[0] for name in ("llama", "gpt2")}
+
+
+def num_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+@pytest.mark.parametrize(
+    ("family", "form", "world_size", "offload"),
+    [
+        *(("llama", form, 2, False) for form in FORMATS),
+        ("gpt2", "nf4-double", 2, False),
+        ("llama", "nf4-double", 3, False),  # three ranks divide no tensor evenly
+        ("llama", "nf4-double", 2, True),
+    ],
+)
+def test_bytes_a_rank_are_the_total_over_the_ranks(folders, family, form, world_size, offload):
+    folder = folders[family]
+
+    def rank_main(rank):
+        engine = FsdpEngine(torch.device("cpu"), timeout_s=60, cpu_offload=offload)
+        engine.start()
+        try:
+            found = built(section(folder), FORMATS[form], MAP, engine=engine)
+            model = found.model.model
+            assert_sharded(model, world_size)
+            assert_storage(model, form)
+            # still so after training steps: gathered blocks were given back, gradients and moments are rows, too
+            optimizer = make_optimizer(model, found.trained, TrainSection(max_steps=1), engine)
+            found.model.train()
+            for _ in range(2):
+                found.model(collate([row((17,), seed=rank)], pad_id=0)).backward()
+                assert_rows(found.trained.items(), [p.grad for p in found.trained.values()], world_size)
+                optimizer.step()
+                engine.zero_gradients(list(found.trained.values()))
+            assert_sharded(model, world_size)
+            for kind in ("exp_avg", "exp_avg_sq"):
+                moments = [optimizer.state[p][kind] for p in found.trained.values()]
+                assert_rows(found.trained.items(), moments, world_size)
+        finally:
+            engine.stop()
+
+    fork(rank_main, world_size)
+
+
+def assert_sharded(model, world_size):
+    assert_rows(model.named_parameters(), [p for _, p in model.named_parameters()], world_size)
+
+
+def assert_rows(named, tensors, world_size):
+    """Each tensor is a DTensor of rows, at most a row more than its share, and memory is held for no more."""
+    total = local = slack = 0
+    storages = {}
+    for (name, _), tensor in zip(named, tensors, strict=True):
+        assert isinstance(tensor, DTensor) and tensor.placements == (Shard(0),), name
+        a_row = num_bytes(tensor) // tensor.shape[0]
+        mine = num_bytes(tensor.to_local())
+        assert mine <= -(-tensor.shape[0] // world_size) * a_row, name
+        total, local, slack = total + num_bytes(tensor), local + mine, slack + a_row
+        storage = tensor.to_local().untyped_storage()  # gradients of a block share one
+        storages[storage.data_ptr()] = storage.nbytes()
+    assert local <= total / world_size + slack
+    assert sum(storages.values()) <= total / world_size + slack
+
+
+def assert_storage(model, form):
+    for name, adapter in adapters(model):
+        base = adapter.base
+        if form == "none":
+            assert not isinstance(base, Nf4Linear)
+            continue
+        assert isinstance(base, Nf4Linear), name
+        num_weights = base.in_features * base.out_features
+        blocks = base.in_features // 64
+        assert num_bytes(base.codes) == num_weights // 2
+        scales = -(-blocks // 4) * 4 + 8 if form == "nf4-double" else 4 * blocks
+        assert num_bytes(base.scales) == scales * base.out_features
