@@ -46,7 +46,7 @@ def main() -> None:
     if args.adapters:
         add({"case": "base", "accuracy": score(args.adapters[0], tests, args.model, bare=True)})
         for adapter in args.adapters:
-            add({"case": str(adapter.name), "accuracy": score(adapter, tests, args.model)})
+            add({"case": str(adapter), "accuracy": score(adapter, tests, args.model)})
         return
     for method in args.methods:
         for rate in args.rates:
