@@ -26,13 +26,19 @@ quickstart: $(VENV)/.core $(VENV)/.quickstart
 		code=$$?; if [ $$code -ne 75 ]; then echo "expected exit code 75 (stopped in order), got $$code"; exit 1; fi
 	$(RUN) launch recipes/quickstart.yaml --run-dir $(QUICK) --resume auto
 	@echo; echo "--- the untouched model:"
-	@$(RUN) generate $(QUICK)/adapter --no-adapter --prompt "$(PROMPT)"
+	@$(RUN) generate $(QUICK)/adapter --no-adapter --max-new-tokens 40 --prompt "$(PROMPT)"
 	@echo; echo "--- with the adapter:"
-	@$(RUN) generate $(QUICK)/adapter --prompt "$(PROMPT)"
+	@$(RUN) generate $(QUICK)/adapter --max-new-tokens 40 --prompt "$(PROMPT)"
 	@echo; echo "the adapter is in $(QUICK)/adapter"
 
+# the tests include ruff, mypy and import-linter; pytest's exit code 5 is a tier without tests
 test: $(VENV)/.test
-	$(BIN)/pytest $(PYTEST_ARGS)
+	@failed=; for tier in "unit|not (dist or slow)" "dist|dist and not slow" "slow|slow"; do \
+		name=$${tier%%|*}; echo "=== $$name tests"; begin=$$(date +%s); \
+		$(BIN)/pytest -m "$${tier#*|}" $(PYTEST_ARGS) || [ $$? -eq 5 ] || failed="$$failed $$name"; \
+		echo "=== $$name tests: $$(( $$(date +%s) - begin )) s"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

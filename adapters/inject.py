@@ -18,7 +18,11 @@ MakeFrozen = Callable[[str, int, int, torch.dtype | None], FrozenLinear]  # name
 
 
 def inject(
-    model: nn.Module, config: AdapterConfig | None, targets: str | list[str], heads: list[str], make: MakeFrozen
+    model: nn.Module,
+    config: AdapterConfig | None,
+    targets: str | list[str],
+    heads: list[str],
+    make: MakeFrozen,
 ) -> list[str]:
     """Replace the linear layers of `model` (on meta) in place, and freeze everything else.
 
@@ -41,7 +45,9 @@ def inject(
         bias = module.bias.dtype if module.bias is not None else None
         base = make(name, in_features, out_features, bias)
         base.transposed = is_transposed(module)
-        model.set_submodule(name, _adapter_class(config)(base, config) if config and name in adapted else base)
+        model.set_submodule(
+            name, _adapter_class(config)(base, config) if config and name in adapted else base
+        )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for _, adapter in adapters(model):

@@ -29,7 +29,9 @@ def main() -> None:
     parser.add_argument("--model", help="SmolLM2's GGUF file; default the installed package's")
     parser.add_argument("--methods", nargs="*", default=["lora", "map"])
     parser.add_argument("--rates", nargs="*", default=["1e-3"])
-    parser.add_argument("--adapters", nargs="*", type=Path, default=[], help="score these instead of training")
+    parser.add_argument(
+        "--adapters", nargs="*", type=Path, default=[], help="score these instead of training"
+    )
     parser.add_argument("--override", nargs="*", default=[], help="more KEY=VALUE for every run")
     parser.add_argument("--runs", type=Path, default=ROOT / ".bench" / "commonsense")
     parser.add_argument("--out", type=Path, required=True)

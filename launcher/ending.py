@@ -66,7 +66,7 @@ def report(
 
 def last_step(metrics_path: Path, start: int = 0) -> int:
     """The last logged optimizer step after byte `start` of metrics.jsonl; 0 if there is none."""
-    if not metrics_path.exists():
+    if not metrics_path.is_file():
         return 0
     with metrics_path.open("rb") as file:
         file.seek(start)

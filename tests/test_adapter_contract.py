@@ -35,7 +35,9 @@ def make_base(name: str, weight: torch.Tensor) -> FrozenLinear:
 
 def make_adapter(method: str, base: FrozenLinear, *, dropout: float = 0.0, **options: object) -> Adapter:
     spec = ADAPTER_SPECS[method]
-    config = AdapterConfig(method=method, rank=RANK, alpha=8.0, dropout=dropout, options=spec.options(**options))
+    config = AdapterConfig(
+        method=method, rank=RANK, alpha=8.0, dropout=dropout, options=spec.options(**options)
+    )
     adapter: Adapter = _adapter_class(config)(base, config)
     norm = torch.linalg.norm(base.dense(torch.float64)).item()
     generator = torch.Generator().manual_seed(0)
@@ -173,7 +175,9 @@ def test_dropout_acts_on_the_thin_branch_only(method, weight, x):
 
 @pytest.mark.parametrize("method", ADAPTER_SPECS)
 def test_dropout_gradient_uses_the_dropped_input(method, weight, x):
-    adapter = trained_away_from_start(make_adapter(method, make_base("dense-fp32", weight), dropout=0.5)).train()
+    adapter = trained_away_from_start(
+        make_adapter(method, make_base("dense-fp32", weight), dropout=0.5)
+    ).train()
     torch.manual_seed(5)
     adapter(x).square().sum().backward()
     torch.manual_seed(5)
@@ -181,7 +185,9 @@ def test_dropout_gradient_uses_the_dropped_input(method, weight, x):
     twin = copy.deepcopy(adapter)
     twin.zero_grad()
     p, q, _ = twin.scales(*twin.trained())  # the same expression in plain autograd
-    y = (1.0 if p is None else p) * (x @ adapter.base.dense(torch.float32).T) + q * ((dropped @ twin.A.T) @ twin.B.T)
+    y = (1.0 if p is None else p) * (x @ adapter.base.dense(torch.float32).T) + q * (
+        (dropped @ twin.A.T) @ twin.B.T
+    )
     (y + adapter.base.bias).square().sum().backward()
     for name, parameter in twin.named_parameters(recurse=False):
         assert torch.allclose(getattr(adapter, name).grad, parameter.grad, rtol=1e-3, atol=1e-3), name
@@ -195,5 +201,7 @@ def test_no_dense_gradient_and_no_saved_dense_weight(base_name, weight, x):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         adapter(x.requires_grad_(True))
     own = {t.data_ptr() for t in (*adapter.base.storage(), *adapter.parameters())}
-    dense = [t for t in saved if t.numel() >= OUT * IN and t.data_ptr() not in own and t.data_ptr() != x.data_ptr()]
+    dense = [
+        t for t in saved if t.numel() >= OUT * IN and t.data_ptr() not in own and t.data_ptr() != x.data_ptr()
+    ]
     assert not dense

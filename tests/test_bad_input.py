@@ -44,7 +44,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model") / "llama"
-    LlamaForCausalLM(LlamaConfig(**{k: v for k, v in LLAMA.items() if k != "model_type"})).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**{k: v for k, v in LLAMA.items() if k != "model_type"})).save_pretrained(
+        folder
+    )
     save_tokenizer(byte_tokenizer(), folder)
     return folder
 
@@ -153,7 +155,10 @@ def test_a_plan_for_gpus_is_not_launched_where_there_are_none(
     [
         ([], "this run directory exists already"),
         (["--resume", "auto", "train.learning_rate=0.5"], "train.learning_rate: was 0.01, now 0.5"),
-        (["--resume", "auto", "model.config={model_type: llama}"], "model.config.hidden_size: was 64, now absent"),
+        (
+            ["--resume", "auto", "model.config={model_type: llama}"],
+            "model.config.hidden_size: was 64, now absent",
+        ),
     ],
     ids=["exists", "other_recipe", "other_model"],
 )
@@ -314,7 +319,9 @@ def test_a_full_disk_ends_the_run_and_spoils_no_checkpoint(small_disk: Path, tmp
     run = RunDir(shutil.copytree(made.path, small_disk / "run"))
     ended = run_worker(run)
     assert ended.outcome.exit_code == 3
-    assert "step-00000004: not saved: No space left on device" in ended.said and "free some space" in ended.said
+    assert (
+        "step-00000004: not saved: No space left on device" in ended.said and "free some space" in ended.said
+    )
     assert "last step: 4" in ended.said and "Traceback" not in ended.said + ended.screen
     kept, skipped = newest_valid(run.checkpoints_dir)
     assert kept is not None and (kept.name, skipped) == ("step-00000002", [])
@@ -339,7 +346,9 @@ def test_a_disk_too_full_for_words_still_ends_in_words(small_disk: Path, tmp_pat
     assert "Traceback" not in ended.said + ended.screen
 
 
-def test_a_disk_that_fills_while_preparing_is_said_in_words(small_disk: Path, tmp_path: Path, capfd: Any) -> None:
+def test_a_disk_that_fills_while_preparing_is_said_in_words(
+    small_disk: Path, tmp_path: Path, capfd: Any
+) -> None:
     run = run_on(tmp_path, [GOOD])
     there = RunDir(shutil.copytree(run.path, small_disk / "run"))
     fill(small_disk)

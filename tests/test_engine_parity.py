@@ -54,7 +54,9 @@ def test_ddp_and_fsdp_repeat_singles_losses(tmp_path, method, compute):
 
 
 def test_fsdp_with_cpu_offload_repeats_singles_losses(tmp_path):
-    common = {"train": {"max_steps": STEPS, "learning_rate": 0.01, "global_batch_size": 4, "micro_batch_size": 2}}
+    common = {
+        "train": {"max_steps": STEPS, "learning_rate": 0.01, "global_batch_size": 4, "micro_batch_size": 2}
+    }
     single = curve(tmp_path, "single", **common)
     offload = {"strategy": "fsdp", "gpus_per_node": 2, "cpu_offload": True}
     assert largest_difference(single, curve(tmp_path, "offload", parallel=offload, **common)) < 1e-5
@@ -70,7 +72,11 @@ def test_loss_is_per_token_whatever_the_split(tmp_path, split):
     whole = make_run(tmp_path, "whole", train={**train, "micro_batch_size": 8}, data=_merge(tmp_path, data))
     run_ranks(whole)
     parts = make_run(
-        tmp_path, "parts", train={**train, "micro_batch_size": micro}, data=_merge(tmp_path, data), parallel=parallel
+        tmp_path,
+        "parts",
+        train={**train, "micro_batch_size": micro},
+        data=_merge(tmp_path, data),
+        parallel=parallel,
     )
     run_ranks(parts)
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)

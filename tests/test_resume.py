@@ -12,7 +12,13 @@ from decompft.launcher.worker.restore import load_adapter, open_checkpoint
 
 pytestmark = pytest.mark.dist
 
-TRAIN = {"max_steps": 6, "learning_rate": 0.01, "global_batch_size": 4, "micro_batch_size": 1, "warmup_steps": 2}
+TRAIN = {
+    "max_steps": 6,
+    "learning_rate": 0.01,
+    "global_batch_size": 4,
+    "micro_batch_size": 1,
+    "warmup_steps": 2,
+}
 WORLDS = {
     "single": {},
     "ddp": {"strategy": "ddp", "gpus_per_node": 2},
@@ -74,9 +80,8 @@ def test_parameters_and_moments_are_bit_equal_right_after_loading(tmp_path):
 
         def restore(checkpoint, built, optimizer, engine):
             original(checkpoint, built, optimizer, engine)
-            from decompft.launcher.worker.state import slices
-
             from decompft.launcher.worker.checkpoint import save
+            from decompft.launcher.worker.state import slices
 
             save(
                 second.path, 3, slices(built, optimizer, engine), checkpoint.state, rank=0, world_size=1,

@@ -109,7 +109,9 @@ def test_the_launcher_survives_a_closed_pipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_preparing_ends_with_75_and_leaves_no_run(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_while_preparing_ends_with_75_and_leaves_no_run(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     argv = [*CLI, "launch", TINY, "--run-dir", "r"]
     child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
     wait_until(lambda: (tmp_path / "r" / "plan.json").exists())

@@ -115,7 +115,7 @@ class _FrozenLinear(torch.autograd.Function):
                 d_trained = (dA.add_(through[0]), dB.add_(through[1]), *through[2:])
             if dropped is not None and ctx.needs_input_grad[1]:
                 dd_TI = (gBq_TR @ A.to(dtype)).view(dropped.shape)
-            elif ctx.needs_input_grad[0]:
+            elif ctx.needs_input_grad[0] and dx_TI is not None:
                 dx_TI.addmm_(gBq_TR, A.to(dtype))
         dx = dx_TI.view(x.shape) if ctx.needs_input_grad[0] and dx_TI is not None else None
         return (dx, dd_TI, None, None, None, *d_trained, *(None for _ in storage))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from decompft.adapters.base import Adapter
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.frozen.dense import DenseLinear
 from decompft.adapters.frozen.nf4 import Nf4Linear
 from decompft.adapters.inject import MakeFrozen, adapters, inject
 from decompft.adapters.spec import ADAPTER_SPECS, AdapterConfig
-from decompft.adapters.targets import TargetMismatch
+from decompft.adapters.targets import TargetMismatch, select
 from decompft.launcher.errors import AdapterError
 from decompft.launcher.recipe import AdapterSection, ModelSection, QuantizationSection
 from decompft.launcher.worker.engines.base import Engine
 from decompft.launcher.worker.load import Progress, load_base
 from decompft.launcher.worker.model import (
-    LossModel, blocks, build_on_meta, fill_buffers, head_names, read_config,
+    LossModel,
+    blocks,
+    build_on_meta,
+    fill_buffers,
+    head_names,
+    read_config,
 )  # fmt: skip
 from decompft.launcher.worker.tensors import RandomSource, SafetensorsSource, TensorSource
 
@@ -93,7 +98,10 @@ def build(
 
 
 def outline_of(
-    section: ModelSection, quantization: QuantizationSection, adapter: AdapterSection | None, model_dir: Path | None
+    section: ModelSection,
+    quantization: QuantizationSection,
+    adapter: AdapterSection | None,
+    model_dir: Path | None,
 ) -> Outline:
     """The model on meta with its adapters and frozen layers in place, no weight read.
 
@@ -112,7 +120,11 @@ def outline_of(
 
 
 def open_source(
-    section: ModelSection, model_dir: Path | None, seed: int, shapes: dict[str, tuple[int, ...]], device: torch.device
+    section: ModelSection,
+    model_dir: Path | None,
+    seed: int,
+    shapes: dict[str, tuple[int, ...]],
+    device: torch.device,
 ) -> TensorSource:
     """Where the base's weights come from."""
     if section.weights == "random":
@@ -153,7 +165,11 @@ def frozen_maker(quantization: QuantizationSection, dense: torch.dtype) -> MakeF
                 "use quantization.format: none for this model, or a block size that divides every width",
             )
         return Nf4Linear(
-            in_features, out_features, block_size=block, double_quant=quantization.double_quant, bias_dtype=bias
+            in_features,
+            out_features,
+            block_size=block,
+            double_quant=quantization.double_quant,
+            bias_dtype=bias,
         )
 
     return make
@@ -166,7 +182,9 @@ def _inject(hf: Any, adapter: AdapterSection | None, heads: list[str], make: Mak
         with torch.device("meta"):
             return inject(hf, config, targets, heads, make)
     except TargetMismatch as error:
-        raise AdapterError(f"adapter.targets: {error}", "see the layers with: decompft plan RECIPE --json") from error
+        raise AdapterError(
+            f"adapter.targets: {error}", "see the layers with: decompft plan RECIPE --json"
+        ) from error
 
 
 def _train_whole(hf: Any, patterns: list[str], heads: set[str], compute: torch.dtype) -> set[str]:
@@ -175,22 +193,29 @@ def _train_whole(hf: Any, patterns: list[str], heads: set[str], compute: torch.d
     Raises:
         AdapterError: a pattern matches no module that has parameters of its own.
     """
-    own = {n: m for n, m in hf.named_modules() if any(True for _ in m.parameters(recurse=False))}
-    own = {n: m for n, m in own.items() if not isinstance(m, FrozenLinear) and not n.endswith(".base")}
+    own = {
+        n: m for n, m in hf.named_modules() if not isinstance(m, (Adapter, FrozenLinear)) and _parameters(m)
+    }
     chosen = {n for n in own if any(n == h or n.startswith(h + ".") for h in heads)}
-    for pattern in patterns:
-        hits = {n for n in own if n.rsplit(".", 1)[-1] == pattern or fnmatch.fnmatch(n, pattern)}
-        if not hits:
-            names = sorted({n.rsplit(".", 1)[-1] for n in own})
-            raise AdapterError(f"adapter.train_modules: {pattern!r} matches no module", f"there are: {', '.join(names)}")
-        chosen |= hits
+    try:
+        chosen |= set(select(list(own), patterns, ()))
+    except TargetMismatch as error:
+        names = dict.fromkeys(n.rpartition(".")[2] for n in own)
+        raise AdapterError(f"adapter.train_modules: {error}", f"there are: {', '.join(names)}") from error
+    trained = {id(p) for n in chosen for p in _parameters(own[n])}
+    # a head tied to a chosen embedding trains with it
+    chosen |= {n for n, m in own.items() if any(id(p) in trained for p in _parameters(m))}
     for name in chosen:
-        module = own[name]
-        for parameter in module.parameters(recurse=False):
+        for parameter in _parameters(own[name]):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-        _compute_in_float32(module, None if name in heads else compute)
+        _compute_in_float32(own[name], None if name in heads else compute)
     return chosen
+
+
+def _parameters(module: nn.Module) -> list[nn.Parameter]:
+    """A module's own parameters, without its children's."""
+    return list(module.parameters(recurse=False))
 
 
 def _compute_in_float32(module: nn.Module, back_to: torch.dtype | None) -> None:
@@ -234,7 +259,9 @@ def _expected(hf: Any, whole: set[str]) -> set[str]:
     names = {
         f"{n}.{t}"
         for n, a in adapters(hf)
-        for t in ADAPTER_SPECS[a.config.method].tensors(a.base.out_features, a.base.in_features, a.config.rank)
+        for t in ADAPTER_SPECS[a.config.method].tensors(
+            a.base.out_features, a.base.in_features, a.config.rank
+        )
     }
     for module in whole:
         names |= {f"{module}.{p}" for p, _ in hf.get_submodule(module).named_parameters(recurse=False)}

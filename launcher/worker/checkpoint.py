@@ -115,7 +115,11 @@ def save(
 
 
 def save_adapter(
-    folder: Path, tensors: Mapping[str, Tensor], adapter_json: Mapping[str, Any], *, tokenizer: Path | None = None
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    adapter_json: Mapping[str, Any],
+    *,
+    tokenizer: Path | None = None,
 ) -> None:
     """Writes adapter.safetensors and adapter.json as a new folder, replacing an old one; one rank calls it.
 
@@ -200,7 +204,9 @@ def _write_manifest(temp: Path, head: dict[str, Any], adapter_json: Mapping[str,
         for kind, entry in kinds.items():
             _check_cover(name, kind, entry)
     manifest = {**head, "tensors": tensors, "files": files}
-    files.update(_write_adapter(temp, _params(Checkpoint(temp, manifest)), {**adapter_json, "step": head["step"]}))
+    files.update(
+        _write_adapter(temp, _params(Checkpoint(temp, manifest)), {**adapter_json, "step": head["step"]})
+    )
     record = write_json(temp / "manifest.json", manifest)
     fsync_folder(temp / "state")
     write_bytes(temp / "COMPLETE", record["sha256"].encode() + b"\n")

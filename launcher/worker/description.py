@@ -17,7 +17,10 @@ def describe(plan: Plan, prepared: Prepared) -> dict[str, Any]:
     spec = ADAPTER_SPECS[recipe.adapter.method]
     return {
         "name": plan.name,
-        "adapter": {**recipe.adapter.model_dump(mode="json"), "options": asdict(recipe.adapter.typed_options())},
+        "adapter": {
+            **recipe.adapter.model_dump(mode="json"),
+            "options": asdict(recipe.adapter.typed_options()),
+        },
         "formula": {"title": spec.title, "source": spec.source, "is_reading": spec.is_reading},
         "model": recipe.model.model_dump(mode="json"),
         "quantization": recipe.quantization.model_dump(mode="json"),

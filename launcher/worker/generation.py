@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from decompft.adapters.merge import dense_bytes, make_dense
 from decompft.launcher.errors import DataError, UserError
 from decompft.launcher.worker.data.encode import Encoder
 from decompft.launcher.worker.data.rendered import Rendered
@@ -63,6 +65,18 @@ def stop_ids(loaded: Loaded) -> list[int]:
     return sorted(found - {None})
 
 
+def unpack_if_room(loaded: Loaded) -> None:
+    """Merge and dequantize once, where memory allows, instead of for every token that is written."""
+    model = loaded.model.model
+    dtype = model.get_input_embeddings().weight.dtype
+    if loaded.device.type == "cuda":
+        free = torch.cuda.mem_get_info(loaded.device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 1.5 * dense_bytes(model, dtype) < free:
+        make_dense(model, dtype)
+
+
 def generate(loaded: Loaded, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
     """Greedy continuations, without the token that ended them.
 
@@ -75,6 +89,7 @@ def generate(loaded: Loaded, prompts: Sequence[Sequence[int]], *, max_new_tokens
     """
     from transformers import GenerationConfig
 
+    unpack_if_room(loaded)
     longest = max(len(p) for p in prompts)
     room = positions(loaded) - longest
     if room < 1:

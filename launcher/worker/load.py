@@ -33,8 +33,16 @@ class Want:
     twin: str | None = None  # another tensor of the checkpoint that the model ties to this one
 
 
-def load_base(model: nn.Module, source: TensorSource, engine: Engine, *, prefix: str, new: set[str],
-              seed: int, progress: Progress) -> None:
+def load_base(
+    model: nn.Module,
+    source: TensorSource,
+    engine: Engine,
+    *,
+    prefix: str,
+    new: set[str],
+    seed: int,
+    progress: Progress,
+) -> None:
     """Fill every parameter of the base, then start the adapters from what they need of it.
 
     Args:
@@ -125,7 +133,9 @@ def _wants(model: nn.Module, keys: set[str], prefix: str) -> tuple[list[Want], d
                 wants[first] = replace(wants[first], twin=key)
             else:  # also a tied tensor that the checkpoint has under its second name only
                 missing.pop(first, None)
-                wants[first] = Want(name=first, key=key, parameters=storage, layer=packs, transposed=transposed)
+                wants[first] = Want(
+                    name=first, key=key, parameters=storage, layer=packs, transposed=transposed
+                )
     return list(wants.values()), missing
 
 
@@ -133,7 +143,10 @@ def _find(name: str, keys: set[str], prefix: str) -> str | None:
     bare = name.removeprefix(f"{prefix}.")
     names = [name, bare, f"{prefix}.{name}"]
     # LayerNorm's parameters in checkpoints converted from TensorFlow
-    old = [n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta") for n in names]
+    old = [
+        n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        for n in names
+    ]
     return next((n for n in (*names, *old) if n in keys), None)
 
 

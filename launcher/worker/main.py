@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from decompft.launcher.errors import CheckpointError, DecompftError, UserError
-from decompft.launcher.outcome import Outcome, write_outcome, write_rank
+from decompft.launcher.outcome import Outcome, Result, write_outcome, write_rank
 from decompft.launcher.runs import RunDir
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def main() -> None:
         step = _last_step(run)
         hint = error.hint if isinstance(error, DecompftError) else ""
         message = error.message if isinstance(error, DecompftError) else f"{type(error).__name__}: {error}"
-        result = "user_error" if isinstance(error, UserError) else "failed"
+        result: Result = "user_error" if isinstance(error, UserError) else "failed"
         outcome = Outcome(
             result=result, step=step, message=message, hint=hint, rank=rank, time_s=time.time(),
             traceback=traceback.format_exc(),
@@ -91,7 +91,9 @@ def run_rank(this: Rank) -> Outcome:
     prepared = Prepared.read(this.run.path)
     engine = make_engine(plan)
     if engine.world_size != plan.world.size:
-        raise UserError(f"the plan is for {plan.world.size} ranks, {engine.world_size} were started", "launch again")
+        raise UserError(
+            f"the plan is for {plan.world.size} ranks, {engine.world_size} were started", "launch again"
+        )
     engine.start()
     data = open_train(recipe, prepared)
     held_out = open_eval(recipe, prepared, plan.batch.micro_size)
@@ -153,7 +155,9 @@ def _loading(this: Rank) -> Any:
         now = time.monotonic()
         if this.rank == 0 and (now - shown[0] > 2 or (done == total and now - began > 2)):
             shown[0] = now
-            _show(f"loading the base: {100 * done // max(total, 1)} % of {total / 2**30:.2f} GiB", this.stream)
+            _show(
+                f"loading the base: {100 * done // max(total, 1)} % of {total / 2**30:.2f} GiB", this.stream
+            )
 
     return progress
 

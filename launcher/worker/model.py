@@ -45,7 +45,9 @@ def read_config(section: ModelSection, model_dir: Path | None) -> Any:
                 model_dir, trust_remote_code=section.trust_remote_code, local_files_only=True
             )
     except (ValueError, OSError, KeyError) as error:
-        raise ModelError(f"{model_dir or 'model.config'}: {error}", "check model_type and config.json") from error
+        raise ModelError(
+            f"{model_dir or 'model.config'}: {error}", "check model_type and config.json"
+        ) from error
     for name in _DROPOUTS:
         if getattr(config, name, None) is not None:
             setattr(config, name, 0.0)
@@ -69,7 +71,9 @@ def build_on_meta(config: Any, section: ModelSection, dtype: torch.dtype) -> Any
                 trust_remote_code=section.trust_remote_code,
             )
     except ValueError as error:  # e.g. an encoder asked for as a causal LM
-        raise ModelError(f"model type {config.model_type}: {error}", f"it cannot do task {section.task}") from error
+        raise ModelError(
+            f"model type {config.model_type}: {error}", f"it cannot do task {section.task}"
+        ) from error
 
 
 def fill_buffers(model: Any) -> None:
@@ -80,7 +84,12 @@ def fill_buffers(model: Any) -> None:
     Raises:
         ModelError: it left one out.
     """
-    own = {f"{n}.{b}": t for n, m in model.named_modules() if not isinstance(m, Adapter) for b, t in m._buffers.items()}
+    own = {
+        f"{n}.{b}": t
+        for n, m in model.named_modules()
+        if not isinstance(m, Adapter)
+        for b, t in m._buffers.items()
+    }
     marked = {n: t.fill_(_mark(t)) for n, t in own.items() if t is not None and _mark(t) is not None}
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
@@ -112,7 +121,7 @@ def _attention(config: Any) -> str:
 def blocks(model: Any) -> list[nn.Module]:
     """The repeated layers: the children of the longest module list."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=len)) if lists else []
+    return list(max(lists, key=lambda found: len(list(found.children())))) if lists else []
 
 
 def head_names(model: Any) -> list[str]:
@@ -138,9 +147,8 @@ class LossModel(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Loss sum, float32 scalar: over tokens with a target, or over rows with a label."""
         if self.task == "sequence-classification":
-            kinds = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
-            out = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **kinds)
-            return F.cross_entropy(out.logits.float(), batch.labels, reduction="sum", ignore_index=-100)
+            assert batch.labels is not None, "classification rows have labels"
+            return F.cross_entropy(self.class_logits(batch), batch.labels, reduction="sum", ignore_index=-100)
         index = batch.target_index
         targets = batch.targets.reshape(-1)[index]
         if self.plain_head:
@@ -150,6 +158,19 @@ class LossModel(nn.Module):
             return token_loss_sum(picked, head.weight, head.bias, targets, self._softcap())
         logits = self.logits(batch.input_ids, batch.position_ids)
         return F.cross_entropy(logits.reshape(-1, logits.shape[-1])[index], targets, reduction="sum")
+
+    def class_logits(self, batch: Batch) -> Tensor:
+        """float32 logits (B, num_labels) of a classifier."""
+        given: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if not hasattr(self.model, "score"):  # an encoder, which pools as it was made to
+            kinds = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
+            return self.model(**given, **kinds).logits.float()
+        # a decoder is read at its last token; transformers looks for that by the pad id, which may
+        # be the end token's, or none
+        assert batch.attention_mask is not None, "a batch with labels has a mask"
+        hidden = self.model.base_model(**given, use_cache=False).last_hidden_state
+        last = batch.attention_mask.sum(1) - 1
+        return self.model.score(hidden[torch.arange(len(last), device=last.device), last]).float()
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         """Final hidden states (B, T, H).

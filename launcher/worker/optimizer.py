@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from decompft.adapters.base import Adapter
 from decompft.adapters.inject import adapters
-from decompft.launcher.errors import UserError
 from decompft.launcher.recipe import TrainSection
 from decompft.launcher.worker.engines.base import Engine
 
@@ -36,10 +35,15 @@ def make_optimizer(
     common: dict[str, Any] = {"lr": train.learning_rate, "betas": train.betas, "eps": train.adam_eps}
     if train.optimizer == "adamw":
         return torch.optim.AdamW(params, fused=True, **common)
-    return _adamw8bit(params, common, engine)
+    # bitsandbytes takes 3 s to import
+    from decompft.launcher.worker.adamw8bit import AdamW8bit
+
+    return AdamW8bit(params, engine, **common)
 
 
-def schedule(optimizer: torch.optim.Optimizer, train: TrainSection, total_steps: int) -> Callable[[int], float]:
+def schedule(
+    optimizer: torch.optim.Optimizer, train: TrainSection, total_steps: int
+) -> Callable[[int], float]:
     """Step (from 0) -> factor of the learning rate: transformers' schedules as pure functions."""
     from transformers import get_scheduler
 
@@ -79,93 +83,31 @@ def clip_gradients(
     return float(norm)
 
 
-def read_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, engine: Engine) -> dict[str, Tensor]:
+def read_moments(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, engine: Engine
+) -> dict[str, Tensor]:
     """This rank's rows of both moments, float32 whatever the optimizer stores, and the step count.
 
-    Empty before the first step.
+    Empty before the first step, and where an 8-bit optimizer has no row here.
     """
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return optimizer.moments(parameter)  # type: ignore[attr-defined]  # AdamW8bit, imported where it is made
     state = optimizer.state.get(parameter, {})
     if not state:
         return {}
-    if "state1" in state:  # bitsandbytes
-        values = [_bnb_read(state, n) for n in ("1", "2")]
-    else:
-        values = [_float32(engine.local(state[n])) for n in MOMENTS]
-    return {**dict(zip(MOMENTS, values, strict=True)), "step": torch.tensor([float(state["step"])])}
+    values = {name: engine.local(state[name]).detach() for name in MOMENTS}
+    return {**values, "step": torch.tensor([float(state["step"])])}
 
 
 def write_moments(
     optimizer: torch.optim.Optimizer, parameter: nn.Parameter, moments: Mapping[str, Tensor], engine: Engine
 ) -> None:
     """Set this rank's rows of both moments; an 8-bit optimizer quantizes them again."""
-    step = float(moments["step"])
-    if type(optimizer).__module__.startswith("bitsandbytes"):
-        optimizer.init_state(*_bnb_place(optimizer, parameter))
-        state = optimizer.state[parameter]
-        state["step"] = int(step)
-        for number, name in zip(("1", "2"), MOMENTS, strict=True):
-            _bnb_write(state, number, moments[name])
-        return
-    if "torchao" in type(optimizer).__module__:
-        state = optimizer.state[parameter]
-        for name, signed in zip(MOMENTS, (True, False), strict=True):
-            state[name] = optimizer._new_buffer(parameter, signed)
-            engine.local(state[name]).copy_(moments[name])
-        state["step"] = torch.tensor(step)
+    if not isinstance(optimizer, torch.optim.AdamW):
+        optimizer.set_moments(parameter, moments)  # type: ignore[attr-defined]
         return
     state = optimizer.state[parameter]
-    state["step"] = torch.tensor(step, dtype=torch.float32, device=engine.storage_device)
+    state["step"] = torch.tensor(float(moments["step"]), dtype=torch.float32, device=engine.storage_device)
     for name in MOMENTS:
         local = moments[name].to(engine.storage_device, copy=True)
         state[name] = engine.like(local, parameter)
-
-
-def _adamw8bit(params: list[dict[str, Any]], common: dict[str, Any], engine: Engine) -> torch.optim.Optimizer:
-    """bitsandbytes on whole tensors; torchao under FSDP2, whose sharded tensors bitsandbytes refuses."""
-    if any(engine.local(p) is not p for g in params for p in g["params"]):
-        try:
-            from torchao.optim import AdamW8bit
-        except ImportError as error:
-            raise UserError(
-                "train.optimizer adamw8bit under fsdp needs torchao", "pip install decompft[gpu], or use adamw"
-            ) from error
-        return AdamW8bit(params, **common)
-    from bitsandbytes.optim import AdamW8bit as BnbAdamW8bit
-
-    return BnbAdamW8bit(params, **common)
-
-
-def _float32(tensor: Tensor) -> Tensor:
-    return tensor.dequantize() if hasattr(tensor, "codes") else tensor.detach()
-
-
-def _bnb_read(state: Mapping[str, Any], number: str) -> Tensor:
-    from bitsandbytes.functional import dequantize_blockwise
-
-    stored: Tensor = state[f"state{number}"]
-    if stored.dtype == torch.float32:  # small tensors are not quantized
-        return stored
-    return dequantize_blockwise(
-        stored, absmax=state[f"absmax{number}"], code=state[f"qmap{number}"], blocksize=256
-    ).view(stored.shape)
-
-
-def _bnb_write(state: dict[str, Any], number: str, moment: Tensor) -> None:
-    from bitsandbytes.functional import quantize_blockwise
-
-    stored: Tensor = state[f"state{number}"]
-    moment = moment.to(stored.device).view(stored.shape)
-    if stored.dtype == torch.float32:
-        stored.copy_(moment)
-        return
-    codes, quantized = quantize_blockwise(moment, code=state[f"qmap{number}"], blocksize=256)
-    stored.copy_(codes)
-    state[f"absmax{number}"].copy_(quantized.absmax)
-
-
-def _bnb_place(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[Any, nn.Parameter, int, int]:
-    for g, group in enumerate(optimizer.param_groups):
-        for p, member in enumerate(group["params"]):
-            if member is parameter:
-                return group, parameter, g, p
-    raise AssertionError("parameter is not in the optimizer")

@@ -34,9 +34,7 @@ def slices(built: Built, optimizer: torch.optim.Optimizer, engine: Engine) -> It
             yield Slice(name=name, kind="param", full_shape=tuple(buffer.shape), start_row=0, tensor=buffer)
 
 
-def restore(
-    checkpoint: Checkpoint, built: Built, optimizer: torch.optim.Optimizer, engine: Engine
-) -> None:
+def restore(checkpoint: Checkpoint, built: Built, optimizer: torch.optim.Optimizer, engine: Engine) -> None:
     """Load this rank's rows, whatever the world size that wrote them.
 
     Raises:
@@ -63,7 +61,10 @@ def restore(
 
 def whole_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The adapter of a checkpoint, tensor by tensor, on the CPU."""
-    return {n: checkpoint.read_rows(n, "param", 0, checkpoint.shape(n, "param")[0]) for n in checkpoint.names("param")}
+    return {
+        n: checkpoint.read_rows(n, "param", 0, checkpoint.shape(n, "param")[0])
+        for n in checkpoint.names("param")
+    }
 
 
 def place_adapter(targets: dict[str, Tensor], tensors: dict[str, Tensor], engine: Engine) -> None:
@@ -74,7 +75,9 @@ def place_adapter(targets: dict[str, Tensor], tensors: dict[str, Tensor], engine
     """
     if set(tensors) != set(targets):
         odd = sorted(set(tensors) ^ set(targets))[0]
-        raise CheckpointError(f"the adapter does not fit this model, e.g. {odd}", "name its own base with --base")
+        raise CheckpointError(
+            f"the adapter does not fit this model, e.g. {odd}", "name its own base with --base"
+        )
     with torch.no_grad():
         for name, target in targets.items():
             if tuple(target.shape) != tuple(tensors[name].shape):

@@ -89,6 +89,7 @@ class RandomSource:
 
     def rows(self, name: str, start: int, stop: int, *, transposed: bool = False) -> Tensor:
         shape = self._shapes[name]
+        out: tuple[int, ...]
         if len(shape) == 1:  # norms start at 1, biases at 0
             return torch.full((stop - start,), 0.0 if name.endswith("bias") else 1.0)
         digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()

@@ -21,8 +21,8 @@ from decompft.launcher.worker.data.ahead import Ahead
 from decompft.launcher.worker.data.batches import collate
 from decompft.launcher.worker.data.feed import EvalData, TrainData
 from decompft.launcher.worker.engines.base import Engine
-from decompft.launcher.worker.model import LossModel
 from decompft.launcher.worker.metrics import Metrics, StepRow
+from decompft.launcher.worker.model import LossModel
 from decompft.launcher.worker.optimizer import clip_gradients, make_optimizer, schedule, set_learning_rate
 from decompft.launcher.worker.proofs import prove_gradients
 from decompft.launcher.worker.report import peak_bytes
@@ -83,7 +83,9 @@ def train(
             adapter_json=adapter_json,
         )  # fmt: skip
         saved_step = at.step
-        metrics.event("save", step=at.step, path=str(path.relative_to(run.path)), save_s=time.perf_counter() - began)
+        metrics.event(
+            "save", step=at.step, path=str(path.relative_to(run.path)), save_s=time.perf_counter() - began
+        )
         metrics.message(f"checkpoint at step {at.step}: {path}")
 
     def evaluation() -> bool:
@@ -153,14 +155,20 @@ def train(
             finish_early = evaluation()
             model.train()
             if finish_early and at.step < total:
-                metrics.message(f"stopping early: the evaluation loss has not improved {at.evals_without_gain} times")
+                metrics.message(
+                    f"stopping early: the evaluation loss has not improved {at.evals_without_gain} times"
+                )
                 total = at.step
         save_every = recipe.checkpoint.every_steps
-        if saved_step != at.step and (stopped or at.step == total or (save_every and at.step % save_every == 0)):
+        if saved_step != at.step and (
+            stopped or at.step == total or (save_every and at.step % save_every == 0)
+        ):
             checkpoint()
     ahead.close()
     if at.step < total:
-        return Outcome(result="checkpointed", step=at.step, message=f"stopped in order after step {at.step} of {total}")
+        return Outcome(
+            result="checkpointed", step=at.step, message=f"stopped in order after step {at.step} of {total}"
+        )
     return Outcome(result="finished", step=at.step, message=_summary(at))
 
 

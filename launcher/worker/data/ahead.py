@@ -26,7 +26,15 @@ class Ahead:
     """
 
     def __init__(
-        self, data: TrainData, *, first: int, last: int, world_size: int, rank: int, micro: int, accumulation: int
+        self,
+        data: TrainData,
+        *,
+        first: int,
+        last: int,
+        world_size: int,
+        rank: int,
+        micro: int,
+        accumulation: int,
     ) -> None:
         self._data = data
         self._last = last

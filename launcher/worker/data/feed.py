@@ -38,9 +38,7 @@ class TrainData(Protocol):
     def epoch_at(self, step: int) -> float:
         """Epochs seen after `step` steps; whole ones only, of what was read so far, for a stream."""
 
-    def step(
-        self, step: int, world_size: int, rank: int, micro_batch: int, accumulation: int
-    ) -> StepData:
+    def step(self, step: int, world_size: int, rank: int, micro_batch: int, accumulation: int) -> StepData:
         """The rows of a step; `step` counts the optimizer steps taken before it (the first is 0)."""
 
 
@@ -96,9 +94,7 @@ class PreparedTrain:
             rows = min(rows, self._sampler.total_rows)
         return rows / self._sampler.rows_per_epoch
 
-    def step(
-        self, step: int, world_size: int, rank: int, micro_batch: int, accumulation: int
-    ) -> StepData:
+    def step(self, step: int, world_size: int, rank: int, micro_batch: int, accumulation: int) -> StepData:
         """See TrainData."""
         mine = step_indices(
             step,

@@ -15,6 +15,7 @@ from decompft.launcher.worker.data.templates import instruction_prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
 def render(record: Record, source: Source, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     """The text of a record in its source's format, with the spans that are trained.
 

@@ -139,6 +139,4 @@ def _check_trained(record: Record, trained: Mask, data: DataSection) -> None:
             f"{record.where}: no trained token: {reason}",
             "raise data.sequence_length, or set data.too_long: drop",
         )
-    raise DataError(
-        f"{record.where}: no trained token: nothing in it carries loss", "leave the record out"
-    )
+    raise DataError(f"{record.where}: no trained token: nothing in it carries loss", "leave the record out")

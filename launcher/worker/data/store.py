@@ -1,13 +1,13 @@
 """How a tokenized set lies on disk: flat files that are memory-mapped, written once by one process.
 
-    tokens.bin       int32, all documents one after the other
-    trained.bin      uint8, 1 where the token carries loss
-    segments.bin     uint8 token types, only for sets with pairs of texts
-    doc_offsets.npy  int64 (documents + 1), into the three above
-    row_docs.npy     int64 (documents), document indices row by row
-    row_offsets.npy  int64 (rows + 1), into row_docs
-    row_targets.npy  int64 (rows), targets that carry loss (1 a row for classification)
-    labels.npy       int64 (documents), only for classification
+tokens.bin       int32, all documents one after the other
+trained.bin      uint8, 1 where the token carries loss
+segments.bin     uint8 token types, only for sets with pairs of texts
+doc_offsets.npy  int64 (documents + 1), into the three above
+row_docs.npy     int64 (documents), document indices row by row
+row_offsets.npy  int64 (rows + 1), into row_docs
+row_targets.npy  int64 (rows), targets that carry loss (1 a row for classification)
+labels.npy       int64 (documents), only for classification
 """
 
 from __future__ import annotations

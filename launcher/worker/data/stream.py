@@ -51,9 +51,7 @@ class StreamedTrain:
         """Whole passes over the source that was read least: no part of one can be told in a stream."""
         return float(min(self._passes))
 
-    def step(
-        self, step: int, world_size: int, rank: int, micro_batch: int, accumulation: int
-    ) -> StepData:
+    def step(self, step: int, world_size: int, rank: int, micro_batch: int, accumulation: int) -> StepData:
         """See TrainData. Going forward skips by reading; going back starts over."""
         mine = step_indices(
             step,

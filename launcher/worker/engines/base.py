@@ -128,4 +128,3 @@ class Engine:
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier(group=self._cpu_group)
-

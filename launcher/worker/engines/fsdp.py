@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -31,7 +32,7 @@ class FsdpEngine(Engine):
         super().start()
         if self.world_size == 1:  # a mesh needs a process group even of one rank
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
     def shard(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
         mesh = init_device_mesh(self.device.type, (self.world_size,))

@@ -30,9 +30,7 @@ def main(argv: list[str]) -> None:
     tokenizer = load_tokenizer(plan.recipe.model, model_dir)
     tokenizer_dir = run.path / "tokenizer"
     tokenizer.save_pretrained(tokenizer_dir)
-    sets = prepare_data(
-        plan.recipe, tokenizer, cache_root=data_cache_root(plan.recipe), show_progress=True
-    )
+    sets = prepare_data(plan.recipe, tokenizer, cache_root=data_cache_root(plan.recipe), show_progress=True)
     Prepared(
         model_dir=model_dir,
         tokenizer_dir=tokenizer_dir.resolve(),
