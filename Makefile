@@ -32,13 +32,14 @@ quickstart: $(VENV)/.core $(VENV)/.quickstart
 	@echo; echo "the adapter is in $(QUICK)/adapter"
 
 # the tests include ruff, mypy and import-linter; pytest's exit code 5 is a tier without tests
+# the unit tier first, on as many processes as there are cores; then what starts processes of its own
 test: $(VENV)/.test
-	@failed=; for tier in "unit|not (dist or slow)" "dist|dist and not slow" "slow|slow"; do \
-		name=$${tier%%|*}; echo "=== $$name tests"; begin=$$(date +%s); \
-		$(BIN)/pytest -m "$${tier#*|}" $(PYTEST_ARGS) || [ $$? -eq 5 ] || failed="$$failed $$name"; \
-		echo "=== $$name tests: $$(( $$(date +%s) - begin )) s"; \
-	done; \
-	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
+	@begin=$$(date +%s); code=0; \
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not dist and not slow and not gpu" -n auto --dist loadfile $(PYTEST_ARGS) \
+		|| code=$$?; middle=$$(date +%s); echo "tier unit: $$((middle - begin)) s"; \
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "(dist or slow) and not gpu" $(PYTEST_ARGS) || code=$$?; \
+	echo "tier dist and slow: $$(($$(date +%s) - middle)) s"; \
+	echo "tier gpu: skipped, it needs a CUDA device (pytest -m gpu)"; exit $$code
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

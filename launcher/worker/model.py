@@ -120,8 +120,12 @@ def _attention(config: Any) -> str:
 
 def blocks(model: Any) -> list[nn.Module]:
     """The repeated layers: the children of the longest module list."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=lambda found: len(list(found.children())))) if lists else []
+    lists: list[Any] = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return list(max(lists, key=_length)) if lists else []
+
+
+def _length(found: Any) -> int:
+    return len(found)
 
 
 def head_names(model: Any) -> list[str]:
