@@ -7,6 +7,8 @@ import json
 import re
 from pathlib import Path
 
+FORMAT_VERSION = 1  # of a checkpoint's manifest and of adapter.json, the newest that is read
+
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -50,9 +52,12 @@ def find_problem(checkpoint_dir: Path) -> str | None:
     try:
         manifest = (checkpoint_dir / "manifest.json").read_bytes()
         sealed = (checkpoint_dir / "COMPLETE").read_text(encoding="ascii").strip()
-        if sealed and sealed != hashlib.sha256(manifest).hexdigest():
+        if sealed != hashlib.sha256(manifest).hexdigest():
             return "manifest.json is damaged: its sha256 is not the one in COMPLETE"
-        files = json.loads(manifest)["files"]
+        written = json.loads(manifest)
+        if written["version"] > FORMAT_VERSION:
+            return f"it was written by a newer version of decompft (format {written['version']})"
+        files = written["files"]
         entries = [(name, int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()]
     except FileNotFoundError:
         return "manifest.json is missing"

@@ -65,9 +65,8 @@ def test_shards_with_an_index_load_as_one_file_does(originals, tmp_path):
 @pytest.mark.parametrize("family", ["gpt2", "gemma"])
 def test_a_checkpoint_of_the_bare_decoder_loads(originals, tmp_path, family):
     """Without the prefix, as GPT-2's own on the hub is."""
-    bare = copied(
-        originals[family], tmp_path, lambda ts: {n.removeprefix("transformer.").removeprefix("model."): t for n, t in ts.items()}
-    )
+    prefix = {"gpt2": "transformer.", "gemma": "model."}[family]
+    bare = copied(originals[family], tmp_path, lambda ts: {n.removeprefix(prefix): t for n, t in ts.items()})
     assert_same(weights(bare), weights(originals[family]))
 
 
@@ -190,8 +189,10 @@ CPU = torch.device("cpu")
 def test_random_rows_are_the_same_however_they_are_cut():
     source = RandomSource(3, SHAPES, CPU)
     whole = source.rows("a.weight", 0, 24)
-    assert torch.equal(torch.cat([source.rows("a.weight", a, b) for a, b in ((0, 1), (1, 1), (1, 17), (17, 24))]), whole)
-    assert torch.equal(torch.cat([source.rows("a.weight", a, b, transposed=True) for a, b in ((0, 4), (4, 10))]), whole.T)
+    pieces = [source.rows("a.weight", a, b) for a, b in ((0, 1), (1, 1), (1, 17), (17, 24))]
+    assert torch.equal(torch.cat(pieces), whole)
+    pieces = [source.rows("a.weight", a, b, transposed=True) for a, b in ((0, 4), (4, 10))]
+    assert torch.equal(torch.cat(pieces), whole.T)
 
 
 def test_random_weights_are_fixed_by_seed_and_name():

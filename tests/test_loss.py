@@ -93,7 +93,8 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(t.numel() for t in (out if isinstance(out, tuple) else (out,)) if torch.is_tensor(t))])
+        made = [t for t in (out if isinstance(out, tuple) else (out,)) if torch.is_tensor(t)]
+        self.numel = max([self.numel, *(t.numel() for t in made)])
         return out
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import FAMILIES, NF4, built, row, saved, section, single
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.spec import ADAPTER_SPECS
-from decompft.launcher.errors import RunFailed
+from decompft.launcher.errors import ModelError, RunFailed
 from decompft.launcher.recipe import AdapterSection, QuantizationSection
 from decompft.launcher.worker.data.batches import collate
-from decompft.launcher.worker.model import PLAIN_HEADS, LossModel
+from decompft.launcher.worker.model import PLAIN_HEADS, LossModel, fill_buffers
 from decompft.launcher.worker.proofs import prove_gradients
 
 # float32 sums of up to 128 products in another order, through two layers
@@ -166,3 +166,20 @@ def test_a_tensor_without_a_gradient_stops_the_run(adapted_llama, name, step, ki
     found.trained[name].grad = None if kind == "none" else torch.zeros_like(found.trained[name])
     with pytest.raises(RunFailed, match=f"1 trained tensors have a zero gradient, first {name}"):
         prove_gradients(found, single(), step)
+
+
+class WithTable(LlamaForCausalLM):
+    """A model with a buffer that transformers' initialiser does not know."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.table = torch.nn.Buffer(torch.arange(4.0), persistent=False)
+
+
+def test_a_buffer_that_nothing_computes_is_refused():
+    fields = {k: v for k, v in FAMILIES["llama"].items() if k != "model_type"}
+    with torch.device("meta"):
+        model = WithTable(LlamaConfig(**fields))
+    single().materialize(model)
+    with pytest.raises(ModelError, match="nothing computes its buffer .*table"):
+        fill_buffers(model)

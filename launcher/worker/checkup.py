@@ -213,7 +213,7 @@ def _liger() -> Finding:
 
 
 def _cache() -> Finding:
-    from decompft.launcher.worker.gguf_convert import cache_dir
+    from decompft.launcher.places import cache_dir
 
     folder = cache_dir()
     try:
@@ -231,7 +231,7 @@ def _cache() -> Finding:
 
 
 def _disk() -> Finding:
-    from decompft.launcher.worker.gguf_convert import cache_dir
+    from decompft.launcher.places import cache_dir
 
     free = {}
     for place in (Path.cwd(), cache_dir()):

@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from decompft.launcher.places import cache_dir
 from decompft.launcher.errors import ModelError
 
 if TYPE_CHECKING:
@@ -60,13 +61,6 @@ def converted(path: Path, say: Callable[[str], None], environ: Mapping[str, str]
             "it needs about twice the size of the file; DECOMPFT_CACHE names another cache folder",
         ) from error
     return folder
-
-
-def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where what can be made again is kept: DECOMPFT_CACHE, else decompft in the user's cache folder."""
-    if environ.get("DECOMPFT_CACHE"):
-        return Path(environ["DECOMPFT_CACHE"]).expanduser()
-    return Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "decompft"
 
 
 def _convert(path: Path, digest: str, folder: Path, say: Callable[[str], None]) -> None:

@@ -149,15 +149,13 @@ def _same_base(saved: dict[str, Any], now: dict[str, Any], path: Path | None) ->
 
 def _loading(this: Rank) -> Any:
     """Progress of the base's loading on rank 0: a line every tenth, and nothing for what takes no time."""
-    began, shown = time.monotonic(), [time.monotonic()]
+    began, shown = time.monotonic(), [0]
 
     def progress(done: int, total: int) -> None:
-        now = time.monotonic()
-        if this.rank == 0 and (now - shown[0] > 2 or (done == total and now - began > 2)):
-            shown[0] = now
-            _show(
-                f"loading the base: {100 * done // max(total, 1)} % of {total / 2**30:.2f} GiB", this.stream
-            )
+        tenth = 10 * done // max(total, 1)
+        if this.rank == 0 and tenth > shown[0] and time.monotonic() - began > 2:
+            shown[0] = tenth
+            _show(f"loading the base: {10 * tenth} % of {total / 2**30:.2f} GiB", this.stream)
 
     return progress
 

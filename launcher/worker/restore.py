@@ -13,11 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load as parse_safetensors
 from torch import Tensor
 
-from decompft.launcher.checkpoints import find_problem
+from decompft.launcher.checkpoints import FORMAT_VERSION, find_problem
 from decompft.launcher.errors import AdapterError, CheckpointError
 from decompft.launcher.worker.tensorfile import DTYPES
 
-FORMAT_VERSION = 1  # of a checkpoint's manifest and of adapter.json
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from decompft.launcher.places import cache_dir
 from decompft.launcher.recipe import Recipe, Source
 from decompft.launcher.worker.data.hub import hub_fingerprint
 from decompft.launcher.worker.data.records import source_files
@@ -26,8 +27,7 @@ def data_cache_root(recipe: Recipe) -> Path:
     """The folder of tokenized sets: `data.cache_dir`, else the user's cache."""
     if recipe.data.cache_dir is not None:
         return Path(recipe.data.cache_dir).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "decompft" / "data"
+    return cache_dir() / "data"
 
 
 def content_key(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from decompft.launcher.outcome import write_atomic
 from decompft.launcher.plan import Plan
 from decompft.launcher.runs import RunDir
 from decompft.launcher.worker.prepared import Prepared
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> None:
     from decompft.launcher.worker.modelfiles import resolve
     from decompft.launcher.worker.tokenizers import load_tokenizer, pad_id
 
-    model_dir = resolve(plan)
+    model_dir = resolve(plan) or _known_config(plan, run.path / "model")
     tokenizer = load_tokenizer(plan.recipe.model, model_dir)
     tokenizer_dir = run.path / "tokenizer"
     tokenizer.save_pretrained(tokenizer_dir)
@@ -39,6 +40,15 @@ def main(argv: list[str]) -> None:
         train=sets["train"],
         eval=sets["eval"],
     ).write(run.path)
+
+
+def _known_config(plan: Plan, folder: Path) -> Path | None:
+    """For random weights of a hub id that lies nowhere here: a folder with the config that was planned with."""
+    if plan.recipe.model.id is None:
+        return None
+    folder.mkdir(exist_ok=True)
+    write_atomic(folder / "config.json", json.dumps(plan.base_config, indent=2, sort_keys=True) + "\n")
+    return folder.resolve()
 
 
 def base_identity(plan: Plan, model_dir: Path | None) -> dict[str, Any]:
