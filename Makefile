@@ -32,13 +32,14 @@ quickstart: $(VENV)/.core $(VENV)/.quickstart
 	@echo; echo "the adapter is in $(QUICK)/adapter"
 
 # the tests include ruff, mypy and import-linter; pytest's exit code 5 is a tier without tests
-# the unit tier first, on as many processes as there are cores; then what starts processes of its own
+# each tier in its own pytest, its seconds printed; a failing tier does not hide the next
 test: $(VENV)/.test
-	@begin=$$(date +%s); code=0; \
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not dist and not slow and not gpu" -n auto --dist loadfile $(PYTEST_ARGS) \
-		|| code=$$?; middle=$$(date +%s); echo "tier unit: $$((middle - begin)) s"; \
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "(dist or slow) and not gpu" $(PYTEST_ARGS) || code=$$?; \
-	echo "tier dist and slow: $$(($$(date +%s) - middle)) s"; \
+	@code=0; \
+	tier() { begin=$$(date +%s); OMP_NUM_THREADS=1 $(BIN)/pytest -m "$$2" $$3 $(PYTEST_ARGS) || code=$$?; \
+		echo "tier $$1: $$(($$(date +%s) - begin)) s"; }; \
+	tier unit "not dist and not slow and not gpu" "-n auto --dist loadfile"; \
+	tier dist "dist and not slow and not gpu" "-n 2 --dist load"; \
+	tier slow "slow and not gpu" ""; \
 	echo "tier gpu: skipped, it needs a CUDA device (pytest -m gpu)"; exit $$code
 
 lint: $(VENV)/.test

@@ -33,7 +33,12 @@ def check(recipe: Recipe, *, strict: bool) -> tuple[str, ...]:
     Raises:
         ModelError, DataError: something is there and wrong, or absent and `strict`.
     """
-    warnings = _check_model(recipe, strict=strict)
+    return (*_check_model(recipe, strict=strict), *check_data(recipe, strict=strict))
+
+
+def check_data(recipe: Recipe, *, strict: bool) -> tuple[str, ...]:
+    """Look at the data alone, as `check`."""
+    warnings = []
     for part, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         for i, source in enumerate(sources):
             warnings += _check_source(source, f"data.{part}[{i}]", strict=strict)

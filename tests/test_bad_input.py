@@ -1,6 +1,7 @@
 """What a user gets wrong, or a disk does: words, exit code 2 or 3, no traceback, and nothing lost.
 
-In the order in which it is found: by `launch` before it starts anything, by `prepare`, by the ranks.
+In the order in which it is found: by `launch` before it starts anything, by `prepare`, by the ranks (which
+are forked: marked `dist`).
 """
 
 from __future__ import annotations
@@ -154,6 +155,7 @@ def test_a_plan_for_gpus_is_not_launched_where_there_are_none(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.dist
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -177,6 +179,7 @@ def test_a_run_that_exists_is_refused_and_left_as_it_was(
     assert content(trained.path) == before
 
 
+@pytest.mark.dist
 def test_a_damaged_checkpoint_is_not_forked(trained: RunDir, tmp_path: Path, capsys: Capture) -> None:
     copy = RunDir(shutil.copytree(trained.path, tmp_path / "copy"))
     newest = copy.checkpoints_dir / "step-00000004"
@@ -235,6 +238,7 @@ def test_what_a_full_read_finds_is_named_with_file_and_line(
 # -- found by the ranks --
 
 
+@pytest.mark.dist
 def test_weights_that_are_not_finite_stop_before_the_first_step(tmp_path: Path, model_dir: Path) -> None:
     copy, sections = local_model(tmp_path, model_dir)
     tensors = load_file(copy / "model.safetensors")
@@ -249,6 +253,7 @@ def test_weights_that_are_not_finite_stop_before_the_first_step(tmp_path: Path, 
     assert newest_valid(run.checkpoints_dir) == (None, [])
 
 
+@pytest.mark.dist
 def test_a_loss_that_becomes_nan_keeps_the_checkpoint_before(tmp_path: Path) -> None:
     train = {"max_steps": 9, "learning_rate": 1e30, "warmup_steps": 3, "schedule": "constant_with_warmup"}
     run = make_run(tmp_path, train=train, checkpoint={"every_steps": 1})
@@ -261,6 +266,7 @@ def test_a_loss_that_becomes_nan_keeps_the_checkpoint_before(tmp_path: Path) -> 
     assert len(losses(run)) == ended.outcome.step, "a step that was not taken was logged"
 
 
+@pytest.mark.dist
 def test_a_checkpoint_over_other_weights_is_refused(tmp_path: Path, model_dir: Path) -> None:
     copy, sections = local_model(tmp_path, model_dir)
     train = {"max_steps": 4, "stop_after_steps": 2}
@@ -278,6 +284,7 @@ def test_a_checkpoint_over_other_weights_is_refused(tmp_path: Path, model_dir: P
     assert content(first.path) == before and losses_if_any(second) == []
 
 
+@pytest.mark.dist
 def test_weights_of_another_shape_than_the_config_are_refused(tmp_path: Path, model_dir: Path) -> None:
     copy, sections = local_model(tmp_path, model_dir)
     tensors = load_file(copy / "model.safetensors")
@@ -318,6 +325,7 @@ def fill(disk: Path) -> None:
             ballast.write(bytes(4096))
 
 
+@pytest.mark.dist
 def test_a_full_disk_ends_the_run_and_spoils_no_checkpoint(small_disk: Path, tmp_path: Path) -> None:
     made = make_run(tmp_path, "made", checkpoint={"every_steps": 2})
     run = RunDir(shutil.copytree(made.path, small_disk / "run"))
@@ -334,6 +342,7 @@ def test_a_full_disk_ends_the_run_and_spoils_no_checkpoint(small_disk: Path, tmp
     assert len(losses(whole)) == 4
 
 
+@pytest.mark.dist
 def test_a_disk_too_full_for_words_still_ends_in_words(small_disk: Path, tmp_path: Path) -> None:
     made = make_run(tmp_path, "made", checkpoint={"every_steps": 2})
     run = RunDir(shutil.copytree(made.path, small_disk / "run"))

@@ -42,7 +42,14 @@ def texts(*lengths: int, pair: bool = False) -> list[Row]:
         tokens = row((n,), seed=i).tokens
         segments = (np.arange(n) >= n // 2).astype(np.int32) if pair else None
         rows.append(
-            Row(id=i, tokens=tokens, trained=np.zeros(n, bool), doc_lengths=(n,), label=i % 3, segments=segments)
+            Row(
+                id=i,
+                tokens=tokens,
+                trained=np.zeros(n, bool),
+                doc_lengths=(n,),
+                label=i % 3,
+                segments=segments,
+            )
         )
     return rows
 
@@ -50,7 +57,9 @@ def texts(*lengths: int, pair: bool = False) -> list[Row]:
 @pytest.fixture(scope="module", params=CONFIGS)
 def checkpoint(request, tmp_path_factory):
     """(folder with a head of three classes, transformers' model)."""
-    return saved(tmp_path_factory.mktemp(request.param), CONFIGS[request.param], task=TASK["task"], num_labels=3)
+    return saved(
+        tmp_path_factory.mktemp(request.param), CONFIGS[request.param], task=TASK["task"], num_labels=3
+    )
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +94,9 @@ def test_neighbours_and_padding_change_nothing(checkpoint):
             alone = model.class_logits(collate([one], pad_id=pad_id, pad_multiple=1))
             torch.testing.assert_close(together[i : i + 1], alone, **CLOSE)
         # a dummy row has no label
-        torch.testing.assert_close(model(collate([*rows, None], pad_id=pad_id)), model(collate(rows, pad_id=pad_id)))
+        torch.testing.assert_close(
+            model(collate([*rows, None], pad_id=pad_id)), model(collate(rows, pad_id=pad_id))
+        )
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
@@ -186,7 +197,9 @@ def test_the_shipped_recipe_teaches_a_pretrained_encoder(tmp_path, form):
     """MiniLM sorts messages that it was not trained on, with the head that lies in the adapter's file."""
     overrides = [f"quantization.format={form}", f"data.cache_dir={tmp_path / 'cache'}"]
     recipe = source.load(RECIPE, overrides=overrides)
-    run = RunDir.create(tmp_path / "run", recipe_text=RECIPE.read_text(), plan=planner.make(recipe, machine=CPU))
+    run = RunDir.create(
+        tmp_path / "run", recipe_text=RECIPE.read_text(), plan=planner.make(recipe, machine=CPU)
+    )
     prepare.main([str(run.path)])
     run_ranks(run)
     curve = losses(run)

@@ -23,9 +23,7 @@ from decompft.launcher.worker.tokenizers import byte_tokenizer
 PAIRS = [{"prompt": f"question {i}", "completion": "a" * (i % 7 + 1)} for i in range(45)]
 
 
-def row(
-    tokens: list[int], trained: list[int], lengths: tuple[int, ...], label: int | None = None
-) -> Row:
+def row(tokens: list[int], trained: list[int], lengths: tuple[int, ...], label: int | None = None) -> Row:
     return Row(
         id=0,
         tokens=np.array(tokens, np.int32),

@@ -119,9 +119,7 @@ def test_completion_is_verbatim() -> None:
 
 
 def test_renamed_fields_are_read() -> None:
-    (sample,) = samples(
-        {"q": "x", "a": "y"}, format="completion", fields={"prompt": "q", "completion": "a"}
-    )
+    (sample,) = samples({"q": "x", "a": "y"}, format="completion", fields={"prompt": "q", "completion": "a"})
     assert marked(sample) == "x[[y</s>]]"
 
 

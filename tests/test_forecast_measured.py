@@ -37,6 +37,8 @@ def test_forecast_is_within_5_percent_of_the_measured_peak(row) -> None:
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_known_speed_is_the_newest_measurement_of_map(recompute) -> None:
-    rows = [r for r in ROWS if r["strategy"] == "single" and r["adapter"] == "map" and r["recompute"] == recompute]
+    rows = [
+        r for r in ROWS if r["strategy"] == "single" and r["adapter"] == "map" and r["recompute"] == recompute
+    ]
     newest = [r for r in rows if r["accumulation"] == 1][-1]
     assert EFFECTIVE_FLOPS["H200", recompute] == newest["tokens_per_s"] * 28.0e9

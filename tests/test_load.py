@@ -82,7 +82,10 @@ def test_other_files_beside_the_model_are_not_read(originals, tmp_path):
 
 
 def test_tensors_that_the_model_lacks_are_ignored(originals, tmp_path):
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "ids": torch.ones(4, dtype=torch.int64)}
+    extra = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+        "ids": torch.ones(4, dtype=torch.int64),
+    }
     folder = copied(originals["llama"], tmp_path, lambda ts: ts | extra)
     assert_same(weights(folder), weights(originals["llama"]))
 
@@ -99,7 +102,9 @@ def test_half_precision_is_stored_as_the_recipe_asks(originals, tmp_path, dtype)
 
 def test_tied_tensors_that_are_both_there_and_equal_load(originals, tmp_path):
     folder = copied(
-        originals["gemma"], tmp_path, lambda ts: ts | {"lm_head.weight": ts["model.embed_tokens.weight"].clone()}
+        originals["gemma"],
+        tmp_path,
+        lambda ts: ts | {"lm_head.weight": ts["model.embed_tokens.weight"].clone()},
     )
     assert_same(weights(folder), weights(originals["gemma"]))
 
@@ -158,7 +163,9 @@ def test_no_safetensors_at_all_is_told(originals, tmp_path):
         weights(folder)
 
 
-@pytest.mark.parametrize(("family", "config"), [("llama", {"intermediate_size": 192}), ("gpt2", {"n_inner": 192})])
+@pytest.mark.parametrize(
+    ("family", "config"), [("llama", {"intermediate_size": 192}), ("gpt2", {"n_inner": 192})]
+)
 def test_another_shape_is_told_with_both(originals, tmp_path, family, config):
     folder = configured(copied(originals[family], tmp_path), **config)
     with pytest.raises(ModelError, match=r"(128, 64|64, 256).*(192, 64|64, 192)") as caught:
@@ -284,7 +291,10 @@ def test_each_fsdp_rank_reads_its_own_rows_once(originals, family, quantization)
             assert norms(found.model) == pytest.approx(expected, rel=1e-6)
             for name, parameter in found.model.model.named_parameters():
                 start, stop = engine.rows(parameter)
-                mine, full = engine.local(parameter), dict(alone.model.model.named_parameters())[name][start:stop]
+                mine, full = (
+                    engine.local(parameter),
+                    dict(alone.model.model.named_parameters())[name][start:stop],
+                )
                 assert torch.equal(mine.view(torch.uint8), full.view(torch.uint8)), name
         finally:
             engine.stop()

@@ -19,7 +19,9 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 8)
 
 
-def inputs(*, bias: bool = False, dtype: torch.dtype = torch.float64, trains: bool = True, scale: float = 1.0):
+def inputs(
+    *, bias: bool = False, dtype: torch.dtype = torch.float64, trains: bool = True, scale: float = 1.0
+):
     made = torch.Generator().manual_seed(0)
     hidden = scale * torch.randn(TOKENS, HIDDEN, generator=made, dtype=torch.float64)
     weight = torch.randn(VOCAB, HIDDEN, generator=made, dtype=torch.float64)
@@ -83,7 +85,9 @@ def test_no_token_is_no_loss_and_a_gradient_of_zero():
     loss = token_loss_sum(full[:0], weight, extra, targets[:0], None)
     assert loss.item() == 0
     grads = torch.autograd.grad(loss, (hidden, weight, extra))
-    assert all(g.shape == t.shape and not g.any() for g, t in zip(grads, (hidden, weight, extra), strict=True))
+    assert all(
+        g.shape == t.shape and not g.any() for g, t in zip(grads, (hidden, weight, extra), strict=True)
+    )
 
 
 class Largest(TorchDispatchMode):

@@ -87,12 +87,16 @@ def test_a_methods_learning_rate_ratios_reach_the_step(folder, kind, method, opt
         rate = 0.01 * scales[name.rpartition(".")[2]]
         assert float(group_of(optimizer, parameter)["lr"]) == pytest.approx(rate)
         # a is a norm of about 10: 0.005 of it in float32
-        torch.testing.assert_close(before[name] - parameter, torch.full_like(parameter, rate), rtol=1e-3, atol=0)
+        torch.testing.assert_close(
+            before[name] - parameter, torch.full_like(parameter, rate), rtol=1e-3, atol=0
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_betas_and_eps_are_the_recipes(folder, kind):
-    optimizer = optimizer_of(built(section(folder), NF4, WIDE), optimizer=kind, betas=(0.8, 0.95), adam_eps=1e-6)
+    optimizer = optimizer_of(
+        built(section(folder), NF4, WIDE), optimizer=kind, betas=(0.8, 0.95), adam_eps=1e-6
+    )
     for group in optimizer.param_groups:
         assert tuple(group["betas"]) == (0.8, 0.95) and group["eps"] == 1e-6
 
@@ -128,7 +132,9 @@ def total_norm(grads):
 
 
 def test_clipping_is_by_the_global_norm(folder):
-    found = built(section(folder), NF4, AdapterSection(method="lora", rank=4, alpha=8.0, train_modules=["norm"]))
+    found = built(
+        section(folder), NF4, AdapterSection(method="lora", rank=4, alpha=8.0, train_modules=["norm"])
+    )
     take_steps(found, torch.optim.SGD(found.trained.values(), lr=0.0), [0])
     expected = total_norm([p.grad for p in found.trained.values()])
     for max_norm in (expected / 10, expected * 10, 0.0):
@@ -158,7 +164,13 @@ def test_what_still_settles_neither_counts_nor_is_clipped(folder):
 
 # -- 8-bit moments ---------------------------------------------------------------------------------
 
-TARGETS = ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # k_proj and v_proj are narrower than the rank
+TARGETS = [
+    "q_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+]  # k_proj and v_proj are narrower than the rank
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -198,7 +210,13 @@ def test_large_tensors_have_8_bit_moments_and_small_ones_do_not(folder):
 TARGETS = ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # three ranks divide no tensor evenly, and two of them hold no row of a magnitude
 WORLDS = {"single": {}, "fsdp": {"strategy": "fsdp", "gpus_per_node": 3}}
-TRAIN = {"max_steps": 6, "learning_rate": 0.005, "global_batch_size": 6, "micro_batch_size": 2, "weight_decay": 0.01}
+TRAIN = {
+    "max_steps": 6,
+    "learning_rate": 0.005,
+    "global_batch_size": 6,
+    "micro_batch_size": 2,
+    "weight_decay": 0.01,
+}
 
 
 def launched(folder, name, world, *, resume=None, **train):

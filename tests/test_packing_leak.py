@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from tiny_models import FAMILIES, PLAIN, built, documents, row, saved, section
 
 from decompft.launcher.recipe import AdapterSection
 from decompft.launcher.worker.data.batches import collate
+from decompft.launcher.worker.data.rows import Row
 
 LENGTHS = (9, 1, 13, 2, 7)  # a lone token has position 0 before and after it
 LORA = AdapterSection(method="lora", rank=4, alpha=8.0)
@@ -18,7 +22,10 @@ MODES = {"eval": (False, False), "train": (True, False), "train-recompute": (Tru
 def models(request, tmp_path_factory):
     """recompute or not -> the family's model."""
     folder, _ = saved(tmp_path_factory.mktemp(request.param), FAMILIES[request.param])
-    return {recompute: built(section(folder), PLAIN, LORA, recompute=recompute).model for recompute in (False, True)}
+    return {
+        recompute: built(section(folder), PLAIN, LORA, recompute=recompute).model
+        for recompute in (False, True)
+    }
 
 
 @pytest.fixture(params=MODES)
@@ -27,34 +34,31 @@ def model(request, models):
     return models[recompute].train(train)
 
 
-def test_a_packed_rows_loss_is_its_documents_losses(model):
-    packed = row(LENGTHS)
-    # beside a row of one document, which alone would need no positions
-    together = model(collate([packed, row((20,), seed=1)], pad_id=0))
-    apart = [model(collate([one], pad_id=0)) for one in (*documents(packed), row((20,), seed=1))]
-    # float32 sums over 30 tokens in another order
-    torch.testing.assert_close(together, sum(apart), rtol=1e-5, atol=1e-4)
+def only(packed: Row, first: int, last: int) -> Row:
+    """The row with no trained token outside [first, last)."""
+    kept = packed.trained.copy()
+    kept[:first] = kept[last:] = False
+    return replace(packed, trained=kept)
 
 
-def test_each_documents_loss_is_its_own(model):
-    """Not only their sum: all targets but one document's taken away."""
-    packed = row(LENGTHS)
-    first = 0
-    for one in documents(packed):
-        last, kept = first + len(one.tokens), packed.trained.copy()
-        kept[:first] = kept[last:] = False
-        alone = type(packed)(id=0, tokens=packed.tokens, trained=kept, doc_lengths=LENGTHS)
-        found, expected = (model(collate([r], pad_id=0)) for r in (alone, one))
+@torch.no_grad()
+def test_a_packed_rows_losses_are_its_documents_losses(model):
+    """Of each document alone, and of all together beside a row that needs no positions."""
+    packed, other = row(LENGTHS), row((20,), seed=1)
+    apart = [model(collate([one], pad_id=0)) for one in documents(packed)]
+    ends = np.cumsum((0, *LENGTHS))
+    for i, expected in enumerate(apart):
+        found = model(collate([only(packed, ends[i], ends[i + 1])], pad_id=0))
+        # float32 sums over up to 32 tokens in another order
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
-        first = last
+    together = model(collate([packed, other], pad_id=0))
+    expected = sum(apart) + model(collate([other], pad_id=0))
+    torch.testing.assert_close(together, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_a_documents_loss_has_no_slope_in_the_others_tokens(model):
     """Exactly 0 and not small: the gradient of its loss with respect to the embeddings of the row."""
-    packed = row(LENGTHS)
-    kept = packed.trained.copy()
-    kept[:10] = kept[23:] = False  # the third document's stay
-    alone = type(packed)(id=0, tokens=packed.tokens, trained=kept, doc_lengths=LENGTHS)
+    third = only(row(LENGTHS), 10, 23)
     embedded: list[torch.Tensor] = []
 
     def keep(module, args, out):
@@ -62,7 +66,7 @@ def test_a_documents_loss_has_no_slope_in_the_others_tokens(model):
         return out
 
     handle = model.model.get_input_embeddings().register_forward_hook(keep)
-    loss = model(collate([alone], pad_id=0))
+    loss = model(collate([third], pad_id=0))
     handle.remove()
     (slope,) = torch.autograd.grad(loss, embedded[0])
     sizes = slope[0].abs().sum(-1)

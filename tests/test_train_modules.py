@@ -41,7 +41,9 @@ def plain_gradients(plain, names):
     """By plain autograd through transformers' own forward."""
     plain.requires_grad_(True).zero_grad()
     logits = plain(batch().input_ids).logits
-    F.cross_entropy(logits.flatten(0, 1), batch().targets.flatten(), ignore_index=-100, reduction="sum").backward()
+    F.cross_entropy(
+        logits.flatten(0, 1), batch().targets.flatten(), ignore_index=-100, reduction="sum"
+    ).backward()
     return {n: plain.get_parameter(n).grad for n in names}
 
 
@@ -54,12 +56,16 @@ def test_gradients_are_those_of_plain_autograd(checkpoint, recompute):
     assert whole
     for n, expected in plain_gradients(plain, whole).items():
         # float32 sums over 30 tokens in another order, through two layers
-        torch.testing.assert_close(whole[n].grad, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+        torch.testing.assert_close(
+            whole[n].grad, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item()
+        )
 
 
 def test_in_bfloat16_they_are_float32_and_so_are_their_gradients(checkpoint):
     name, folder, plain = checkpoint
-    found = built(section(folder), QuantizationSection(format="none", compute="bfloat16"), adapter(*CASES[name]))
+    found = built(
+        section(folder), QuantizationSection(format="none", compute="bfloat16"), adapter(*CASES[name])
+    )
     found.model.train()(batch()).backward()
     whole = {n: p for n, p in found.trained.items() if not n.endswith((".A", ".B"))}
     for n, expected in plain_gradients(plain, whole).items():
@@ -120,10 +126,16 @@ def test_they_train_alike_on_every_engine_and_are_saved_in_float32(tmp_path, kin
         run_ranks(run)
         curves[strategy], (tensors[strategy], _) = losses(run), load_adapter(run.path / "adapter")
     assert curves["single"][-1] < curves["single"][0]
-    whole = {n: t for n, t in tensors["single"].items() if not n.endswith((".A", ".B", ".a", ".b", ".base_norm"))}
+    whole = {
+        n: t for n, t in tensors["single"].items() if not n.endswith((".A", ".B", ".a", ".b", ".base_norm"))
+    }
     names = {"model.embed_tokens.weight"}
     if kind == "untied":
-        names |= {"lm_head.weight", "model.norm.weight", *(f"model.layers.{i}.input_layernorm.weight" for i in (0, 1))}
+        names |= {
+            "lm_head.weight",
+            "model.norm.weight",
+            *(f"model.layers.{i}.input_layernorm.weight" for i in (0, 1)),
+        }
     assert set(whole) == names
     assert all(t.dtype == torch.float32 for t in whole.values())
     for strategy in ("ddp", "fsdp"):

@@ -78,7 +78,9 @@ def run_worker(run: RunDir, *, resume: Path | None = None, incarnation: int | No
 
 def _rank(rank: int, env: dict[str, str], argv: list[str]) -> None:
     torch.set_num_threads(1)  # first: a forked process hangs in the parent's OpenMP pool
-    logging.root.handlers.clear()  # pytest's: the rank's own log would stay empty
+    # pytest's are in the way of what the rank prints and logs
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    logging.root.handlers.clear()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C of the test run is pytest's
     os.environ |= env | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": env["WORLD_SIZE"]}
     sys.argv = ["worker", *argv]

@@ -161,7 +161,8 @@ def _check_shape(want: Want, found: tuple[int, ...], *, is_head: bool) -> None:
         if is_head:
             hint = f"this checkpoint already classifies; model.num_labels: {found[0]} keeps its head"
         raise ModelError(
-            f"{want.key} has shape {list(found)} in the checkpoint, the model's config says {list(expected)}", hint
+            f"{want.key} has shape {list(found)} in the checkpoint, the model's config says {list(expected)}",
+            hint,
         )
 
 

@@ -64,7 +64,6 @@ def main() -> None:
             logger.error("rank %d could not leave word: %s", rank, full)
         # a foreseen error is said in words; its traceback is in rank-K.json
         logger.error("rank %d failed: %s", rank, error, exc_info=not isinstance(error, DecompftError))
-        sys.stderr.flush()
         # without unwinding: a collective that other ranks still wait in must not hang this exit
         os._exit(error.exit_code if isinstance(error, DecompftError) else 3)
 

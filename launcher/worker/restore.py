@@ -18,7 +18,6 @@ from decompft.launcher.errors import AdapterError, CheckpointError
 from decompft.launcher.worker.tensorfile import DTYPES
 
 
-
 def open_checkpoint(path: Path) -> Checkpoint:
     """Verifies every file of a checkpoint folder (size, sha256) and opens it for reading.
 

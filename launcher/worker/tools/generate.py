@@ -30,7 +30,9 @@ def main(argv: list[str]) -> None:
     with Progress("loading the base") as progress:
         loaded = load(folder, base=args.base, use_adapter=not args.no_adapter, progress=progress, say=say)
     if loaded.model.task != "causal-lm":
-        raise UserError(f"{args.adapter}: is a classifier, which writes no text", "its labels come from training")
+        raise UserError(
+            f"{args.adapter}: is a classifier, which writes no text", "its labels come from training"
+        )
     form = generation.choose_format(loaded) if args.format == "auto" else args.format
     ids = generation.prompt_ids(args.prompt, form, loaded.tokenizer)
     (answer,) = generation.generate(loaded, [ids], max_new_tokens=args.max_new_tokens)

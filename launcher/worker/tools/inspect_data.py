@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from decompft.launcher.checking import check_data
 from decompft.launcher.packaged import is_packaged
 from decompft.launcher.recipe import Recipe
 from decompft.launcher.source import load
@@ -41,6 +42,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--num", type=int, default=3, help="samples to show")
     args = parser.parse_args(argv)
     recipe = load(args.recipe, args.overrides)
+    check_data(recipe, strict=True)  # before transformers takes its seconds
     tokenizer = load_tokenizer(recipe.model, _model_dir(recipe))
     console = Console()
     entries = prepare_data(recipe, tokenizer)
