@@ -54,12 +54,14 @@ def cases(gpus: int) -> list[tuple[str, list[str]]]:
             for recompute in ("none", "full")
         ]
     common = ["adapter.method=map", "train.global_batch_size=8"]
+    ddp = [*common, "parallel.strategy=ddp", f"parallel.gpus_per_node={gpus}"]
+    fsdp = [*common, "parallel.strategy=fsdp", f"parallel.gpus_per_node={gpus}"]
     return [
         ("map-single", [*common, "parallel.strategy=single", "parallel.gpus_per_node=1"]),
-        ("map-ddp", [*common, "parallel.strategy=ddp", f"parallel.gpus_per_node={gpus}"]),
-        ("map-fsdp", [*common, "parallel.strategy=fsdp", f"parallel.gpus_per_node={gpus}"]),
-        ("map-fsdp-full", [*common, "parallel.strategy=fsdp", f"parallel.gpus_per_node={gpus}", "train.recompute=full"]),
-    ]  # fmt: skip
+        ("map-ddp", ddp),
+        ("map-fsdp", fsdp),
+        ("map-fsdp-full", [*fsdp, "train.recompute=full"]),
+    ]
 
 
 def run_ours(name: str, overrides: list[str]) -> dict[str, Any]:

@@ -33,8 +33,8 @@ def reference(rows: torch.Tensor, block: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("block", [64, 128])
 def test_dequantized_rows_are_the_nearest_levels(rows, block):
-    l = layer(block_size=block)
-    found = l.unpack(l.pack(rows), torch.float32)
+    packed_layer = layer(block_size=block)
+    found = packed_layer.unpack(packed_layer.pack(rows), torch.float32)
     expected = reference(rows, block)
     # a value half-way between two levels may go either way
     assert (found - expected).abs().gt(1e-6).float().mean() < 2e-3
@@ -53,18 +53,18 @@ def test_double_quantization_costs_little_and_saves_three_bytes_a_block(rows):
 
 @pytest.mark.parametrize("in_", [64, 128, 192, 576])
 def test_any_number_of_blocks_a_row_packs(in_):
-    l = layer(in_=in_, double_quant=True)
+    packed_layer = layer(in_=in_, double_quant=True)
     rows = torch.randn(12, in_, generator=torch.Generator().manual_seed(2))
-    packed = l.pack(rows)
-    assert [tuple(t.shape) for t in packed] == [tuple(p.shape) for p in l.storage()]
-    assert (l.unpack(packed, torch.float32) - rows).norm() / rows.norm() < 0.12
+    packed = packed_layer.pack(rows)
+    assert [tuple(t.shape) for t in packed] == [tuple(p.shape) for p in packed_layer.storage()]
+    assert (packed_layer.unpack(packed, torch.float32) - rows).norm() / rows.norm() < 0.12
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_a_rank_quantizes_its_rows_as_if_it_had_all(rows, double_quant):
-    l = layer(double_quant=double_quant)
-    whole = l.pack(rows)
-    parts = [l.pack(rows[a:b]) for a, b in ((0, 5), (5, 5), (5, 12))]
+    packed_layer = layer(double_quant=double_quant)
+    whole = packed_layer.pack(rows)
+    parts = [packed_layer.pack(rows[a:b]) for a, b in ((0, 5), (5, 5), (5, 12))]
     for index, tensor in enumerate(whole):
         joined = torch.cat([p[index] for p in parts])
         assert torch.equal(joined.view(torch.uint8), tensor.view(torch.uint8))
@@ -73,16 +73,18 @@ def test_a_rank_quantizes_its_rows_as_if_it_had_all(rows, double_quant):
 def test_zero_rows_stay_zero(rows):
     rows[3] = 0
     for double_quant in (False, True):
-        l = layer(double_quant=double_quant)
-        assert torch.equal(l.unpack(l.pack(rows), torch.float32)[3], torch.zeros(256))
+        packed_layer = layer(double_quant=double_quant)
+        assert torch.equal(packed_layer.unpack(packed_layer.pack(rows), torch.float32)[3], torch.zeros(256))
 
 
 def test_agrees_with_bitsandbytes_functional(rows):
     import bitsandbytes.functional as bnb
 
     codes, state = bnb.quantize_4bit(rows, blocksize=64, quant_type="nf4")
-    l = layer()
-    assert torch.equal(l.unpack(l.pack(rows), torch.float32), bnb.dequantize_4bit(codes, state))
+    packed_layer = layer()
+    assert torch.equal(
+        packed_layer.unpack(packed_layer.pack(rows), torch.float32), bnb.dequantize_4bit(codes, state)
+    )
 
 
 def test_width_must_be_a_multiple_of_the_block():

@@ -18,10 +18,9 @@ from typing import Any
 
 from torch import Tensor
 
-from decompft.launcher.checkpoints import list_checkpoints, step_of
+from decompft.launcher.checkpoints import FORMAT_VERSION, list_checkpoints, step_of
 from decompft.launcher.errors import AdapterError, CheckpointError, RunFailed
 from decompft.launcher.worker.restore import (
-    FORMAT_VERSION,
     Checkpoint,
     load_adapter,
     open_checkpoint,

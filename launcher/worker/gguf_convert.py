@@ -20,8 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from decompft.launcher.places import cache_dir
 from decompft.launcher.errors import ModelError
+from decompft.launcher.places import cache_dir
 
 if TYPE_CHECKING:
     import torch

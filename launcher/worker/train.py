@@ -192,7 +192,8 @@ def not_finite(step: int, loss: float, grad_norm: float, ids: Sequence[int], sav
     """Stop before the optimizer sees it: the last checkpoint stays good."""
     kept = f"the checkpoint of step {saved} is untouched" if saved else "no checkpoint was written yet"
     return RunFailed(
-        f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; the optimizer step was not taken and {kept}"
+        f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; "
+        f"the optimizer step was not taken and {kept}"
         f" (samples {', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''})",
         "lower train.learning_rate, raise train.warmup_steps, or look at those samples with: decompft inspect data",
     )
