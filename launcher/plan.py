@@ -90,6 +90,7 @@ class Plan(Frozen):
     num_adapter_params: int
     num_module_params: int = 0  # of modules trained whole (train_modules, a new classification head)
     forecast: Forecast
+    steps_per_epoch: float | None = None  # None where it is known only once the data is tokenized
     seconds_per_step: float | None = None  # None when no speed is known for this device
     warnings: tuple[str, ...] = ()
 

@@ -65,6 +65,8 @@ def _decisions(plan: Plan) -> list[tuple[str, str]]:
         ("recompute", plan.recompute),
         ("batch", f"{batch.global_size} rows = {batch.micro_size} x {batch.accumulation} accumulated x "
                   f"{world.size} ranks, up to {batch.tokens_per_step:,} tokens a step"),
+        ("epoch", f"{plan.steps_per_epoch:,.1f} steps" if plan.steps_per_epoch
+                  else "as many steps as tokenizing will tell"),
         ("time", f"about {plan.seconds_per_step:.2f} s a step" if plan.seconds_per_step
                  else "unknown: no speed was measured for this device"),
     ]  # fmt: skip

@@ -7,6 +7,7 @@ recomputation, fsdp, fsdp with recomputation, fsdp with offload. The first rung 
 from __future__ import annotations
 
 from decompft.adapters.spec import ADAPTER_SPECS
+from decompft.launcher.epochs import steps_per_epoch
 from decompft.launcher.errors import PlanError
 from decompft.launcher.families import shape_of
 from decompft.launcher.fit import GIB, Budget, cheaper_changes, fits, gib
@@ -69,6 +70,7 @@ def make(recipe: Recipe, *, machine: Machine | None = None) -> Plan:
         num_adapter_params=work.num_adapter_params,
         num_module_params=work.num_module_params,
         forecast=memory,
+        steps_per_epoch=steps_per_epoch(recipe),
         warnings=(*warnings, *_warnings(shape, recipe, budget, work, layout)),
     )
     speed = known_speed(work, layout, machine.gpu_name)

@@ -70,7 +70,8 @@ def train(
     if resume is not None:
         restore(resume, built, optimizer, engine)
         at = Progress(**resume.state["progress"])
-    saved_step = at.step if resume is not None else None
+    # a fork's checkpoint lies in another run: this one has none yet
+    saved_step = at.step if resume is not None and resume.path.is_relative_to(run.path) else None
 
     def checkpoint() -> None:
         nonlocal saved_step
@@ -165,6 +166,8 @@ def train(
         ):
             checkpoint()
     ahead.close()
+    if saved_step != at.step:  # nothing was left to train: the run still ends with a checkpoint of its own
+        checkpoint()
     if at.step < total:
         return Outcome(
             result="checkpointed", step=at.step, message=f"stopped in order after step {at.step} of {total}"

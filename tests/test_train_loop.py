@@ -1,0 +1,92 @@
+"""The loop's own decisions: when it evaluates, when it ends early, what it proves, what it recomputes."""
+
+import json
+
+import pytest
+from tiny import losses, make_run, recipe_data, run_ranks
+
+from decompft.launcher.outcome import Outcome
+from decompft.launcher.runs import RunDir
+
+pytestmark = pytest.mark.dist
+
+TRAIN = {"max_steps": 6, "learning_rate": 0.01, "global_batch_size": 4, "micro_batch_size": 2}
+
+
+def run_with_eval(folder, **train) -> RunDir:
+    data = {**recipe_data(folder)["data"], "eval_fraction": 0.2}
+    run = make_run(folder, data=data, train={**TRAIN, **train})
+    run_ranks(run)
+    return run
+
+
+def events(run: RunDir, name: str) -> list[dict]:
+    rows = map(json.loads, (run.path / "events.jsonl").read_text().splitlines())
+    return [row for row in rows if row["event"] == name]
+
+
+def test_evaluates_at_the_start_as_asked_and_at_the_end(tmp_path):
+    run = run_with_eval(tmp_path, eval_every_steps=4)
+    assert [row["step"] for row in events(run, "eval")] == [0, 4, 6]
+
+
+def test_the_held_out_loss_falls(tmp_path):
+    first, *_, last = events(run_with_eval(tmp_path), "eval")
+    assert last["loss"] < first["loss"]
+
+
+def test_stops_early_when_the_evaluation_does_not_improve(tmp_path):
+    """At a rate of 1 the loss only grows: two evaluations without gain end the run, which counts as finished."""
+    run = run_with_eval(
+        tmp_path, learning_rate=1.0, max_grad_norm=0, eval_every_steps=1, early_stop_evals=2, max_steps=40
+    )
+    steps = [row["step"] for row in events(run, "eval")]
+    found = [row["loss"] for row in events(run, "eval")]
+    assert 2 <= len(losses(run)) < 40
+    assert min(found[:-2]) <= min(found[-2:])
+    assert steps[-1] == len(losses(run))
+    assert (run.path / "adapter" / "adapter.json").is_file()
+
+
+def test_recomputation_changes_no_number(tmp_path):
+    plain = make_run(tmp_path, "plain", train={**TRAIN, "recompute": "none"})
+    full = make_run(tmp_path, "full", train={**TRAIN, "recompute": "full"})
+    for run, expected in ((plain, "none"), (full, "full")):
+        assert run.read_plan().recompute == expected
+        run_ranks(run)
+    assert losses(full) == losses(plain)
+
+
+def test_a_tensor_without_gradient_stops_the_run_by_name(tmp_path):
+    def cut_off_one_layer() -> None:
+        from decompft.adapters.base import Adapter
+
+        whole = Adapter.forward
+
+        def forward(self, x):
+            # the wiring fault that users of other tools meet: a layer that runs on its base alone
+            return self.base(x) if self.base.out_features == 128 else whole(self, x)
+
+        Adapter.forward = forward
+
+    run = make_run(tmp_path)
+    with pytest.raises(
+        AssertionError, match=r"step 1: 4 trained tensors have a zero gradient, first .*gate_proj"
+    ):
+        run_ranks(run, patch=cut_off_one_layer)
+
+
+def test_a_fork_with_nothing_left_to_train_still_has_its_own_adapter(tmp_path):
+    first = make_run(tmp_path, "first", train=TRAIN)
+    run_ranks(first)
+    fork = make_run(tmp_path, "fork", train=TRAIN)
+    run_ranks(fork, resume=first.checkpoints_dir / "step-00000006")
+    assert (fork.path / "adapter" / "adapter.safetensors").is_file()
+
+
+def test_finished_says_what_was_gained():
+    from decompft.launcher.worker.train import Progress, _summary
+
+    text = _summary(Progress(step=9, trained_tokens=1234, start_eval=2.0, last_eval=1.5))
+    assert text == "finished after step 9, 1,234 trained tokens; held-out loss 2.0000 -> 1.5000 (-25.0 %)"
+    assert Outcome(result="finished").exit_code == 0
