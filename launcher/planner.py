@@ -28,6 +28,9 @@ from decompft.launcher.plan import Batch, Device, Plan, Strategy, World
 from decompft.launcher.plan import to_json as to_json
 from decompft.launcher.recipe import Recipe
 
+# families whose positions are rows of a weight: there is none beyond the last
+LEARNED_POSITIONS = ("gpt2", "bert")
+
 # rows of a micro batch on a CPU: more gain no speed there
 MAX_CPU_MICRO = 8
 
@@ -269,6 +272,12 @@ def _check_adapter(work: Workload) -> None:
 def _warnings(shape: ModelShape, recipe: Recipe, budget: Budget, work: Workload, layout: Layout) -> list[str]:
     found = []
     length = recipe.data.sequence_length
+    if length > shape.max_positions and shape.model_type in LEARNED_POSITIONS:
+        raise PlanError(
+            f"data.sequence_length {length} is longer than the {shape.max_positions} positions that "
+            f"this {shape.model_type} has weights for",
+            f"use data.sequence_length <= {shape.max_positions}",
+        )
     if length > shape.max_positions:
         found.append(
             f"data.sequence_length {length} is longer than the {shape.max_positions} positions "

@@ -225,6 +225,8 @@ class TrainSection(Section):
     def _one_length(self) -> Self:
         if (self.max_steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of max_steps and epochs")
+        if self.schedule == "constant" and self.warmup_steps:
+            raise ValueError("warmup_steps has no effect on schedule constant; use constant_with_warmup")
         return self
 
 

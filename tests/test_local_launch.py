@@ -96,7 +96,11 @@ def test_an_orderly_end_is_rank_0s_word_whatever_the_exit_code(job: Job) -> None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_becomes_a_stop_file_and_the_run_ends_with_75(job: Job, number: signal.Signals) -> None:
+def test_a_signal_becomes_a_stop_file_and_the_run_ends_with_75(
+    job: Job, number: signal.Signals, request: pytest.FixtureRequest
+) -> None:
+    original = signal.signal(number, signal.default_int_handler)  # under nohup SIGHUP comes in ignored
+    request.addfinalizer(lambda: signal.signal(number, original))
     before = signal.getsignal(number)
     outcome = job.supervise(f"""
         signal.signal({number}, lambda *_: tell('outcome.json', result='failed'))  # must not come here

@@ -382,3 +382,16 @@ def _timed_detect() -> float:
     start = time.perf_counter()
     detect({})
     return time.perf_counter() - start
+
+
+def test_a_model_with_learned_positions_refuses_longer_rows() -> None:
+    gpt2 = {
+        "model_type": "gpt2",
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 128,
+        "vocab_size": 260,
+    }
+    with pytest.raises(PlanError, match="longer than the 128 positions that this gpt2 has weights for"):
+        make(CPU, gpt2, data={"sequence_length": 256})

@@ -101,3 +101,11 @@ def test_a_copy_overwrites_nothing(tmp_path: Path) -> None:
         shipped.copy("tiny_map", tmp_path)
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["tiny.jsonl"]
     assert (tmp_path / "data" / "tiny.jsonl").read_text() == "mine\n"
+
+
+@pytest.mark.parametrize("name", ["llama7b_map", "llama7b_lora"])
+def test_launch_refuses_what_check_only_warns_of(name: str) -> None:
+    recipe = source.load(shipped.find(name))
+    assert checking.check(recipe, strict=False)
+    with pytest.raises(UserError):
+        checking.check(recipe, strict=True)

@@ -136,8 +136,9 @@ def run_rank(this: Rank) -> Outcome:
 
 
 def _same_base(saved: dict[str, Any], now: dict[str, Any], path: Path | None) -> None:
-    """Refuse a checkpoint that was trained over another frozen base."""
-    differing = sorted(k for k in saved.keys() | now.keys() if saved.get(k) != now.get(k))
+    """Refuse a checkpoint that was trained over another frozen base; the hash decides, not the place."""
+    keys = (saved.keys() | now.keys()) - {"source", "revision", "id"}
+    differing = sorted(k for k in keys if saved.get(k) != now.get(k))
     if differing:
         key = differing[0]
         raise CheckpointError(
