@@ -31,6 +31,9 @@ from decompft.launcher.supervise import Interrupts, PortTaken, supervise
 PRELUDE = """
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
+
+pytestmark = pytest.mark.dist
+
 run = Path(sys.argv[1]); here = run / "incarnations/1"; logs = run / "logs/incarnation-1"
 rank = int(os.environ.get("RANK", "0"))
 def log(text): (logs / f"rank-{rank}.log").open("a").write(text + "\\n")
@@ -96,11 +99,7 @@ def test_an_orderly_end_is_rank_0s_word_whatever_the_exit_code(job: Job) -> None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_becomes_a_stop_file_and_the_run_ends_with_75(
-    job: Job, number: signal.Signals, request: pytest.FixtureRequest
-) -> None:
-    original = signal.signal(number, signal.default_int_handler)  # under nohup SIGHUP comes in ignored
-    request.addfinalizer(lambda: signal.signal(number, original))
+def test_a_signal_becomes_a_stop_file_and_the_run_ends_with_75(job: Job, number: signal.Signals) -> None:
     before = signal.getsignal(number)
     outcome = job.supervise(f"""
         signal.signal({number}, lambda *_: tell('outcome.json', result='failed'))  # must not come here

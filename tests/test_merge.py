@@ -18,6 +18,9 @@ from decompft.launcher.worker.merging import merge
 from decompft.launcher.worker.prepared import Prepared
 from decompft.launcher.worker.tools.merge import main
 
+pytestmark = pytest.mark.dist
+
+
 # float32 sums of up to 128 products in another order, through two layers
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 

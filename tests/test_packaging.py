@@ -10,6 +10,9 @@ from zipfile import ZipFile
 
 import pytest
 
+pytestmark = pytest.mark.dist
+
+
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ("adapters", "launcher", "recipes", "slurm")
 

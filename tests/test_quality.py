@@ -23,6 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
     ],
     ids=" ".join,
 )
+
+pytestmark = pytest.mark.dist
+
 def test_checker_is_clean(command: tuple[str, ...]) -> None:
     # beside the interpreter that runs the tests, whether or not its folder is on PATH
     tool = shutil.which(command[0], path=str(Path(sys.executable).parent)) or shutil.which(command[0])
