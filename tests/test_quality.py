@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.dist
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -23,9 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
     ],
     ids=" ".join,
 )
-
-pytestmark = pytest.mark.dist
-
 def test_checker_is_clean(command: tuple[str, ...]) -> None:
     # beside the interpreter that runs the tests, whether or not its folder is on PATH
     tool = shutil.which(command[0], path=str(Path(sys.executable).parent)) or shutil.which(command[0])
