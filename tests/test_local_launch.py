@@ -27,12 +27,12 @@ from decompft.launcher.outcome import Outcome, read_outcome, write_outcome
 from decompft.launcher.runs import RunDir
 from decompft.launcher.supervise import Interrupts, PortTaken, supervise
 
+pytestmark = pytest.mark.dist
+
 # what a child program starts with: its incarnation's folders, and the words of a rank
 PRELUDE = """
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
-
-pytestmark = pytest.mark.dist
 
 run = Path(sys.argv[1]); here = run / "incarnations/1"; logs = run / "logs/incarnation-1"
 rank = int(os.environ.get("RANK", "0"))
