@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from decompft.launcher.checkpoints import list_checkpoints, newest_valid
-from decompft.launcher.errors import AdapterError, CheckpointError, RunFailed
+from decompft.launcher.errors import CheckpointError, RunFailed
 from decompft.launcher.worker.checkpoint import (
     Checkpoint,
     Slice,
     load_adapter,
     open_checkpoint,
     save,
-    save_adapter,
 )
 
 Whole = dict[tuple[str, str], Tensor]  # (name, kind) -> the whole tensor
@@ -385,32 +384,3 @@ def test_checkpoints_after_the_resumed_step_are_set_aside(tmp_path: Path) -> Non
     assert newest_valid(tmp_path / "checkpoints") == (new, [])
     assert leftovers(tmp_path) == ["abandoned-step-00000200-inc2", "abandoned-step-00000300-inc2"]
     assert_same(tmp_path / "checkpoints/abandoned-step-00000300-inc2", make_whole(300))
-
-
-def test_an_adapter_folder_round_trips_and_is_replaced(tmp_path: Path) -> None:
-    folder = tmp_path / "run/adapter"
-    tensors = {name: t for (name, kind), t in make_whole().items() if kind == "param"}
-    save_adapter(folder, {"other": torch.zeros(3)}, ADAPTER_JSON)
-    save_adapter(folder, tensors, ADAPTER_JSON)
-    found, description = load_adapter(folder)
-    assert set(found) == set(tensors) and all(torch.equal(found[n], t) for n, t in tensors.items())
-    assert description.items() >= {**ADAPTER_JSON, "format_version": 1}.items()
-    assert [p.name for p in folder.parent.iterdir()] == ["adapter"]
-
-
-def test_a_damaged_adapter_is_told(tmp_path: Path) -> None:
-    folder = tmp_path / "adapter"
-    save_adapter(folder, {"A": torch.ones(64)}, ADAPTER_JSON)
-    flip(folder / "adapter.safetensors", -1)
-    with pytest.raises(AdapterError, match="adapter.safetensors: altered"):
-        load_adapter(folder)
-    os.truncate(folder / "adapter.safetensors", 100)
-    with pytest.raises(AdapterError, match="100 bytes instead of"):
-        load_adapter(folder)
-    (folder / "adapter.safetensors").unlink()
-    with pytest.raises(AdapterError, match="adapter.safetensors is missing"):
-        load_adapter(folder)
-    (folder / "adapter.json").write_text('{"method": "map"}')
-    (folder / "adapter.safetensors").touch()
-    with pytest.raises(AdapterError, match="decompft did not write it"):
-        load_adapter(folder)
