@@ -15,6 +15,8 @@ from decompft.launcher.worker.data.templates import instruction_prompt
 from decompft.launcher.worker.inference import load
 from decompft.launcher.worker.tools.eval import main
 
+pytestmark = pytest.mark.dist
+
 
 def quiet(*args):
     pass

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "recipes" / "tiny_map.yaml")
 HEAVY = ("torch", "transformers", "numpy", "datasets", "safetensors", "bitsandbytes", "pyarrow", "pandas")

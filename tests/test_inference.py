@@ -20,6 +20,8 @@ from decompft.launcher.worker.prepared import Prepared
 from decompft.launcher.worker.tokenizers import byte_tokenizer
 from decompft.launcher.worker.tools.generate import main
 
+pytestmark = pytest.mark.dist
+
 
 def quiet(*args):
     pass

@@ -17,6 +17,8 @@ from decompft.launcher.recipe import Recipe
 from decompft.launcher.source import parse
 from decompft.launcher.support import support_table
 
+pytestmark = pytest.mark.dist
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -20,6 +20,8 @@ from decompft.launcher.runs import RunDir
 from decompft.slurm import batch
 from decompft.slurm.render import script
 
+pytestmark = pytest.mark.dist
+
 GOLDEN = Path(__file__).parent / "golden"
 
 
