@@ -131,7 +131,7 @@ def train(
         if at.step < 3:
             prove_gradients(built, engine, at.step)
         grad_norm = clip_gradients(layers, built.trained, engine, recipe.train.max_grad_norm)
-        # the one agreement of a step: loss, tokens, who was asked to stop, the fullest rank's memory
+        # the one agreement of a step: loss, tokens, who was asked to stop
         asked = run.stop_file(incarnation).exists()
         loss_value, tokens, stops = engine.sum_ranks([loss_sum.item(), num_tokens, float(asked)])
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
@@ -144,7 +144,7 @@ def train(
         if at.step % recipe.logging.every_steps == 0 or at.step == total:
             metrics.step(
                 StepRow(
-                    step=at.step, epoch=data.epoch_at(at.step) or 0.0, loss=loss_value,
+                    step=at.step, epoch=data.epoch_at(at.step), loss=loss_value,
                     learning_rate=recipe.train.learning_rate * factor(at.step - 1), grad_norm=grad_norm,
                     tokens_per_s=tokens / step_s, trained_tokens=step.num_targets_global,
                     peak_mem_bytes=peak_bytes(engine.device), step_s=step_s,
