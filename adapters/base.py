@@ -41,8 +41,9 @@ class Adapter(nn.Module):
         super().__init__()
         self.base = base
         self.config = config
-        shapes = ADAPTER_SPECS[config.method].tensors(base.out_features, base.in_features, config.rank)
-        for name, shape in shapes.items():
+        # kept, because a sharded parameter may not say its whole shape
+        self.shapes = ADAPTER_SPECS[config.method].tensors(base.out_features, base.in_features, config.rank)
+        for name, shape in self.shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
 
     def scales(self, *trained: Tensor) -> tuple[Tensor | None, Tensor | float, tuple[Tensor, ...]]:

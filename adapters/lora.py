@@ -29,7 +29,7 @@ class LoraLinear(Adapter):
         return None, scaling(self.config), ()
 
     def initial_values(self, generator: torch.Generator, facts: Mapping[str, float]) -> dict[str, Tensor]:
-        return {"A": kaiming_uniform(tuple(self.A.shape), generator), "B": torch.zeros(self.B.shape)}
+        return {"A": kaiming_uniform(self.shapes["A"], generator), "B": torch.zeros(self.shapes["B"])}
 
     def merged(self, dense: Tensor) -> Tensor:
         return dense.float() + scaling(self.config) * (self.B @ self.A)

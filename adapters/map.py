@@ -68,8 +68,8 @@ class MapLinear(Adapter):
     def initial_values(self, generator: torch.Generator, facts: Mapping[str, float]) -> dict[str, Tensor]:
         norm = torch.tensor([facts["frobenius_norm"]], dtype=torch.float32)
         return {
-            "A": kaiming_uniform(tuple(self.A.shape), generator),
-            "B": torch.zeros(self.B.shape),
+            "A": kaiming_uniform(self.shapes["A"], generator),
+            "B": torch.zeros(self.shapes["B"]),
             "a": norm.clone(),
             "b": torch.tensor([self.config.options.b_init], dtype=torch.float32),
             "base_norm": norm,

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from tiny import LLAMA, make_run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from decompft.adapters.merge import make_dense
 from decompft.launcher.errors import AdapterError, UserError
 from decompft.launcher.worker.checkpoint import save_adapter
 from decompft.launcher.worker.description import describe
@@ -123,6 +124,34 @@ def test_merge_computes_what_base_and_adapter_compute(tmp_path, family, method):
         outs[into] = expected
     assert not torch.allclose(outs["dense"], outs["dequantized"], atol=1e-3), "the two bases should differ"
     assert not torch.allclose(outs["dense"], plain_logits(base), atol=1e-2), "the adapter should matter"
+
+
+@pytest.mark.parametrize(
+    ("form", "family"),
+    [("fp4", "llama"), ("int8", "llama"), ("fp8", "llama"), ("int8", "gpt2"), ("none", "llama")],
+)
+def test_every_format_merges_onto_what_was_trained_on(tmp_path, form, family):
+    base = checkpoint(tmp_path / "base", FAMILIES[family])
+    adapter = adapter_of(
+        tmp_path,
+        model={
+            "id": str(base),
+            "config": None,
+            "weights": "checkpoint",
+            "tokenizer": str(byte_folder(tmp_path)),
+        },
+        quantization={"format": form},
+    )
+    out = tmp_path / "out"
+    merge(open_adapter(adapter, base=None, say=quiet), "dequantized", out, progress=quiet)
+    expected = unmerged_logits(adapter, "dequantized")
+    torch.testing.assert_close(plain_logits(out), expected, **CLOSE)
+    loaded = load(adapter, base=None, say=quiet)
+    make_dense(loaded.model.model, torch.float32)
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded.model.logits(TOKENS, None), expected, **CLOSE)
+    moved = (expected - unmerged_logits(adapter, "dense")).abs().max()
+    assert (moved > 1e-4) == (form != "none"), "the two bases should differ where the base is quantized"
 
 
 def byte_folder(tmp_path):

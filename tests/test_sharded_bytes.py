@@ -8,7 +8,7 @@ from tiny import fork
 from tiny_models import FAMILIES, built, row, saved, section
 from torch.distributed.tensor import DTensor, Shard
 
-from decompft.adapters.frozen.nf4 import Nf4Linear
+from decompft.adapters.formats import FORMAT_SPECS
 from decompft.adapters.inject import adapters
 from decompft.launcher.recipe import AdapterSection, QuantizationSection, TrainSection
 from decompft.launcher.worker.data.batches import collate
@@ -20,6 +20,10 @@ pytestmark = pytest.mark.dist
 FORMATS = {
     "nf4-double": QuantizationSection(format="nf4", double_quant=True, compute="float32"),
     "nf4": QuantizationSection(format="nf4", double_quant=False, compute="float32"),
+    "fp4-double": QuantizationSection(format="fp4", double_quant=True, compute="float32"),
+    "int8": QuantizationSection(format="int8", compute="float32"),
+    "int8-outliers": QuantizationSection(format="int8", outlier_threshold=6.0, compute="float32"),
+    "fp8": QuantizationSection(format="fp8", compute="float32"),
     "none": QuantizationSection(format="none", compute="float32"),
 }
 MAP = AdapterSection(method="map", rank=4, alpha=8.0)
@@ -93,14 +97,13 @@ def assert_rows(named, tensors, world_size):
 
 
 def assert_storage(model, form):
+    """Packed weights take the bytes that a plan counts, over all ranks together."""
+    section = FORMATS[form]
+    spec = FORMAT_SPECS[section.format]
     for name, adapter in adapters(model):
         base = adapter.base
-        if form == "none":
-            assert not isinstance(base, Nf4Linear)
+        assert f"{type(base).__module__}:{type(base).__name__}" == spec.impl, name
+        if not spec.is_quantized:
             continue
-        assert isinstance(base, Nf4Linear), name
-        num_weights = base.in_features * base.out_features
-        blocks = base.in_features // 64
-        assert num_bytes(base.codes) == num_weights // 2
-        scales = -(-blocks // 4) * 4 + 8 if form == "nf4-double" else 4 * blocks
-        assert num_bytes(base.scales) == scales * base.out_features
+        counted = spec.row_bytes(base.in_features, section.block_size, section.double_quant)
+        assert [num_bytes(t) for t in base.storage()] == [base.out_features * n for n in counted], name

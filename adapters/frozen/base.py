@@ -31,12 +31,16 @@ class FrozenLinear(nn.Module):
         raise NotImplementedError
 
     def pack(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Dense rows (n, in) -> storage tensors with n rows each, in `storage_names` order."""
+        """Dense rows (n, in) -> contiguous storage tensors of n rows each, in `storage_names` order."""
         raise NotImplementedError
 
     def unpack(self, storage: tuple[Tensor, ...], dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
         """Storage tensors with n rows -> dense (n, in) in `dtype`, times the scalar `scale` if given."""
         raise NotImplementedError
+
+    def product(self, x_TI: Tensor, storage: tuple[Tensor, ...], scale: Tensor | None) -> Tensor:
+        """x (tokens, in) -> scale W x (tokens, out) in x's dtype, in memory of its own; not seen by autograd."""
+        return x_TI @ self.unpack(storage, x_TI.dtype, scale).T
 
     def storage(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, name) for name in self.storage_names())

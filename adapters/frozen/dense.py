@@ -21,7 +21,7 @@ class DenseLinear(FrozenLinear):
         return ("weight",)
 
     def pack(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return (rows.to(self.weight.dtype),)
+        return (rows.to(self.weight.dtype).contiguous(),)
 
     def unpack(self, storage: tuple[Tensor, ...], dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
         weight = storage[0].to(dtype)

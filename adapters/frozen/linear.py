@@ -7,8 +7,10 @@ B (out, rank), y (T, out); p and q are scalars (1,) in float32 that may depend o
 trained tensors (`Thin`). x_d is x, or x after dropout.
 
 Saved for backward: x, x_d, A x_d (T, rank) and the packed weight, which is dequantized again.
-No gradient of W is made. Gradients of the scalars need no further pass over the weight:
-dp = <dy, W x> = <W^T dy, x>, and W^T dy is computed for dx anyway; dq = <B^T dy, A x_d>.
+No gradient of W is made. A format may round x inside its product (int8 with an outlier threshold):
+the backward pass is that of the dequantized weight all the same. Gradients of the scalars need no
+further pass over the weight: dp = <dy, W x> = <W^T dy, x>, and W^T dy is computed for dx anyway;
+dq = <B^T dy, A x_d>.
 Scalars and factors live in one node because their arithmetic is rank x rank: what costs is the
 number of launches and of autograd nodes, of which a model has one per linear layer.
 """
@@ -69,7 +71,7 @@ class _FrozenLinear(torch.autograd.Function):
         trained, storage = tensors[:num_trained], tensors[num_trained:]
         p, q, scales = (None, 1.0, ()) if thin is None else thin.scales(*trained)
         x_TI = x.reshape(-1, base.in_features)
-        y_TO = x_TI @ base.unpack(storage, x.dtype, p).T
+        y_TO = base.product(x_TI, storage, p)
         h_TR = None
         if thin is not None:
             A, B = trained[:2]

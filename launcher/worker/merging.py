@@ -23,7 +23,8 @@ from decompft.launcher.errors import AdapterError, RunFailed, UserError
 from decompft.launcher.worker.build import DTYPES, Outline, open_source, outline_of, trained_targets
 from decompft.launcher.worker.engines.base import Engine
 from decompft.launcher.worker.inference import Adapter
-from decompft.launcher.worker.load import Progress, Want, match_tensors
+from decompft.launcher.worker.load import Progress
+from decompft.launcher.worker.matching import Want, match_tensors
 from decompft.launcher.worker.state import place_adapter
 from decompft.launcher.worker.tensorfile import Entry, fsync_folder, write_json, write_tensors
 from decompft.launcher.worker.tensors import INDEX, SafetensorsSource, TensorSource
@@ -107,7 +108,8 @@ def _merged(
     rows = source.rows(want.key, 0, want.parameters[0].shape[0], transposed=want.transposed)
     if want.layer is not None:
         rows = rows.to(device)
-        if into == "dequantized":
+        # a packed weight was read dequantized already, in the very numbers of training
+        if into == "dequantized" and not source.is_packed(want.key):
             rows = want.layer.unpack(want.layer.pack(rows), torch.float32)
         if layer is not None:
             rows = layer.merged(rows)
@@ -175,6 +177,7 @@ def _write_config(folder: Path, adapter: Adapter, outline: Outline) -> None:
         write_json(folder / "config.json", fresh | changed)
         return
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)  # the weights that are written are plain floats
     write_json(folder / "config.json", config | changed)
     kept = ["generation_config.json", *(("*.py",) if model.trust_remote_code else ())]
     for path in (found for pattern in kept for found in source.glob(pattern)):
