@@ -7,7 +7,8 @@ import json
 import re
 from pathlib import Path
 
-FORMAT_VERSION = 1  # of a checkpoint's manifest and of adapter.json, the newest that is read
+FORMAT_VERSION = 2  # of a checkpoint's manifest and of adapter.json, the newest that is read
+OLDEST_VERSION = 2  # of a manifest: format 1 cut tensors at rows, which ZeRO does not
 
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -57,6 +58,8 @@ def find_problem(checkpoint_dir: Path) -> str | None:
         written = json.loads(manifest)
         if written["version"] > FORMAT_VERSION:
             return f"it was written by a newer version of decompft (format {written['version']})"
+        if written["version"] < OLDEST_VERSION:
+            return f"it was written by an older version of decompft (format {written['version']})"
         files = written["files"]
         entries = [(name, int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()]
     except FileNotFoundError:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from decompft.launcher.recipe import Recipe
+from decompft.launcher.strategies import Strategy
 
-Strategy = Literal["single", "ddp", "fsdp"]
 Device = Literal["cuda", "cpu"]
 
 
@@ -83,13 +83,16 @@ class Plan(Frozen):
     world: World
     strategy: Strategy
     strategy_reason: str
-    cpu_offload: bool = False  # fsdp only; the ladder may choose it unasked
+    shard_size: int = 1  # ranks that share one copy of the base
+    cpu_offload: bool = False  # fsdp and zero3; the ladder may choose it unasked
+    deepspeed: dict[str, Any] | None = None  # zero1 to zero3: the config that DeepSpeed is given
     recompute: Literal["none", "full"]
     batch: Batch
     num_base_params: int
     num_adapter_params: int
     num_module_params: int = 0  # of modules trained whole (train_modules, a new classification head)
     forecast: Forecast
+    checkpoint_bytes: int = 0  # of one checkpoint on disk
     steps_per_epoch: float | None = None  # None where it is known only once the data is tokenized
     seconds_per_step: float | None = None  # None when no speed is known for this device
     warnings: tuple[str, ...] = ()

@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from decompft.adapters.spec import ADAPTER_SPECS
+from decompft.launcher.strategies import STRATEGIES, Strategy
 
 Task = Literal["causal-lm", "sequence-classification"]
 DType = Literal["bfloat16", "float32"]
@@ -81,10 +82,25 @@ class ModelSection(Section):
 class QuantizationSection(Section):
     """How the frozen base is stored and computed with."""
 
-    format: Literal["none", "nf4"] = Field("nf4", description="storage of the frozen linear weights")
-    block_size: Literal[64, 128] = Field(64, description="weights that share a scale (nf4)")
-    double_quant: bool = Field(True, description="quantize the scales too, per row (nf4)")
+    format: Literal["none", "int8", "nf4", "fp4", "fp8"] = Field(
+        "nf4", description="storage of the frozen linear weights"
+    )
+    block_size: Literal[64, 128] = Field(64, description="weights that share a scale (nf4, fp4)")
+    double_quant: bool = Field(True, description="quantize the scales too, per row (nf4, fp4)")
+    outlier_threshold: float = Field(
+        0.0,
+        ge=0,
+        description="int8: multiply in int8 as LLM.int8 does, activations beyond this apart (6.0 is usual); "
+        "0: weights are dequantized and multiplied in compute",
+    )
+    cache: bool = Field(True, description="keep quantized rows on disk: the next start reads those alone")
     compute: DType = Field("bfloat16", description="dtype of matrix products and activations")
+
+    @model_validator(mode="after")
+    def _int8_only(self) -> Self:
+        if self.outlier_threshold and self.format != "int8":
+            raise ValueError("outlier_threshold works with format int8 only")
+        return self
 
 
 class AdapterSection(Section):
@@ -233,14 +249,21 @@ class TrainSection(Section):
 class ParallelSection(Section):
     """On how many devices, and how the work is spread."""
 
-    strategy: Literal["auto", "single", "ddp", "fsdp"] = Field(
+    strategy: Auto | Strategy = Field(
         "auto", description="auto: the simplest that fits, and the plan says why"
     )
     nodes: int = Field(1, ge=1, description="machines")
     gpus_per_node: Count | Auto = Field(
         "auto", description="ranks a node: GPUs where there are any, else CPU processes"
     )
-    cpu_offload: bool = Field(False, description="keep shards in host memory (fsdp)")
+    shard_size: Count | Auto = Field(
+        "auto", description="hsdp: ranks that share one copy of the model; auto: the ranks of a node"
+    )
+    cpu_offload: bool = Field(False, description="keep shards in host memory (fsdp, zero3)")
+    deepspeed: dict[str, Any] = Field(
+        {},
+        description="zero1 to zero3: further keys of DeepSpeed's config; what the plan sets is an error here",
+    )
     timeout_s: float = Field(600.0, gt=0, description="a rank that is silent this long ends the run")
     gpu_memory_gib: Annotated[float, Field(gt=0)] | Auto = Field(
         "auto", description="memory of one device, for the forecast"
@@ -317,8 +340,14 @@ class Recipe(Section):
             raise ValueError("data of format classification needs model.task: sequence-classification")
         if self.data.streaming and self.train.max_steps is None:
             raise ValueError("data.streaming needs train.max_steps: a stream has no known length")
-        if self.parallel.cpu_offload and self.parallel.strategy not in ("fsdp", "auto"):
-            raise ValueError("parallel.cpu_offload works with strategy fsdp only")
+        strategy = STRATEGIES.get(self.parallel.strategy)
+        if strategy and self.parallel.cpu_offload and not strategy.may_offload:
+            able = " and ".join(s.name for s in STRATEGIES.values() if s.may_offload)
+            raise ValueError(f"parallel.cpu_offload works with strategies {able} only")
+        if self.parallel.deepspeed and not (strategy and strategy.is_deepspeed):
+            raise ValueError("parallel.deepspeed works with strategies zero1, zero2 and zero3 only")
+        if self.parallel.shard_size != "auto" and self.parallel.strategy != "hsdp":
+            raise ValueError("parallel.shard_size works with strategy hsdp only")
         if self.train.early_stop_evals and not self.train.eval_every_steps:
             raise ValueError("train.early_stop_evals needs train.eval_every_steps")
         if (self.train.eval_every_steps) and not (self.data.eval or self.data.eval_fraction):

@@ -15,7 +15,7 @@ from decompft.launcher.runs import RunDir
 # what may differ on resume; every other recipe key must be as it was
 _MAY_DIFFER = (
     "parallel", "checkpoint", "logging", "slurm",
-    "train.max_steps", "train.stop_after_steps", "train.micro_batch_size",
+    "train.max_steps", "train.stop_after_steps", "train.micro_batch_size", "quantization.cache",
 )  # fmt: skip
 
 

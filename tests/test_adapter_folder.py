@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_checkpoint import ADAPTER_JSON, flip, make_whole
 
+from decompft.launcher.checkpoints import FORMAT_VERSION
 from decompft.launcher.errors import AdapterError
 from decompft.launcher.worker.checkpoint import load_adapter, save_adapter
 
@@ -20,7 +21,7 @@ def test_an_adapter_folder_round_trips_and_is_replaced(tmp_path: Path) -> None:
     save_adapter(folder, tensors, ADAPTER_JSON)
     found, description = load_adapter(folder)
     assert set(found) == set(tensors) and all(torch.equal(found[n], t) for n, t in tensors.items())
-    assert description.items() >= {**ADAPTER_JSON, "format_version": 1}.items()
+    assert description.items() >= {**ADAPTER_JSON, "format_version": FORMAT_VERSION}.items()
     assert [p.name for p in folder.parent.iterdir()] == ["adapter"]
 
 

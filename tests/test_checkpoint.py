@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -42,18 +43,18 @@ def make_whole(seed: int = 0) -> Whole:
     return whole
 
 
-def bounds(num_rows: int, rank: int, world_size: int) -> tuple[int, int]:
-    """FSDP2's rows: ceil(n / W) a rank, the last ranks may have none."""
-    chunk = -(-num_rows // world_size)
-    return min(rank * chunk, num_rows), min((rank + 1) * chunk, num_rows)
+def bounds(numel: int, rank: int, world_size: int) -> tuple[int, int]:
+    """ZeRO-3's pieces: ceil(n / W) numbers a rank, also in the middle of a row; the last ranks may have none."""
+    chunk = -(-numel // world_size)
+    return min(rank * chunk, numel), min((rank + 1) * chunk, numel)
 
 
 def shard(whole: Whole, rank: int, world_size: int) -> list[Slice]:
     slices = []
     for (name, kind), tensor in whole.items():
-        start, stop = bounds(len(tensor), rank, world_size)
-        shape, rows = tuple(tensor.shape), tensor[start:stop]
-        slices.append(Slice(name=name, kind=kind, full_shape=shape, start_row=start, tensor=rows))
+        start, stop = bounds(tensor.numel(), rank, world_size)
+        shape, piece = tuple(tensor.shape), tensor.view(-1)[start:stop]
+        slices.append(Slice(name=name, kind=kind, full_shape=shape, start=start, tensor=piece))
     return slices
 
 
@@ -124,7 +125,7 @@ def flip(path: Path, offset: int) -> None:
 def assert_same(path: Path, whole: Whole) -> None:
     checkpoint = open_checkpoint(path)
     for (name, kind), tensor in whole.items():
-        found = checkpoint.read_rows(name, kind, 0, len(tensor))
+        found = checkpoint.read(name, kind)
         assert found.dtype == tensor.dtype and torch.equal(found, tensor), (name, kind)
 
 
@@ -137,9 +138,9 @@ def test_world_sizes_2_to_1_to_3_are_bit_equal(tmp_path: Path) -> None:
         def read(whole: Whole, rank: int, size: int, c: Checkpoint = checkpoint) -> Iterator[Slice]:
             for name, kind in whole:
                 shape = c.shape(name, kind)
-                start, stop = bounds(shape[0], rank, size)
-                rows = c.read_rows(name, kind, start, stop)
-                yield Slice(name=name, kind=kind, full_shape=shape, start_row=start, tensor=rows)
+                start, stop = bounds(math.prod(shape), rank, size)
+                piece = c.read_span(name, kind, start, stop)
+                yield Slice(name=name, kind=kind, full_shape=shape, start=start, tensor=piece)
 
         results = save_all(tmp_path / f"w{world_size}", 100, whole, world_size=world_size, shards=read)
         assert all(isinstance(r, Path) for r in results), results
@@ -179,16 +180,16 @@ def test_a_part_of_a_tensor_reads_only_its_file(tmp_path: Path) -> None:
     whole = make_whole()
     checkpoint = open_checkpoint(saved(tmp_path, 100, whole, world_size=2))
     (checkpoint.path / "state/rank-00000.safetensors").unlink()
-    found = checkpoint.read_rows("layers.0.q.B", "param", 6, 9)
-    assert torch.equal(found, whole["layers.0.q.B", "param"][6:9])
+    found = checkpoint.read_span("layers.0.q.B", "param", 17, 29)
+    assert torch.equal(found, whole["layers.0.q.B", "param"].view(-1)[17:29])
 
 
-def test_unknown_tensor_and_wrong_rows_are_told(tmp_path: Path) -> None:
+def test_unknown_tensor_and_wrong_span_are_told(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(saved(tmp_path, 100, make_whole()))
     with pytest.raises(CheckpointError, match="holds no exp_avg of head.weight"):
-        checkpoint.read_rows("head.weight", "exp_avg", 0, 1)
-    with pytest.raises(CheckpointError, match=r"shape \(10, 3\), not the rows 0..16"):
-        checkpoint.read_rows("layers.0.q.B", "param", 0, 16)
+        checkpoint.read_span("head.weight", "exp_avg", 0, 1)
+    with pytest.raises(CheckpointError, match=r"shape \(10, 3\), not the numbers 0..31"):
+        checkpoint.read_span("layers.0.q.B", "param", 0, 31)
 
 
 FILES = ("state/rank-00001.safetensors", "adapter.safetensors", "adapter.json", "manifest.json")
@@ -230,7 +231,7 @@ def test_a_manifest_with_another_state_is_found(tmp_path: Path) -> None:
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, 100, make_whole())
     manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps({**manifest, "version": 2}))
+    (path / "manifest.json").write_text(json.dumps({**manifest, "version": 3}))
     with pytest.raises(CheckpointError, match="newer decompft"):
         open_checkpoint(path)
     with pytest.raises(CheckpointError, match="no such checkpoint"):
@@ -238,16 +239,15 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("start_rows", "message"),
-    [((0, 5), "rows 4 to 4 of 8 are missing"), ((0, 3), "rows 3 to 3 of 8 are given twice"),
-     ((0, 0), "rows 0 to 3 of 8 are given twice"), ((1, 5), "rows 0 to 0 of 8 are missing")],
+    ("starts", "message"),
+    [((0, 5), "numbers 4 to 4 of 8 are missing"), ((0, 3), "numbers 3 to 3 of 8 are given twice"),
+     ((0, 0), "numbers 0 to 3 of 8 are given twice"), ((1, 5), "numbers 0 to 0 of 8 are missing")],
 )  # fmt: skip
-def test_rows_that_do_not_cover_a_tensor_are_not_saved(
-    tmp_path: Path, start_rows: tuple[int, int], message: str
+def test_spans_that_do_not_cover_a_tensor_are_not_saved(
+    tmp_path: Path, starts: tuple[int, int], message: str
 ) -> None:
     def shards(_: Whole, rank: int, __: int) -> list[Slice]:
-        start = start_rows[rank]
-        return [Slice(name="A", kind="param", full_shape=(8, 2), start_row=start, tensor=torch.zeros(4, 2))]
+        return [Slice(name="A", kind="param", full_shape=(4, 2), start=starts[rank], tensor=torch.zeros(4))]
 
     first, second = failures(save_all(tmp_path, 100, {}, shards=shards))
     assert message in first.message
@@ -258,7 +258,7 @@ def test_rows_that_do_not_cover_a_tensor_are_not_saved(
 def test_ranks_that_disagree_about_a_shape_are_not_saved(tmp_path: Path) -> None:
     def shards(_: Whole, rank: int, __: int) -> list[Slice]:
         rows = 4 + rank
-        return [Slice(name="A", kind="param", full_shape=(rows, 2), start_row=0, tensor=torch.zeros(rows, 2))]
+        return [Slice(name="A", kind="param", full_shape=(rows, 2), start=0, tensor=torch.zeros(rows * 2))]
 
     assert "disagree" in failures(save_all(tmp_path, 100, {}, shards=shards))[0].message
 

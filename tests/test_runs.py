@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from decompft.launcher.checkpoints import newest_valid
+from decompft.launcher.checkpoints import FORMAT_VERSION, newest_valid
 from decompft.launcher.errors import UserError
 from decompft.launcher.outcome import Outcome, read_outcome, read_ranks, write_outcome, write_rank
 from decompft.launcher.plan import Batch, Forecast, Plan, Term, World
@@ -50,7 +50,7 @@ def make_checkpoint(run: Path, step: int, content: bytes = b"state") -> Path:
     (folder / "state").mkdir(parents=True)
     (folder / "state" / "a.bin").write_bytes(content)
     entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    manifest = json.dumps({"version": 1, "files": {"state/a.bin": entry}}).encode()
+    manifest = json.dumps({"version": FORMAT_VERSION, "files": {"state/a.bin": entry}}).encode()
     (folder / "manifest.json").write_bytes(manifest)
     (folder / "COMPLETE").write_text(hashlib.sha256(manifest).hexdigest() + "\n")
     return folder

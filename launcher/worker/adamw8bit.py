@@ -37,7 +37,7 @@ class AdamW8bit(WholeAdamW8bit):  # type: ignore[misc]  # bitsandbytes has no ty
         for parameter, rows in self._rows.items():
             if rows is not parameter:
                 if not self.initialized:  # FSDP2 moves rows that it has to pad at its first forward pass
-                    rows.data = self._engine.local(parameter.detach())
+                    rows.data = self._engine.local(parameter).detach()
                 rows.grad = None if parameter.grad is None else self._engine.local(parameter.grad)
         super().step(closure)
 
@@ -83,7 +83,7 @@ def _write(state: Mapping[str, Any], own: str, moment: Tensor) -> None:
     """
     stored: Tensor = state[f"state{own}"]
     if stored.dtype == torch.float32:
-        stored.copy_(moment)
+        stored.copy_(moment.view(stored.shape))
         return
     qmap: Tensor = state[f"qmap{own}"]
     flat = moment.to(stored.device).flatten()

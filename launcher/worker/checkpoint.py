@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -44,17 +45,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slice:
-    """The rows of one tensor that this rank is responsible for.
+    """The part of one tensor that this rank is responsible for: a run of its numbers, flattened.
 
-    Over all ranks the slices of a (name, kind) must cover the rows exactly once: a replicated tensor (ddp)
-    is given by one rank, or split. Scalars are given as shape (1,).
+    Over all ranks the slices of a (name, kind) must cover the numbers exactly once: a replicated tensor
+    (ddp) is given by one rank, or split. Flat, because ZeRO cuts inside rows. Scalars have shape (1,).
     """
 
     name: str  # of the trained parameter
     kind: str  # "param", "exp_avg", "exp_avg_sq", "step", ...
     full_shape: tuple[int, ...]
-    start_row: int  # of dimension 0
-    tensor: Tensor  # (rows, *full_shape[1:]), any device; may have 0 rows; a view, copied only while written
+    start: int  # of the flattened tensor
+    tensor: Tensor  # (numbers,), any device; may be empty; a view, copied only while written
 
 
 def save(
@@ -174,11 +175,11 @@ def _write_slices(folder: Path, rank: int, slices: list[Slice]) -> None:
     stem = f"rank-{rank:05d}"
     index = []
     for s in slices:
-        assert s.full_shape and tuple(s.tensor.shape[1:]) == s.full_shape[1:], (s.name, s.kind, s.full_shape)
+        assert s.full_shape and s.tensor.dim() == 1, (s.name, s.kind, s.full_shape)
         whole = {"shape": list(s.full_shape), "dtype": DTYPE_NAMES[s.tensor.dtype]}
-        rows = {"start": s.start_row, "rows": s.tensor.shape[0]}
-        index.append({"name": s.name, "kind": s.kind, "whole": whole, **rows})
-    entries = [_entry(tensor_key(s.name, s.kind, s.start_row), s.tensor) for s in slices if s.tensor.shape[0]]
+        span = {"start": s.start, "numel": s.tensor.numel()}
+        index.append({"name": s.name, "kind": s.kind, "whole": whole, **span})
+    entries = [_entry(tensor_key(s.name, s.kind, s.start), s.tensor) for s in slices if s.tensor.numel()]
     record = write_tensors(folder / f"{stem}.safetensors", entries)
     write_json(folder / f"{stem}.json", {"file": record, "slices": index})
     fsync_folder(folder)
@@ -197,8 +198,8 @@ def _write_manifest(temp: Path, head: dict[str, Any], adapter_json: Mapping[str,
             entry = tensors.setdefault(s["name"], {}).setdefault(s["kind"], {**s["whole"], "parts": []})
             if {key: entry[key] for key in s["whole"]} != s["whole"]:
                 raise RunFailed(f"{s['kind']} of {s['name']}: the ranks disagree about its shape or dtype")
-            if s["rows"]:
-                entry["parts"].append({"file": file, "start": s["start"], "rows": s["rows"]})
+            if s["numel"]:
+                entry["parts"].append({"file": file, "start": s["start"], "numel": s["numel"]})
     for name, kinds in tensors.items():
         for kind, entry in kinds.items():
             _check_cover(name, kind, entry)
@@ -214,16 +215,16 @@ def _write_manifest(temp: Path, head: dict[str, Any], adapter_json: Mapping[str,
 
 def _check_cover(name: str, kind: str, entry: dict[str, Any]) -> None:
     entry["parts"].sort(key=lambda part: part["start"])
-    row, num_rows = 0, entry["shape"][0]
-    for part in (*entry["parts"], {"start": num_rows, "rows": 0}):
-        if part["start"] != row:
-            what = "missing" if part["start"] > row else "given twice"
-            first, stop = sorted((row, part["start"]))
+    at, numel = 0, math.prod(entry["shape"])
+    for part in (*entry["parts"], {"start": numel, "numel": 0}):
+        if part["start"] != at:
+            what = "missing" if part["start"] > at else "given twice"
+            first, stop = sorted((at, part["start"]))
             raise RunFailed(
-                f"{kind} of {name}: rows {first} to {stop - 1} of {num_rows} are {what}; nothing was saved",
+                f"{kind} of {name}: numbers {first} to {stop - 1} of {numel} are {what}; nothing was saved",
                 "a defect of the engine, not of the recipe: please report it; older checkpoints stay",
             )
-        row += part["rows"]
+        at += part["numel"]
 
 
 def _params(checkpoint: Checkpoint) -> list[Entry]:
@@ -231,7 +232,7 @@ def _params(checkpoint: Checkpoint) -> list[Entry]:
     entries = []
     for name in checkpoint.names("param"):
         shape = checkpoint.shape(name, "param")
-        read = partial(checkpoint.read_rows, name, "param", 0, shape[0])
+        read = partial(checkpoint.read, name, "param")
         dtype = DTYPES[checkpoint.dtype(name, "param")][0]
         entries.append(Entry(key=name, shape=shape, dtype=dtype, read=read))
     return entries

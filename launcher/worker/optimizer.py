@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from decompft.adapters.base import Adapter
 from decompft.adapters.inject import adapters
 from decompft.launcher.recipe import TrainSection
-from decompft.launcher.worker.engines.base import Engine
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from decompft.launcher.worker.engines.base import Engine, full_shape
 
 
 def make_optimizer(
@@ -23,7 +21,7 @@ def make_optimizer(
     scales = {f"{n}.{t}": s for n, a in adapters(model) for t, s in a.lr_scales().items()}
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in trained.items():
-        groups.setdefault((scales.get(name, 1.0), parameter.dim() > 1), []).append(parameter)
+        groups.setdefault((scales.get(name, 1.0), len(full_shape(parameter)) > 1), []).append(parameter)
     params = [
         {
             "params": members,
@@ -68,8 +66,9 @@ def clip_gradients(
     out: they neither count towards the norm nor shrink with it.
     """
     waits = {f"{n}.{t}": w for n, a in layers for t, w in a.settling().items()}
-    grads = {n: engine.local(p.grad) for n, p in trained.items() if p.grad is not None}
-    squares = engine.sum_shards(torch.stack(torch._foreach_norm(list(grads.values()))).square())
+    pieces = {n: engine.gradient(p) for n, p in trained.items()}
+    grads = {n: g for n, g in pieces.items() if g is not None}
+    squares = engine.sum_pieces(torch.stack(torch._foreach_norm(list(grads.values()))).square())
     # one transfer to the host for the norms of gradients and of settling layers together
     sizes = [w.size.to(squares.device) for w in waits.values()]
     host = torch.cat([squares, *sizes]).tolist()
@@ -86,28 +85,20 @@ def clip_gradients(
 def read_moments(
     optimizer: torch.optim.Optimizer, parameter: nn.Parameter, engine: Engine
 ) -> dict[str, Tensor]:
-    """This rank's rows of both moments, float32 whatever the optimizer stores, and the step count.
+    """This rank's piece of both moments, float32 whatever the optimizer stores, and the step count.
 
-    Empty before the first step, and where an 8-bit optimizer has no row here.
+    Empty before the first step, and where an 8-bit optimizer has nothing here.
     """
-    if not isinstance(optimizer, torch.optim.AdamW):
-        return optimizer.moments(parameter)  # type: ignore[attr-defined]  # AdamW8bit, imported where it is made
-    state = optimizer.state.get(parameter, {})
-    if not state:
-        return {}
-    values = {name: engine.local(state[name]).detach() for name in MOMENTS}
-    return {**values, "step": torch.tensor([float(state["step"])])}
+    if hasattr(optimizer, "moments"):  # AdamW8bit, imported where it is made
+        return optimizer.moments(parameter)
+    return engine.moments(optimizer, parameter)
 
 
 def write_moments(
     optimizer: torch.optim.Optimizer, parameter: nn.Parameter, moments: Mapping[str, Tensor], engine: Engine
 ) -> None:
-    """Set this rank's rows of both moments; an 8-bit optimizer quantizes them again."""
-    if not isinstance(optimizer, torch.optim.AdamW):
-        optimizer.set_moments(parameter, moments)  # type: ignore[attr-defined]
-        return
-    state = optimizer.state[parameter]
-    state["step"] = torch.tensor(float(moments["step"]), dtype=torch.float32, device=engine.storage_device)
-    for name in MOMENTS:
-        local = moments[name].to(engine.storage_device, copy=True)
-        state[name] = engine.like(local, parameter)
+    """Set this rank's piece of both moments; an 8-bit optimizer quantizes them again."""
+    if hasattr(optimizer, "set_moments"):
+        optimizer.set_moments(parameter, moments)
+    else:
+        engine.set_moments(optimizer, parameter, moments)

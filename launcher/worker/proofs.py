@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from decompft.adapters.inject import adapters
 from decompft.adapters.spec import ADAPTER_SPECS
 from decompft.launcher.errors import RunFailed
 from decompft.launcher.worker.build import Built
-from decompft.launcher.worker.engines.base import Engine
+from decompft.launcher.worker.engines.base import Engine, full_shape
 
 STEPS_WITH_ZEROS = 1  # the spec's exact zeros are excused at the first step only
 LAST_STEP = 2  # checked at steps 0 and 2
@@ -31,16 +33,16 @@ def prove_gradients(built: Built, engine: Engine, step: int) -> None:
             f"{n}.{t}"
             for n, a in adapters(built.model.model)
             for t in ADAPTER_SPECS[a.config.method].zero_grad_at_start
-        } | {n for n, p in built.trained.items() if p.numel() == 1}
+        } | {n for n, p in built.trained.items() if math.prod(full_shape(p)) == 1}
     # counted, not squared: the square of a small number is 0; NaN counts
     counts = torch.stack(
         [
-            torch.zeros((), device=engine.device) if p.grad is None
-            else torch.count_nonzero(engine.local(p.grad)).float().to(engine.device)
-            for p in built.trained.values()
+            torch.zeros((), device=engine.device) if grad is None
+            else torch.count_nonzero(grad).float().to(engine.device)
+            for grad in map(engine.gradient, built.trained.values())
         ]
     )  # fmt: skip
-    values = engine.sum_shards(counts).tolist()
+    values = engine.sum_pieces(counts).tolist()
     dead = [n for n, v in zip(built.trained, values, strict=True) if v == 0 and n not in excused]
     if dead:  # NaN and inf are stopped by the loop, with the samples that made them
         raise RunFailed(

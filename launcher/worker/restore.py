@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 class Checkpoint:
-    """A verified checkpoint; tensors are read row by row, only from the files that hold the rows."""
+    """A verified checkpoint; any run of a tensor's numbers is read only from the files that hold it."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
@@ -55,26 +56,31 @@ class Checkpoint:
         """The dtype, e.g. "float32"."""
         return str(self._entry(name, kind)["dtype"])
 
-    def read_rows(self, name: str, kind: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of dimension 0, on the CPU, shape (stop - start, ...).
+    def read(self, name: str, kind: str) -> Tensor:
+        """The whole tensor, on the CPU."""
+        shape = self.shape(name, kind)
+        return self.read_span(name, kind, 0, math.prod(shape)).view(shape)
+
+    def read_span(self, name: str, kind: str, start: int, stop: int) -> Tensor:
+        """Numbers [start, stop) of the flattened tensor, on the CPU, shape (stop - start,).
 
         Raises:
-            CheckpointError: no such tensor, or fewer rows than asked for.
+            CheckpointError: no such tensor, or it is smaller than asked for.
         """
         entry = self._entry(name, kind)
-        shape: list[int] = entry["shape"]
-        if not 0 <= start <= stop <= shape[0]:
+        numel = math.prod(entry["shape"])
+        if not 0 <= start <= stop <= numel:
             raise CheckpointError(
-                f"{self.path}: {kind} of {name} has shape {tuple(shape)}, not the rows {start}..{stop}",
+                f"{self.path}: {kind} of {name} has shape {tuple(entry['shape'])}, not the numbers {start}..{stop}",
                 "the checkpoint belongs to a run with another model, rank or target list",
             )
-        rows = torch.empty((stop - start, *shape[1:]), dtype=DTYPES[entry["dtype"]][0])
+        values = torch.empty(stop - start, dtype=DTYPES[entry["dtype"]][0])
         for part in entry["parts"]:
-            first, last = max(start, part["start"]), min(stop, part["start"] + part["rows"])
+            first, last = max(start, part["start"]), min(stop, part["start"] + part["numel"])
             if first < last:
-                piece = self._file(part["file"]).get_slice(tensor_key(name, kind, part["start"]))
-                rows[first - start : last - start] = piece[first - part["start"] : last - part["start"]]
-        return rows
+                stored = self._file(part["file"]).get_slice(tensor_key(name, kind, part["start"]))
+                values[first - start : last - start] = stored[first - part["start"] : last - part["start"]]
+        return values
 
     def _entry(self, name: str, kind: str) -> dict[str, Any]:
         if kind not in self._tensors.get(name, {}):
@@ -157,9 +163,9 @@ def verify(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def tensor_key(name: str, kind: str, start_row: int) -> str:
+def tensor_key(name: str, kind: str, start: int) -> str:
     """The key of a slice inside a state file."""
-    return f"{name}|{kind}|{start_row}"
+    return f"{name}|{kind}|{start}"
 
 
 def _newer(version: int) -> str:

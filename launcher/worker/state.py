@@ -10,28 +10,31 @@ from torch import Tensor
 from decompft.launcher.errors import CheckpointError
 from decompft.launcher.worker.build import Built
 from decompft.launcher.worker.checkpoint import Checkpoint, Slice
-from decompft.launcher.worker.engines.base import Engine
-from decompft.launcher.worker.load import place_whole
-from decompft.launcher.worker.optimizer import MOMENTS, read_moments, write_moments
+from decompft.launcher.worker.engines.base import MOMENTS, Engine, full_shape
+from decompft.launcher.worker.optimizer import read_moments, write_moments
 
 
 def slices(built: Built, optimizer: torch.optim.Optimizer, engine: Engine) -> Iterator[Slice]:
-    """This rank's rows of every trained tensor and its moments."""
+    """This rank's spans of every trained tensor and its moments."""
     for name, parameter in built.trained.items():
-        owned = engine.owned_rows(parameter)
-        if owned is None:
+        shape = full_shape(parameter)
+        owned = engine.owned(parameter)
+        if owned is not None:
+            local = engine.local(parameter).detach().reshape(-1)
+            yield Slice(name=name, kind="param", full_shape=shape, start=owned[0], tensor=local)
+        piece = engine.owned_piece(parameter)
+        if piece is None:
             continue
-        shape = tuple(parameter.shape)
-        local = engine.local(parameter.detach())
-        yield Slice(name=name, kind="param", full_shape=shape, start_row=owned[0], tensor=local)
         moments = read_moments(optimizer, parameter, engine)
         for kind in MOMENTS if moments else ():
-            yield Slice(name=name, kind=kind, full_shape=shape, start_row=owned[0], tensor=moments[kind])
+            values = moments[kind].reshape(-1)
+            yield Slice(name=name, kind=kind, full_shape=shape, start=piece[0], tensor=values)
         if moments and engine.rank == 0:
-            yield Slice(name=name, kind="step", full_shape=(1,), start_row=0, tensor=moments["step"])
+            yield Slice(name=name, kind="step", full_shape=(1,), start=0, tensor=moments["step"])
     if engine.rank == 0:
         for name, buffer in built.buffers.items():
-            yield Slice(name=name, kind="param", full_shape=tuple(buffer.shape), start_row=0, tensor=buffer)
+            shape = tuple(buffer.shape)
+            yield Slice(name=name, kind="param", full_shape=shape, start=0, tensor=buffer.reshape(-1))
 
 
 def restore(checkpoint: Checkpoint, built: Built, optimizer: torch.optim.Optimizer, engine: Engine) -> None:
@@ -49,22 +52,21 @@ def restore(checkpoint: Checkpoint, built: Built, optimizer: torch.optim.Optimiz
         )
     with torch.no_grad():
         for name, buffer in built.buffers.items():
-            buffer.copy_(checkpoint.read_rows(name, "param", 0, buffer.shape[0]))
+            buffer.copy_(checkpoint.read(name, "param"))
         for name, parameter in built.trained.items():
-            start, stop = engine.rows(parameter)
-            engine.local(parameter.detach()).copy_(checkpoint.read_rows(name, "param", start, stop))
+            local = engine.local(parameter).detach()
+            local.view(-1).copy_(checkpoint.read_span(name, "param", *engine.span(parameter)))
             if "step" in checkpoint.kinds(name):
-                moments = {kind: checkpoint.read_rows(name, kind, start, stop) for kind in MOMENTS}
-                moments["step"] = checkpoint.read_rows(name, "step", 0, 1)
+                piece = engine.piece(parameter)
+                moments = {kind: checkpoint.read_span(name, kind, *piece) for kind in MOMENTS}
+                moments["step"] = checkpoint.read(name, "step")
                 write_moments(optimizer, parameter, moments, engine)
+    engine.after_restore()
 
 
 def whole_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The adapter of a checkpoint, tensor by tensor, on the CPU."""
-    return {
-        n: checkpoint.read_rows(n, "param", 0, checkpoint.shape(n, "param")[0])
-        for n in checkpoint.names("param")
-    }
+    return {n: checkpoint.read(n, "param") for n in checkpoint.names("param")}
 
 
 def place_adapter(targets: dict[str, Tensor], tensors: dict[str, Tensor], engine: Engine) -> None:
@@ -80,9 +82,9 @@ def place_adapter(targets: dict[str, Tensor], tensors: dict[str, Tensor], engine
         )
     with torch.no_grad():
         for name, target in targets.items():
-            if tuple(target.shape) != tuple(tensors[name].shape):
+            if full_shape(target) != tuple(tensors[name].shape):
                 raise CheckpointError(
-                    f"{name}: the adapter has shape {list(tensors[name].shape)}, the model {list(target.shape)}",
+                    f"{name}: the adapter has shape {list(tensors[name].shape)}, the model {list(full_shape(target))}",
                     "name the model that the adapter was trained on with --base",
                 )
-            place_whole(target, tensors[name], engine)
+            engine.place(target, tensors[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 import time
@@ -65,7 +66,7 @@ def train(
     optimizer = make_optimizer(built.model.model, built.trained, recipe.train, engine)
     factor = schedule(optimizer, recipe.train, total)
     parameters = list(built.trained.values())
-    engine.prepare_gradients(parameters)
+    optimizer = engine.prepare_training(model, optimizer, parameters)
     at = Progress()
     if resume is not None:
         restore(resume, built, optimizer, engine)
@@ -112,6 +113,8 @@ def train(
         micro=batch_law.micro_size, accumulation=batch_law.accumulation,
     )  # fmt: skip
     model.train()
+    gc.collect()
+    gc.freeze()  # what was built stays: no collection during training need look at it again
     while at.step < total and not stopped:
         began = time.perf_counter()
         step = ahead.step(at.step)
@@ -124,8 +127,8 @@ def train(
             num_tokens += batch.num_tokens
             seed_step(recipe.train.seed, at.step, index, engine.rank)
             with engine.accumulate(last=index == len(step.micro_batches) - 1):
-                loss = model(batch.to(engine.device)) / max(step.num_targets_global, 1)
-                loss.backward()
+                loss = engine.forward(model, batch.to(engine.device)) / max(step.num_targets_global, 1)
+                engine.backward(loss)
             loss_sum += loss.detach()
         engine.reduce_gradients()
         if at.step < 3:
@@ -181,7 +184,7 @@ def evaluate(model: LossModel, held_out: EvalData, engine: Engine) -> float:
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     with torch.no_grad():
         for rows in held_out.micro_batches(engine.world_size, engine.rank):
-            total += model(collate(rows, held_out.pad_id).to(engine.device)).double()
+            total += engine.forward(model, collate(rows, held_out.pad_id).to(engine.device)).double()
     return engine.sum_ranks([total.item()])[0] / held_out.num_targets
 
 

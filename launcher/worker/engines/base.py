@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Engine:
@@ -66,40 +70,105 @@ class Engine:
         return self.device
 
     def local(self, tensor: Tensor) -> Tensor:
-        """The rows of a parameter, gradient or optimizer moment that live here, as a plain tensor."""
+        """The part of a parameter that lives here, as a plain tensor: whole rows, or a flat piece of `span`."""
         return tensor
 
-    def rows(self, parameter: Tensor) -> tuple[int, int]:
-        """First and one past the last row of dimension 0 that live here."""
-        return 0, parameter.shape[0]
+    def span(self, parameter: Tensor) -> tuple[int, int]:
+        """First and one past the last number of the flattened parameter that live here."""
+        return 0, parameter.numel()
 
-    def like(self, local: Tensor, parameter: Tensor) -> Tensor:
-        """A local tensor of this rank's rows, as the kind of tensor that `parameter` is."""
-        return local
+    def rows(self, *parameters: Tensor) -> tuple[int, int]:
+        """The rows of dimension 0, equal in number for all, that cover what lives here of each."""
+        covers = [_covering_rows(full_shape(p), self.span(p)) for p in parameters]
+        return min(c[0] for c in covers), max(c[1] for c in covers)
 
-    def owned_rows(self, parameter: Tensor) -> tuple[int, int] | None:
-        """The rows that this rank writes into a checkpoint; over all ranks each row once."""
-        return self.rows(parameter) if self.rank == 0 else None
+    def place(self, parameter: Tensor, values: Tensor, first: int = 0) -> None:
+        """Copy what lives here out of `values`, which are rows from `first` on: all of `rows`, or some of them."""
+        start, stop = self.span(parameter)
+        begin = first * math.prod(full_shape(parameter)[1:])
+        low, high = max(start, begin), min(stop, begin + values.numel())
+        if low < high:
+            local = self.local(parameter).detach().view(-1)
+            local[low - start : high - start].copy_(values.reshape(-1)[low - begin : high - begin])
 
-    # -- gradients ----------------------------------------------------------------------------
+    def owned(self, parameter: Tensor) -> tuple[int, int] | None:
+        """The span that this rank writes into a checkpoint; over all ranks each number once."""
+        return self.span(parameter) if self.rank == 0 else None
 
-    def prepare_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Called once, when the trained parameters are known."""
+    def sum_base(self, value: Tensor) -> Tensor:
+        """Sum a value that each rank computed from its own rows of the base; identity where rows are whole."""
+        return value
+
+    # -- training -----------------------------------------------------------------------------
+
+    def prepare_training(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]
+    ) -> torch.optim.Optimizer:
+        """Called once, when the trained parameters are known; returns the optimizer to step."""
+        return optimizer
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of one micro batch; `last` of its step."""
         return nullcontext()
 
+    def forward(self, model: nn.Module, batch: Any) -> Tensor:
+        """The loss sum of a micro batch, in training or evaluation."""
+        loss: Tensor = model(batch)
+        return loss
+
+    def backward(self, loss: Tensor) -> None:
+        """Of one micro batch's loss, already divided by the step's tokens over all ranks."""
+        loss.backward()
+
     def reduce_gradients(self) -> None:
         """After the last micro batch: every gradient becomes the sum over ranks."""
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """The piece of a reduced gradient that lives here, to read or scale in place; None without any."""
+        return None if parameter.grad is None else self.local(parameter.grad)
 
     def zero_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         for parameter in parameters:
             parameter.grad = None
 
-    def sum_shards(self, value: Tensor) -> Tensor:
-        """Sum a value that each rank computed from its own rows; identity where rows are whole."""
+    def sum_pieces(self, value: Tensor) -> Tensor:
+        """Sum a value that each rank computed from its pieces of gradients; identity where they are whole."""
         return value
+
+    # -- optimizer state ----------------------------------------------------------------------
+
+    def piece(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """The span of a parameter whose gradient and optimizer state live here."""
+        return self.span(parameter)
+
+    def owned_piece(self, parameter: nn.Parameter) -> tuple[int, int] | None:
+        """The piece whose optimizer state this rank writes into a checkpoint."""
+        return self.owned(parameter)
+
+    def moments(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """AdamW's state of `piece`: exp_avg, exp_avg_sq and step; empty before the first step."""
+        state = optimizer.state.get(parameter, {})
+        if not state:
+            return {}
+        values = {name: self.local(state[name]).detach() for name in MOMENTS}
+        return {**values, "step": torch.tensor([float(state["step"])])}
+
+    def set_moments(
+        self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, moments: Mapping[str, Tensor]
+    ) -> None:
+        """Set AdamW's state of `piece`."""
+        state = optimizer.state[parameter]
+        state["step"] = torch.tensor(float(moments["step"]), dtype=torch.float32, device=self.storage_device)
+        for name in MOMENTS:
+            local = moments[name].to(self.storage_device, copy=True)
+            state[name] = self.like(local.view(self.local(parameter).shape), parameter)
+
+    def like(self, local: Tensor, parameter: Tensor) -> Tensor:
+        """A local tensor of this rank's rows, as the kind of tensor that `parameter` is."""
+        return local
+
+    def after_restore(self) -> None:
+        """Called when all trained parameters and moments were loaded from a checkpoint."""
 
     # -- agreement ----------------------------------------------------------------------------
 
@@ -128,3 +197,13 @@ class Engine:
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier(group=self._cpu_group)
+
+
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape over all ranks: DeepSpeed leaves a cut parameter empty and keeps its shape beside it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _covering_rows(shape: tuple[int, ...], span: tuple[int, int]) -> tuple[int, int]:
+    width = max(1, math.prod(shape[1:]))
+    return span[0] // width, -(-span[1] // width)

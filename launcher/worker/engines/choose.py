@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 
 import torch
 
 from decompft.launcher.plan import Plan
+from decompft.launcher.strategies import STRATEGIES
 from decompft.launcher.worker.engines.base import Engine
 
 
@@ -17,13 +19,16 @@ def make_engine(plan: Plan) -> Engine:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     timeout_s = plan.recipe.parallel.timeout_s
-    if plan.strategy == "fsdp":
-        # torch.distributed.fsdp takes 2 s to import
-        from decompft.launcher.worker.engines.fsdp import FsdpEngine
-
-        return FsdpEngine(device, timeout_s=timeout_s, cpu_offload=plan.cpu_offload)
-    if plan.strategy == "ddp":
-        from decompft.launcher.worker.engines.ddp import DdpEngine
-
-        return DdpEngine(device, timeout_s=timeout_s)
-    return Engine(device, timeout_s=timeout_s)
+    # by name: torch.distributed.fsdp takes 2 s to import, DeepSpeed as long
+    module, _, name = STRATEGIES[plan.strategy].impl.partition(":")
+    engine = getattr(importlib.import_module(module), name)
+    made: Engine
+    if plan.deepspeed is not None:
+        made = engine(device, timeout_s=timeout_s, config=plan.deepspeed)
+    elif plan.strategy == "fsdp":
+        made = engine(device, timeout_s=timeout_s, cpu_offload=plan.cpu_offload)
+    elif plan.strategy == "hsdp":
+        made = engine(device, timeout_s=timeout_s, shard_size=plan.shard_size)
+    else:
+        made = engine(device, timeout_s=timeout_s)
+    return made

@@ -18,13 +18,16 @@ class DdpEngine(Engine):
     the adapters' alone, so that one collective after the last micro batch costs less than its hooks.
     """
 
-    def prepare_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+    def prepare_training(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]
+    ) -> torch.optim.Optimizer:
         total = sum(p.numel() for p in parameters)
         self._flat = torch.zeros(total, dtype=torch.float32, device=self.device)
         start = 0
         for parameter in parameters:
             parameter.grad = self._flat[start : start + parameter.numel()].view_as(parameter)
             start += parameter.numel()
+        return optimizer
 
     def reduce_gradients(self) -> None:
         if self.world_size > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -34,12 +35,21 @@ class FsdpEngine(Engine):
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
+    def _mesh(self) -> DeviceMesh:
+        return init_device_mesh(self.device.type, (self.world_size,))
+
     def shard(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
-        mesh = init_device_mesh(self.device.type, (self.world_size,))
+        mesh = self._mesh()
         pin = self.device.type == "cuda"
         offload = CPUOffloadPolicy(pin_memory=pin) if self._offload else OffloadPolicy()
         for layer in layers:
             fully_shard(layer, mesh=mesh, offload_policy=offload)
+        # a layer's gathering is asked for while the one before it runs: the host is not far enough ahead
+        # of the GPU to do it in time by itself
+        for before, after in zip(layers, layers[1:], strict=False):
+            assert isinstance(before, FSDPModule) and isinstance(after, FSDPModule)
+            before.set_modules_to_forward_prefetch([after])
+            after.set_modules_to_backward_prefetch([before])
         fully_shard(model, mesh=mesh, offload_policy=offload)
         assert isinstance(model, FSDPModule)
         self._root = model
@@ -57,17 +67,19 @@ class FsdpEngine(Engine):
     def local(self, tensor: Tensor) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
-    def rows(self, parameter: Tensor) -> tuple[int, int]:
+    def span(self, parameter: Tensor) -> tuple[int, int]:
         if not isinstance(parameter, DTensor):
-            return 0, parameter.shape[0]
+            return 0, parameter.numel()
         shape, offset = compute_local_shape_and_global_offset(
             parameter.shape, parameter.device_mesh, parameter.placements
         )
+        width = math.prod(parameter.shape[1:])
         # a rank without rows has an empty shard; its offset is then past the end
-        return min(offset[0], parameter.shape[0]), min(offset[0], parameter.shape[0]) + shape[0]
+        first = min(offset[0], parameter.shape[0])
+        return first * width, (first + shape[0]) * width
 
-    def owned_rows(self, parameter: Tensor) -> tuple[int, int] | None:
-        return self.rows(parameter)
+    def owned(self, parameter: Tensor) -> tuple[int, int] | None:
+        return self.span(parameter)
 
     def like(self, local: Tensor, parameter: Tensor) -> Tensor:
         if not isinstance(parameter, DTensor):
@@ -90,8 +102,33 @@ class FsdpEngine(Engine):
         self._root.set_requires_gradient_sync(last)
         yield
 
-    def sum_shards(self, value: Tensor) -> Tensor:
+    def sum_base(self, value: Tensor) -> Tensor:
         if self.world_size > 1:
             value = value.to(self.device)
             dist.all_reduce(value)
+        return value
+
+    def sum_pieces(self, value: Tensor) -> Tensor:
+        return self.sum_base(value)
+
+
+class HsdpEngine(FsdpEngine):
+    """FSDP2 on a 2-D mesh: sharded among `shard_size` neighbouring ranks, replicated over such groups."""
+
+    def __init__(self, device: torch.device, *, timeout_s: float, shard_size: int) -> None:
+        super().__init__(device, timeout_s=timeout_s, cpu_offload=False)
+        self._shard_size = shard_size
+
+    def _mesh(self) -> DeviceMesh:
+        shape = (self.world_size // self._shard_size, self._shard_size)
+        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
+        self._shard_group = mesh.get_group("shard")
+        return mesh
+
+    def owned(self, parameter: Tensor) -> tuple[int, int] | None:
+        return self.span(parameter) if self.rank < self._shard_size else None
+
+    def sum_base(self, value: Tensor) -> Tensor:
+        value = value.to(self.device)
+        dist.all_reduce(value, group=self._shard_group)
         return value

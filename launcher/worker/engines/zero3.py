@@ -1,0 +1,98 @@
+"""DeepSpeed ZeRO-3: every parameter in flat pieces, gathered module by module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from decompft.adapters.base import Adapter
+from decompft.launcher.worker.engines.zero import ZeroEngine
+
+
+class Zero3Engine(ZeroEngine):
+    """Parameters are cut one at a time while the model is made, so that no rank ever holds it whole.
+
+    deepspeed.zero.Init as a context would see modules built from real tensors; here they come from
+    meta, and each parameter is given empty memory, cut, and freed again before the next one.
+    """
+
+    def materialize(self, model: nn.Module) -> None:
+        import deepspeed
+
+        cutter = deepspeed.zero.Init(config_dict_or_path=self._config)
+        made: dict[int, nn.Parameter] = {}
+        for module in model.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is None:
+                    continue
+                if id(parameter) not in made:
+                    empty = torch.empty_like(parameter, device=self.device)
+                    made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                    cutter._convert_to_deepspeed_param(made[id(parameter)])
+                    made[id(parameter)].partition()  # type: ignore[attr-defined]
+                module._parameters[name] = made[id(parameter)]
+            for name, buffer in list(module._buffers.items()):
+                if buffer is not None:
+                    module._buffers[name] = torch.empty_like(buffer, device=self.device)
+        # an adapter reads its base's storage without calling the base: both are gathered together
+        for module in model.modules():
+            if isinstance(module, Adapter):
+                for parameter in module.base.parameters():
+                    deepspeed.zero.register_external_parameter(module, parameter)
+
+    def local(self, tensor: Tensor) -> Tensor:
+        if not hasattr(tensor, "ds_tensor"):
+            return tensor
+        start, stop = self.span(tensor)
+        piece: Tensor = tensor.ds_tensor.narrow(0, 0, stop - start)
+        return piece
+
+    def span(self, parameter: Tensor) -> tuple[int, int]:
+        if not hasattr(parameter, "ds_tensor"):
+            return 0, parameter.numel()
+        numel: int = parameter.ds_numel  # type: ignore[attr-defined]
+        size: int = parameter.ds_tensor.ds_numel
+        start = min(numel, self.rank * size)
+        return start, min(numel, start + size)
+
+    def owned(self, parameter: Tensor) -> tuple[int, int] | None:
+        return self.span(parameter)
+
+    def sum_base(self, value: Tensor) -> Tensor:
+        return self.sum_pieces(value)
+
+    def prepare_training(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]
+    ) -> torch.optim.Optimizer:
+        wrapped = super().prepare_training(model, optimizer, parameters)
+        self._index = {
+            id(p): (group, k)
+            for group, members in enumerate(self._zero.fp16_groups)
+            for k, p in enumerate(members)
+        }
+        self._offsets: dict[int, int] = {}
+        for members in self._zero.fp16_groups:
+            at = 0
+            for p in members:
+                self._offsets[id(p)] = at
+                at += p.ds_tensor.ds_numel
+        return wrapped
+
+    def _find_pieces(self) -> dict[int, Tensor]:
+        pieces = {}
+        for parameter in self._parameters:
+            group, k = self._index[id(parameter)]
+            start, stop = self.span(parameter)
+            if self._zero.offload_optimizer:
+                flat = self._zero.fp32_partitioned_groups_flat[group].grad
+                pieces[id(parameter)] = flat.narrow(0, self._offsets[id(parameter)], stop - start)
+            else:
+                pieces[id(parameter)] = self._zero.averaged_gradients[group][k].view(-1)[: stop - start]
+        return pieces
+
+    def _home(self, parameter: nn.Parameter) -> tuple[Tensor, int, int]:
+        group, _ = self._index[id(parameter)]
+        start, stop = self.span(parameter)
+        return self._zero.fp32_partitioned_groups_flat[group], self._offsets[id(parameter)], stop - start
