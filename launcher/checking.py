@@ -7,7 +7,6 @@ before any process group exists.
 from __future__ import annotations
 
 import glob
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from decompft.launcher.errors import DataError, DecompftError, ModelError
 from decompft.launcher.packaged import is_packaged, packaged_file
 from decompft.launcher.recipe import FORMAT_FIELDS, Recipe, Source
 
-_HEADER_LIMIT = 100_000_000  # bytes; what safetensors itself accepts
 _NEEDS_ARROW = (".parquet", ".arrow", ".zst")  # not opened: pyarrow takes longer to import than check may
 
 
@@ -46,61 +44,14 @@ def check_data(recipe: Recipe, *, strict: bool) -> tuple[str, ...]:
 
 
 def check_weights(model_dir: Path) -> None:
-    """Compare what the safetensors headers of a checkpoint promise with the files' sizes.
+    """Compare what the safetensors headers and the index of a checkpoint promise with the files.
 
     Raises:
         ModelError: no weights, a missing shard, a broken header, or a file that is cut short.
     """
-    index = model_dir / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index}: not a weight index: {error}", "fetch it again") from error
-        files = [model_dir / name for name in names]
-    else:
-        files = sorted(model_dir.glob("*.safetensors"))
-    if not files:
-        pickled = sorted(path.name for path in model_dir.glob("*.bin"))
-        if pickled:
-            raise ModelError(
-                f"{model_dir}: its weights are pickled ({pickled[0]}), which decompft does not read",
-                "load the model with transformers and save it again: save_pretrained writes safetensors",
-            )
-        raise ModelError(
-            f"{model_dir}: holds no *.safetensors file", "name the folder that holds the weights"
-        )
-    for file in files:
-        _check_safetensors(file)
+    from decompft.launcher.safetensors_header import read_headers
 
-
-def _check_safetensors(path: Path) -> None:
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            # a cut or foreign file makes this number anything: do not read gigabytes for it
-            head = file.read(length) if 8 + length <= size and length <= _HEADER_LIMIT else b""
-    except FileNotFoundError:
-        raise ModelError(
-            f"{path}: this shard is in the index but not in the folder", "fetch it again"
-        ) from None
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        header: dict[str, Any] = json.loads(head)
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise ModelError(
-            f"{path}: not a safetensors file, or cut short: its header cannot be read ({size} bytes)",
-            "copy or fetch the file again",
-        ) from None
-    promised = 8 + length + max(ends, default=0)
-    if size != promised:
-        what = "truncated" if size < promised else "longer than its header says"
-        raise ModelError(
-            f"{path}: {what}: {size} bytes, the header promises {promised}", "copy or fetch the file again"
-        )
+    read_headers(model_dir)
 
 
 def _check_model(recipe: Recipe, *, strict: bool) -> list[str]:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import fork
-from tiny_models import FAMILIES, NF4, PLAIN, built, plain_model, saved, section, single
+from tiny_models import FAMILIES, NF4, built, plain_model, saved, section
 
-import decompft.launcher.worker.build as build_module
-from decompft.adapters.inject import adapters
 from decompft.launcher.errors import ModelError
 from decompft.launcher.recipe import AdapterSection, ModelSection
 from decompft.launcher.worker.engines.fsdp import FsdpEngine
-from decompft.launcher.worker.tensors import RandomSource, SafetensorsSource
+from decompft.launcher.worker.tensors import RandomSource
 
 MAP = AdapterSection(method="map", rank=4, alpha=8.0)
 GATE = "model.layers.1.mlp.gate_proj.weight"
@@ -134,7 +131,7 @@ def test_a_missing_shard_is_named(tmp_path):
     plain_model(FIELDS["llama"]).save_pretrained(tmp_path, max_shard_size="60KB")
     gone = sorted(tmp_path.glob("*.safetensors"))[1]
     gone.unlink()
-    with pytest.raises(ModelError, match=f"shard {gone.name} named by .*index.json is missing"):
+    with pytest.raises(ModelError, match=f"{gone.name}: this shard is in the index but not"):
         weights(tmp_path)
 
 
@@ -143,9 +140,9 @@ def test_a_truncated_file_is_named(originals, tmp_path, kept):
     folder = copied(originals["llama"], tmp_path)
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[: int(kept * file.stat().st_size)])
-    with pytest.raises(ModelError, match=r"model.safetensors: not a whole safetensors file") as caught:
+    with pytest.raises(ModelError, match=r"model.safetensors: (truncated|not a .*cut short)") as caught:
         weights(folder)
-    assert "cut off" in caught.value.hint
+    assert "fetch the file again" in caught.value.hint
 
 
 def test_a_damaged_index_is_named(tmp_path):
@@ -159,7 +156,7 @@ def test_a_damaged_index_is_named(tmp_path):
 def test_no_safetensors_at_all_is_told(originals, tmp_path):
     folder = copied(originals["llama"], tmp_path)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"no .safetensors file"):
+    with pytest.raises(ModelError, match=r"holds no \*.safetensors file"):
         weights(folder)
 
 
@@ -234,72 +231,6 @@ def test_a_random_model_starts_as_a_fresh_one_in_norms_and_biases():
     for name, parameter in built(random).model.model.named_parameters():
         if parameter.dim() == 1:
             assert torch.all(parameter == (0.0 if name.endswith("bias") else 1.0)), name
-
-
-# -- what each rank reads --------------------------------------------------------------------------
-
-
-class RecordingSource:
-    """A source that counts the bytes it gives out, a tensor."""
-
-    def __init__(self, source):
-        self._source = source
-        self.bytes = Counter()
-
-    def __getattr__(self, name):
-        return getattr(self._source, name)
-
-    def rows(self, name, start, stop, *, transposed=False):
-        tensor = self._source.rows(name, start, stop, transposed=transposed)
-        self.bytes[name] += tensor.numel() * tensor.element_size()
-        return tensor
-
-
-def recorded_build(folder, engine, quantization):
-    """Our build with the checkpoint's source recorded: (built, bytes read a tensor)."""
-    source = RecordingSource(SafetensorsSource(folder))
-    original = build_module.open_source
-    build_module.open_source = lambda *_: source
-    try:
-        return built(section(folder), quantization, MAP, engine=engine), source.bytes
-    finally:
-        build_module.open_source = original
-
-
-def norms(model):
-    return {n: a.base_norm.item() for n, a in adapters(model)}
-
-
-@pytest.mark.dist
-@pytest.mark.parametrize("quantization", [NF4, PLAIN], ids=["nf4", "none"])
-@pytest.mark.parametrize("family", FIELDS)
-def test_each_fsdp_rank_reads_its_own_rows_once(originals, family, quantization):
-    folder = originals[family]
-    alone, whole = recorded_build(folder, single(), quantization)
-    stored = load_file(folder / "model.safetensors")
-    assert whole == {n: t.numel() * 4 for n, t in stored.items()}
-    expected = norms(alone.model)
-
-    def rank_main(rank):
-        engine = FsdpEngine(CPU, timeout_s=60, cpu_offload=False)
-        engine.start()
-        try:
-            found, read = recorded_build(folder, engine, quantization)
-            # GPT-2's linear layers are stored transposed, and cut along their columns
-            assert read == {n: size // 2 for n, size in whole.items()}
-            # sums of squares over two halves in float64
-            assert norms(found.model) == pytest.approx(expected, rel=1e-6)
-            for name, parameter in found.model.model.named_parameters():
-                start, stop = engine.rows(parameter)
-                mine, full = (
-                    engine.local(parameter),
-                    dict(alone.model.model.named_parameters())[name][start:stop],
-                )
-                assert torch.equal(mine.view(torch.uint8), full.view(torch.uint8)), name
-        finally:
-            engine.stop()
-
-    fork(rank_main, 2)
 
 
 @pytest.mark.dist

@@ -205,7 +205,7 @@ def test_an_unknown_method_names_the_nearest() -> None:
         ("adapter.dropout", "1.0", "1.0 is out of range, it must be less than 1.0", ""),
         ("adapter.targets", "[]", "the list needs at least 1 item", ""),
         ("model.revision", "4", "found the number 4, expected text", 'put it in quotes: "4"'),
-        ("quantization.format", "nff4", "found the text 'nff4', expected one of none, nf4",
+        ("quantization.format", "nff4", "found the text 'nff4', expected one of none, int8, nf4, fp4, fp8",
          "did you mean nf4?"),
         ("train.micro_batch_size", "autto", "found the text 'autto', expected a whole number or auto",
          "did you mean auto?"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from decompft.adapters.base import Adapter
+from decompft.adapters.formats import FORMAT_SPECS
 from decompft.adapters.frozen.base import FrozenLinear
-from decompft.adapters.frozen.dense import DenseLinear
-from decompft.adapters.frozen.nf4 import Nf4Linear
 from decompft.adapters.inject import MakeFrozen, adapters, inject
 from decompft.adapters.spec import ADAPTER_SPECS, AdapterConfig
 from decompft.adapters.targets import TargetMismatch, select
 from decompft.launcher.errors import AdapterError
+from decompft.launcher.quantized_checkpoint import is_quantized, stored_in
 from decompft.launcher.recipe import AdapterSection, ModelSection, QuantizationSection
-from decompft.launcher.worker.engines.base import Engine
+from decompft.launcher.worker.engines.base import Engine, full_shape
 from decompft.launcher.worker.load import Progress, load_base
+from decompft.launcher.worker.loaded import Loaded
+from decompft.launcher.worker.matching import find_key
 from decompft.launcher.worker.model import (
     LossModel,
     blocks,
@@ -29,9 +33,12 @@ from decompft.launcher.worker.model import (
     head_names,
     read_config,
 )  # fmt: skip
+from decompft.launcher.worker.packed_cache import packed_cache_dir
+from decompft.launcher.worker.quantized_source import BitsAndBytesSource
 from decompft.launcher.worker.tensors import RandomSource, SafetensorsSource, TensorSource
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+NONE = QuantizationSection(format="none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +50,7 @@ class Built:
     buffers: dict[str, Tensor]  # adapter tensors that do not train but belong in its file
     adapted: tuple[str, ...]
     kernels: str  # which library computes norms and activations, in words
+    loaded: Loaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +60,7 @@ class Outline:
     hf: Any  # the transformers model
     shapes: dict[str, tuple[int, ...]]  # of its parameters before injection, as transformers names them
     adapted: tuple[str, ...]
+    quantization: QuantizationSection  # as the checkpoint leaves it possible
     new_heads: set[str]  # modules that a checkpoint need not have
     whole: set[str]  # modules that train whole
 
@@ -65,6 +74,7 @@ def build(
     seed: int,
     model_dir: Path | None,
     recompute: bool,
+    base_hash: str | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Built:
     """Build a model on `engine` from three sections of a recipe, or of an adapter.json.
@@ -74,6 +84,7 @@ def build(
         seed: of the adapter's start, of new tensors, and of random weights.
         model_dir: folder of the checkpoint; None for a model made from config.
         recompute: activation checkpointing of every block.
+        base_hash: sha256 of the checkpoint's `identity`, under which quantized rows are kept; None keeps none.
 
     Raises:
         ModelError, AdapterError: model and checkpoint, or targets and model, do not fit.
@@ -89,12 +100,17 @@ def build(
     fill_buffers(hf)
     source = open_source(section, model_dir, seed, shapes, engine.device)
     new = {n for n in shapes if any(n == h or n.startswith(h + ".") for h in outline.new_heads)}
-    load_base(hf, source, engine, prefix=hf.base_model_prefix, new=new, seed=seed, progress=progress)
+    loaded = load_base(
+        hf, source, engine, prefix=hf.base_model_prefix, new=new, seed=seed, progress=progress,
+        cache_dir=_cache_dir(source, base_hash, outline.quantization),
+    )  # fmt: skip
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers())), "a tensor was left on meta"
     trained = {n: p for n, p in hf.named_parameters() if p.requires_grad}
     buffers = _buffers(hf)
     assert set(trained) == _expected(hf, outline.whole), "what trains is not what was injected"
-    return Built(model=model, trained=trained, buffers=buffers, adapted=outline.adapted, kernels=kernels)
+    return Built(
+        model=model, trained=trained, buffers=buffers, adapted=outline.adapted, kernels=kernels, loaded=loaded
+    )
 
 
 def outline_of(
@@ -108,15 +124,28 @@ def outline_of(
     Raises:
         ModelError, AdapterError: as `build`.
     """
+    packed: set[str] = set()
+    if model_dir is not None:
+        quantization, packed = stored_in(section, quantization, model_dir)
     compute = DTYPES[quantization.compute]
     hf = build_on_meta(read_config(section, model_dir), section, compute)
     shapes = {n: tuple(p.shape) for n, p in hf.named_parameters()}
     heads = head_names(hf)
     dense = DTYPES[quantization.compute if section.dtype == "auto" else section.dtype]
-    adapted = _inject(hf, adapter, heads, frozen_maker(quantization, dense))
+    make = frozen_maker(quantization, dense)
+    if packed:
+        make = _as_packed(make, frozen_maker(NONE, dense), packed, hf.base_model_prefix)
+    adapted = _inject(hf, adapter, heads, make)
     new_heads = set() if section.task == "causal-lm" else set(heads)
     whole = _train_whole(hf, [] if adapter is None else adapter.train_modules, new_heads, compute)
-    return Outline(hf=hf, shapes=shapes, adapted=tuple(adapted), new_heads=new_heads, whole=whole)
+    return Outline(
+        hf=hf,
+        shapes=shapes,
+        adapted=tuple(adapted),
+        quantization=quantization,
+        new_heads=new_heads,
+        whole=whole,
+    )
 
 
 def open_source(
@@ -130,7 +159,7 @@ def open_source(
     if section.weights == "random":
         return RandomSource(seed, shapes, device)
     assert model_dir is not None
-    return SafetensorsSource(model_dir)
+    return BitsAndBytesSource(model_dir) if is_quantized(model_dir) else SafetensorsSource(model_dir)
 
 
 def trained_targets(hf: Any) -> dict[str, Tensor]:
@@ -151,28 +180,57 @@ def adapter_config(section: AdapterSection) -> AdapterConfig:
 def frozen_maker(quantization: QuantizationSection, dense: torch.dtype) -> MakeFrozen:
     """How a linear layer of the base is stored.
 
+    Args:
+        dense: dtype of an unquantized weight.
+
     Raises (when called):
         AdapterError: a width that the block size does not divide.
     """
+    spec = FORMAT_SPECS[quantization.format]
+    module, _, name = spec.impl.partition(":")
+    layer: Callable[..., FrozenLinear] = getattr(importlib.import_module(module), name)
+    options: dict[str, Any] = {}
+    if not spec.is_quantized:
+        options["dtype"] = dense
+    elif spec.has_blocks:
+        options |= {"block_size": quantization.block_size, "double_quant": quantization.double_quant}
+    elif spec.has_outliers:
+        options["outlier_threshold"] = quantization.outlier_threshold
 
     def make(name: str, in_features: int, out_features: int, bias: torch.dtype | None) -> FrozenLinear:
-        if quantization.format == "none":
-            return DenseLinear(in_features, out_features, dtype=dense, bias_dtype=bias)
-        block = quantization.block_size
-        if in_features % block:
-            raise AdapterError(
-                f"{name}: width {in_features} is not a multiple of quantization.block_size {block}",
-                "use quantization.format: none for this model, or a block size that divides every width",
-            )
-        return Nf4Linear(
-            in_features,
-            out_features,
-            block_size=block,
-            double_quant=quantization.double_quant,
-            bias_dtype=bias,
-        )
+        if spec.has_blocks:
+            _check_width(name, in_features, quantization)
+        return layer(in_features, out_features, bias_dtype=bias, **options)
 
     return make
+
+
+def _check_width(name: str, width: int, quantization: QuantizationSection) -> None:
+    if width % quantization.block_size == 0:
+        return
+    block = "quantization.block_size: 64, or " if width % 64 == 0 else ""
+    raise AdapterError(
+        f"{name}: width {width} is not a multiple of quantization.block_size {quantization.block_size}",
+        f"use {block}quantization.format: int8, fp8 or none, which take any width; adapter.targets does not "
+        "matter here: every linear layer but the output head is quantized, whether it is a target or not",
+    )
+
+
+def _as_packed(quantized: MakeFrozen, plain: MakeFrozen, packed: set[str], prefix: str) -> MakeFrozen:
+    """What the checkpoint has in plain floats (llm_int8_skip_modules) stays so."""
+
+    def make(name: str, in_features: int, out_features: int, bias: torch.dtype | None) -> FrozenLinear:
+        is_packed = find_key(f"{name}.weight", packed, prefix) is not None
+        return (quantized if is_packed else plain)(name, in_features, out_features, bias)
+
+    return make
+
+
+def _cache_dir(source: TensorSource, base_hash: str | None, quantization: QuantizationSection) -> Path | None:
+    """Where quantized rows are kept; random weights, and those of a quantized checkpoint, are not."""
+    if base_hash is None or type(source) is not SafetensorsSource:
+        return None
+    return packed_cache_dir(base_hash, quantization)
 
 
 def _inject(hf: Any, adapter: AdapterSection | None, heads: list[str], make: MakeFrozen) -> list[str]:
@@ -270,4 +328,4 @@ def _expected(hf: Any, whole: set[str]) -> set[str]:
 
 
 def count_trained(trained: dict[str, nn.Parameter]) -> int:
-    return sum(math.prod(p.shape) for p in trained.values())
+    return sum(math.prod(full_shape(p)) for p in trained.values())

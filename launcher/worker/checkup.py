@@ -124,7 +124,7 @@ def _nf4() -> Finding:
     """Quantize and dequantize a matrix through the very layer that training uses."""
     import torch
 
-    from decompft.adapters.frozen.nf4 import Nf4Linear
+    from decompft.adapters.frozen.fourbit import Nf4Linear
 
     device = _device()
     layer = Nf4Linear(256, 64, block_size=64, double_quant=True, bias_dtype=None).to(device)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from decompft.adapters.inject import adapters
 from decompft.launcher.errors import AdapterError, UserError
+from decompft.launcher.quantized_checkpoint import read_config_json, stored_format
 from decompft.launcher.recipe import AdapterSection, DType, ModelSection, QuantizationSection
 from decompft.launcher.worker.build import build, trained_targets
 from decompft.launcher.worker.engines.base import Engine
@@ -40,6 +41,7 @@ class Adapter:
     formats: tuple[str, ...]  # of the data it was trained on
     step: int | None  # optimizer steps it was trained for
     model_dir: Path | None
+    base_hash: str  # as in the base's identity
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The run's tokenizer, which lies beside the adapter or in the run of its checkpoint."""
@@ -91,7 +93,7 @@ def load(
     found = open_adapter(folder, base=base, say=say)
     built = build(
         found.model, found.quantization, found.adapter if use_adapter else None, engine,
-        seed=found.seed, model_dir=found.model_dir, recompute=False, progress=progress,
+        seed=found.seed, model_dir=found.model_dir, recompute=False, base_hash=found.base_hash, progress=progress,
     )  # fmt: skip
     if use_adapter:
         place_adapter(trained_targets(built.model.model), found.tensors, engine)
@@ -130,6 +132,7 @@ def open_adapter(folder: Path, *, base: str | None, say: Callable[[str], None]) 
         formats=tuple(description["data_formats"]),
         step=description.get("step"),  # an adapter that was not trained here has none
         model_dir=model_dir,
+        base_hash=description["base"]["sha256"],
     )
 
 
@@ -142,6 +145,8 @@ def _bare(base: str | None, engine: Engine, progress: Progress, say: Callable[[s
     model_dir = resolve_model(model, say=say)
     compute: DType = "bfloat16" if engine.device.type == "cuda" else "float32"
     whole = QuantizationSection(format="none", compute=compute)
+    if model_dir is not None and (stored := stored_format(read_config_json(model_dir))):
+        whole = whole.model_copy(update={"format": stored})
     built = build(model, whole, None, engine, seed=0, model_dir=model_dir, recompute=False, progress=progress)
     return Loaded(
         model=built.model.eval(),

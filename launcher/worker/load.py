@@ -1,36 +1,45 @@
-"""Stream the base into a model that stands empty: read this rank's rows, quantize, place, drop."""
+"""Stream the base into a model that stands empty: read this rank's rows, quantize, place, drop.
+
+The unit is a chunk of rows of one tensor, some MiB: threads read chunks ahead, the caller's thread
+quantizes and places them in order. In host memory are at most two of the largest tensor's slices.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import math
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from decompft.adapters.base import Adapter
-from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.inject import adapters
 from decompft.adapters.spec import ADAPTER_SPECS
 from decompft.launcher.errors import ModelError
-from decompft.launcher.worker.engines.base import Engine
-from decompft.launcher.worker.tensors import TensorSource
+from decompft.launcher.worker.engines.base import Engine, full_shape
+from decompft.launcher.worker.loaded import Loaded
+from decompft.launcher.worker.matching import Want, match_tensors
+from decompft.launcher.worker.packed_cache import PackedCache
+from decompft.launcher.worker.reading import AnonymousPeak, num_readers, read_ahead, row_chunks
+from decompft.launcher.worker.tensors import SafetensorsSource, TensorSource
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Want:
-    """One tensor of the checkpoint and where its rows go."""
+class _Chunk:
+    """Rows of one tensor on their way into the model."""
 
-    name: str  # as transformers names it
-    key: str  # as the checkpoint names it
-    parameters: tuple[nn.Parameter, ...]  # storage, all with the same rows
-    layer: FrozenLinear | None  # packs the rows; None: taken as they are
-    transposed: bool
-    twin: str | None = None  # another tensor of the checkpoint that the model ties to this one
+    want: Want
+    first: int
+    last: int
+    values: tuple[Tensor, ...] = ()  # storage tensors if `is_packed`, else the dense rows
+    is_packed: bool = False
+    is_new: bool = False  # for the cache
 
 
 def load_base(
@@ -42,60 +51,43 @@ def load_base(
     new: set[str],
     seed: int,
     progress: Progress,
-) -> None:
+    cache_dir: Path | None = None,
+) -> Loaded:
     """Fill every parameter of the base, then start the adapters from what they need of it.
 
     Args:
         prefix: transformers' `base_model_prefix`; a checkpoint may leave it out or add it.
         new: names of tensors that a checkpoint need not have (a classification head).
         seed: of adapters and new tensors; with the tensor's name it fixes the values.
+        cache_dir: where packed rows are kept; None keeps none.
 
     Raises:
         ModelError: as `match_tensors`, or tied tensors differ.
     """
+    began = time.perf_counter()
     wants, missing = match_tensors(model, source, prefix=prefix, new=new)
-    needs_norm = {id(a.base): n for n, a in adapters(model) if "frobenius_norm" in _needs(a)}
-    squares: dict[str, Tensor] = {}
-    total = sum(_num_bytes(w) for w in wants)
-    done = 0
-    with torch.no_grad():
-        for want, rows in _read_ahead(wants, source, engine):
-            squared = _place(want, rows.to(engine.device), engine, measure=id(want.layer) in needs_norm)
-            if squared is not None:
-                squares[needs_norm[id(want.layer)]] = squared
-            done += _num_bytes(want)
-            progress(done, total)
-        for name, parameter in missing.items():
-            values = torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator_for(seed, name))
-            place_whole(parameter, torch.zeros_like(values) if values.dim() == 1 else values, engine)
-        _start_adapters(model, squares, engine, seed)
-
-
-def match_tensors(
-    model: nn.Module, source: TensorSource, *, prefix: str, new: set[str]
-) -> tuple[list[Want], dict[str, nn.Parameter]]:
-    """What to read, and the parameters (of those in `new`) that the checkpoint does not have.
-
-    Raises:
-        ModelError: a tensor is missing, has another shape, or is quantized already.
-    """
-    wants, missing = _wants(model, set(source.names()), prefix)
-    lost = [n for n in missing if n not in new]
-    if lost:
-        raise ModelError(
-            f"the checkpoint lacks {len(lost)} of the model's tensors, first {lost[0]}",
-            "the files belong to another model, or a shard is missing",
-        )
-    for want in wants:
-        source.dtype(want.key)  # refuses what is no float before its shape looks wrong
-        _check_shape(want, source.shape(want.key), is_head=want.name in new)
-    return wants, missing
-
-
-def place_whole(parameter: Tensor, value: Tensor, engine: Engine) -> None:
-    """Copy this rank's rows of a whole tensor into its parameter."""
-    start, stop = engine.rows(parameter)
-    engine.local(parameter.detach()).copy_(value[start:stop])
+    cache = None
+    if cache_dir is not None and isinstance(source, SafetensorsSource):
+        is_cut = any(engine.rows(*w.parameters) != (0, full_shape(w.parameters[0])[0]) for w in wants)
+        # whole on every rank: one a node is enough
+        cache = PackedCache(cache_dir, source, writes=is_cut or engine.local_rank == 0)
+    try:
+        with AnonymousPeak() as memory, torch.no_grad():
+            squares = _stream(model, wants, source, cache, engine, progress)
+            for name, parameter in missing.items():
+                values = torch.empty(full_shape(parameter)).normal_(
+                    0.0, 0.02, generator=generator_for(seed, name)
+                )
+                engine.place(parameter, torch.zeros_like(values) if values.dim() == 1 else values)
+            _start_adapters(model, squares, engine, seed)
+            if cache is not None:
+                cache.finish()
+    except BaseException:
+        if cache is not None:
+            cache.abandon()
+        raise
+    seconds = time.perf_counter() - began
+    return _loaded(model, wants, source, cache, engine, seconds, memory.peak_bytes)
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
@@ -104,115 +96,157 @@ def generator_for(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _wants(model: nn.Module, keys: set[str], prefix: str) -> tuple[list[Want], dict[str, nn.Parameter]]:
-    """What to read, and the parameters that the checkpoint does not have."""
-    wants: dict[str, Want] = {}
-    missing: dict[str, nn.Parameter] = {}
-    names: dict[int, str] = {}  # of a tensor under its first name
-    for path, module in model.named_modules(remove_duplicate=True):
-        if isinstance(module, Adapter):
-            continue
-        name = path.removesuffix(".base")
-        parameters: dict[str, tuple[nn.Parameter, ...]] = {}
-        layer = module if isinstance(module, FrozenLinear) else None
-        if layer is not None:
-            parameters["weight"] = tuple(getattr(layer, n) for n in layer.storage_names())
-        for own, parameter in module.named_parameters(recurse=False):
-            if layer is None or own not in layer.storage_names():
-                parameters[own] = (parameter,)
-        for own, storage in parameters.items():
-            full = f"{name}.{own}" if name else own
-            first = names.setdefault(id(storage[0]), full)
-            key = _find(full, keys, prefix)
-            packs = layer if own == "weight" else None
-            transposed = packs is not None and packs.transposed
-            if key is None:
-                if first == full:
-                    missing[full] = storage[0]
-            elif first in wants:
-                wants[first] = replace(wants[first], twin=key)
-            else:  # also a tied tensor that the checkpoint has under its second name only
-                missing.pop(first, None)
-                wants[first] = Want(
-                    name=first, key=key, parameters=storage, layer=packs, transposed=transposed
-                )
-    return list(wants.values()), missing
+def _stream(
+    model: nn.Module,
+    wants: list[Want],
+    source: TensorSource,
+    cache: PackedCache | None,
+    engine: Engine,
+    progress: Progress,
+) -> dict[str, Tensor]:
+    """Read, pack and place everything; returns sums of squares (float64) for the adapters that need them."""
+    measured = {id(a.base): n for n, a in adapters(model) if "frobenius_norm" in _needs(a)}
+    squares = {n: torch.zeros((), dtype=torch.float64, device=engine.device) for n in measured.values()}
+    # progress counts the base as it will be stored
+    total = sum(_row_bytes(want) * (last - first) for want, first, last in _ranges(wants, engine))
+    done = 0
+    for chunk in _read(wants, source, cache, engine):
+        want = chunk.want
+        values = tuple(v.to(engine.device) for v in chunk.values)
+        if want.layer is not None and not chunk.is_packed:
+            values = want.layer.pack(values[0])
+        for parameter, rows in zip(want.parameters, values, strict=True):
+            engine.place(parameter, rows, chunk.first)
+        if cache is not None and chunk.is_new:
+            cache.add(want.key, chunk.first, values)
+        if id(want.layer) in measured:
+            squares[measured[id(want.layer)]] += _squares(chunk, values, engine)
+        done += _row_bytes(want) * (chunk.last - chunk.first)
+        progress(done, total)
+    return squares
 
 
-def _find(name: str, keys: set[str], prefix: str) -> str | None:
-    bare = name.removeprefix(f"{prefix}.")
-    names = [name, bare, f"{prefix}.{name}"]
-    # LayerNorm's parameters in checkpoints converted from TensorFlow
-    old = [
-        n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-        for n in names
-    ]
-    return next((n for n in (*names, *old) if n in keys), None)
-
-
-def _check_shape(want: Want, found: tuple[int, ...], *, is_head: bool) -> None:
-    if want.layer is not None:
-        expected: tuple[int, ...] = (want.layer.out_features, want.layer.in_features)
-        expected = expected[::-1] if want.transposed else expected
-    else:
-        expected = tuple(want.parameters[0].shape)
-    if found != expected:
-        hint = "config.json and weights belong to different models"
-        if is_head:
-            hint = f"this checkpoint already classifies; model.num_labels: {found[0]} keeps its head"
-        raise ModelError(
-            f"{want.key} has shape {list(found)} in the checkpoint, the model's config says {list(expected)}",
-            hint,
-        )
-
-
-def _num_bytes(want: Want) -> int:
-    return sum(p.numel() * p.element_size() for p in want.parameters)
-
-
-def _read_ahead(wants: list[Want], source: TensorSource, engine: Engine) -> Iterator[tuple[Want, Tensor]]:
-    """Read the next tensor while the present one is quantized; two slices in memory at most."""
-
-    def read(want: Want) -> Tensor:
-        start, stop = engine.rows(want.parameters[0])
-        rows = source.rows(want.key, start, stop, transposed=want.transposed)
-        if want.twin is not None and not torch.equal(rows, source.rows(want.twin, start, stop)):
+def _read(
+    wants: list[Want], source: TensorSource, cache: PackedCache | None, engine: Engine
+) -> Iterator[_Chunk]:
+    def read(chunk: _Chunk, buffer: Tensor | None) -> _Chunk:
+        want, first, last = chunk.want, chunk.first, chunk.last
+        if want.layer is not None and source.is_packed(want.key):
+            return _filled(
+                chunk, source.packed(want.key, want.layer, first, last, buffer=buffer), is_packed=True
+            )
+        if cache is not None and want.layer is not None:
+            found = cache.find(want.key, want.parameters, first, last, buffer=buffer)
+            if found is not None:
+                return _filled(chunk, found, is_packed=True)
+        rows = source.rows(want.key, first, last, transposed=want.transposed, buffer=buffer)
+        if want.twin is not None and not torch.equal(rows, source.rows(want.twin, first, last)):
             raise ModelError(
                 f"the model's config ties {want.key} and {want.twin}, but the checkpoint has other values for each",
                 "set tie_word_embeddings: false in the model's config.json",
             )
-        return rows
+        return _filled(chunk, (rows,), is_new=want.layer is not None)
 
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        ahead = pool.submit(read, wants[0])
-        for want, following in zip(wants, [*wants[1:], None], strict=True):
-            rows = ahead.result()
-            if following is not None:
-                ahead = pool.submit(read, following)
-            yield want, rows
+    chunks = [
+        _Chunk(want=want, first=a, last=b)
+        for want, first, last in _ranges(wants, engine)
+        for a, b in row_chunks(first, last, _source_row_bytes(want, source), is_file=source.is_file)
+    ]
+    largest = max(
+        (_source_row_bytes(w, source) * (last - first) for w, first, last in _ranges(wants, engine)),
+        default=0,
+    )
+    return read_ahead(
+        chunks,
+        read,
+        budget_bytes=2 * largest,
+        num_readers=num_readers() if source.is_file else 0,
+        pin=engine.device.type == "cuda",
+    )
 
 
-def _place(want: Want, rows: Tensor, engine: Engine, *, measure: bool) -> Tensor | None:
-    """Pack and copy; returns the sum of squares (float64) of the rows as they will be used."""
-    packed = (rows,) if want.layer is None else want.layer.pack(rows)
-    for parameter, values in zip(want.parameters, packed, strict=True):
-        engine.local(parameter.detach()).copy_(values)
-    if not measure or want.layer is None:
-        return None
-    if rows.shape[0] == 0:
-        return torch.zeros((), dtype=torch.float64, device=engine.device)
-    used = want.layer.unpack(packed, torch.float32)
+def _filled(
+    chunk: _Chunk, values: tuple[Tensor, ...], *, is_packed: bool = False, is_new: bool = False
+) -> _Chunk:
+    return replace(chunk, values=values, is_packed=is_packed, is_new=is_new)
+
+
+def _ranges(wants: list[Want], engine: Engine) -> Iterator[tuple[Want, int, int]]:
+    """The rows of each tensor that cover what lives here."""
+    return ((want, *engine.rows(*want.parameters)) for want in wants)
+
+
+def _row_bytes(want: Want) -> int:
+    """Of one row as it is stored in the model."""
+    return sum(math.prod(full_shape(p)[1:]) * p.element_size() for p in want.parameters)
+
+
+def _source_row_bytes(want: Want, source: TensorSource) -> int:
+    """Of one row as plain floats in the checkpoint."""
+    shape = source.shape(want.key)
+    width = shape[0] if want.transposed else math.prod(shape[1:])
+    return width * source.dtype(want.key).itemsize
+
+
+def _squares(chunk: _Chunk, packed: tuple[Tensor, ...], engine: Engine) -> Tensor:
+    """Sum of squares (float64) of the numbers of these rows that live here, as they will be used."""
+    layer, codes = chunk.want.layer, chunk.want.parameters[0]
+    assert layer is not None
+    used = layer.unpack(packed, torch.float32)
+    # of a row that two ranks share, each counts its own part, cut where the codes are cut
+    width = layer.in_features
+    start, stop = (s * width // full_shape(codes)[1] - chunk.first * width for s in engine.span(codes))
+    flat = used.view(-1)
+    flat[: max(0, start)] = 0
+    flat[max(0, stop) :] = 0
     return torch.sum(torch.linalg.vecdot(used, used), dtype=torch.float64)
+
+
+def _loaded(
+    model: nn.Module,
+    wants: list[Want],
+    source: TensorSource,
+    cache: PackedCache | None,
+    engine: Engine,
+    seconds: float,
+    peak_bytes: int,
+) -> Loaded:
+    read = source.bytes_read.total() if isinstance(source, SafetensorsSource) else 0
+    whole = read
+    if cache is not None:
+        whole = sum(
+            _source_row_bytes(want, source) * (last - first) * (1 if want.twin is None else 2)
+            for want, first, last in _ranges(wants, engine)
+        )
+    from_cache, written = (0, 0) if cache is None else (cache.bytes_read, cache.bytes_written)
+    sums = [int(n) for n in engine.sum_ranks([read, from_cache, whole, written])]
+    sizes = [(p.element_size(), engine.span(p), math.prod(full_shape(p))) for p in model.parameters()]
+    # nothing was allocated before the model
+    is_cuda = engine.device.type == "cuda"
+    peak = engine.max_rank(torch.cuda.max_memory_allocated(engine.device)) if is_cuda else None
+    return Loaded(
+        bytes_read=sums[0],
+        cache_bytes_read=sums[1],
+        checkpoint_bytes=sums[2],
+        cache_bytes_written=sums[3],
+        cache_dir=None if cache is None else cache.folder,
+        seconds=engine.max_rank(seconds),
+        peak_anonymous_bytes=int(engine.max_rank(peak_bytes)),
+        held_bytes=int(engine.max_rank(sum(e * (stop - start) for e, (start, stop), _ in sizes))),
+        whole_bytes=sum(e * numel for e, _, numel in sizes),
+        peak_device_bytes=None if peak is None else int(peak),
+        warning="" if cache is None else cache.warning,
+    )
 
 
 def _start_adapters(model: nn.Module, squares: dict[str, Tensor], engine: Engine, seed: int) -> None:
     names = sorted(squares)
-    sums = engine.sum_shards(torch.stack([squares[n] for n in names])) if names else torch.empty(0)
+    sums = engine.sum_base(torch.stack([squares[n] for n in names])) if names else torch.empty(0)
     norms = dict(zip(names, sums.sqrt().tolist(), strict=True))
     for name, adapter in adapters(model):
         facts = {"frobenius_norm": norms[name]} if name in norms else {}
         for own, value in adapter.initial_values(generator_for(seed, name), facts).items():
-            place_whole(getattr(adapter, own), value, engine)
+            engine.place(getattr(adapter, own), value)
 
 
 def _needs(adapter: Adapter) -> tuple[str, ...]:

@@ -12,11 +12,15 @@ import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from decompft.launcher.errors import CheckpointError, DecompftError, UserError
 from decompft.launcher.outcome import Outcome, Result, write_outcome, write_rank
 from decompft.launcher.runs import RunDir
+
+if TYPE_CHECKING:
+    from decompft.launcher.worker.loaded import Loaded
+    from decompft.launcher.worker.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -102,12 +106,14 @@ def run_rank(this: Rank) -> Outcome:
         _same_base(resume.state["base"], prepared.identity, this.resume)
     built = build(
         recipe.model, recipe.quantization, recipe.adapter, engine, seed=recipe.train.seed,
-        model_dir=prepared.model_dir, recompute=plan.recompute == "full", progress=_loading(this),
+        model_dir=prepared.model_dir, recompute=plan.recompute == "full",
+        base_hash=prepared.identity["sha256"], progress=_loading(this),
     )  # fmt: skip
     with Metrics(
         this.run.path, rank=engine.rank, incarnation=this.incarnation, logging=recipe.logging,
         start_step=0 if resume is None else resume.step, total_steps=data.total_steps, stream=this.stream,
     ) as metrics:  # fmt: skip
+        _report_loading(built.loaded, metrics, step=0 if resume is None else resume.step)
         metrics.message(
             f"{plan.strategy} on {engine.world_size} x {engine.device.type}; {len(built.adapted)} layers adapted, "
             f"{count_trained(built.trained):,} trained numbers; kernels: {built.kernels}; "
@@ -133,6 +139,16 @@ def run_rank(this: Rank) -> Outcome:
     # only in order: after a failure, leaving the group may wait for ranks that wait for this one
     engine.stop()
     return outcome
+
+
+def _report_loading(loaded: Loaded, metrics: Metrics, *, step: int) -> None:
+    """A line and an event; nothing to say of random weights, which no file holds."""
+    if loaded.warning:
+        logger.warning(loaded.warning)
+        metrics.message(f"warning: {loaded.warning}")
+    if loaded.line():
+        metrics.message(loaded.line())
+    metrics.event("load", step=step, **loaded.fields())
 
 
 def _same_base(saved: dict[str, Any], now: dict[str, Any], path: Path | None) -> None:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+import os
+import threading
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from decompft.adapters.frozen.base import FrozenLinear
 from decompft.launcher.errors import ModelError
+from decompft.launcher.safetensors_header import INDEX as INDEX
+from decompft.launcher.safetensors_header import Stored, read_headers
 from decompft.launcher.worker.tensorfile import DTYPES
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 _FLOATS = {code: dtype for dtype, code in DTYPES.values() if dtype.is_floating_point}
 
 
 class TensorSource(Protocol):
     """Any rows of any tensor of a checkpoint."""
+
+    is_file: bool  # reading waits for a medium: several threads may read at once, each its own rows
 
     def names(self) -> Iterable[str]: ...
 
@@ -31,41 +36,114 @@ class TensorSource(Protocol):
         """Raises ModelError if it is no floating-point tensor of at least 16 bits."""
         ...
 
-    def rows(self, name: str, start: int, stop: int, *, transposed: bool = False) -> Tensor:
-        """Rows [start, stop) of dimension 0; of the transposed matrix if `transposed`."""
+    def is_packed(self, name: str) -> bool:
+        """Whether `packed` gives it in a frozen format, as it is stored."""
+        ...
+
+    def rows(
+        self, name: str, start: int, stop: int, *, transposed: bool = False, buffer: Tensor | None = None
+    ) -> Tensor:
+        """Rows [start, stop) of dimension 0; of the transposed matrix if `transposed`.
+
+        Args:
+            buffer: bytes on the host that the result may lie in.
+        """
+        ...
+
+    def packed(
+        self, name: str, layer: FrozenLinear, start: int, stop: int, *, buffer: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Storage tensors of rows [start, stop) of a tensor that `is_packed`."""
         ...
 
 
 class SafetensorsSource:
     """A folder of safetensors files, with or without an index. Only the rows asked for are read.
 
+    `bytes_read` counts them, a tensor. Read with pread, not mapped: threads then wait for the medium
+    apart from each other, and nothing is copied that is not asked for.
+
     Raises:
         ModelError: a file is missing, cut off or is not safetensors.
     """
 
+    is_file = True
+
     def __init__(self, folder: Path) -> None:
-        self._files = {path: _open(path) for path in _weight_files(folder)}
-        self._where = {name: handle for handle in self._files.values() for name in handle.keys()}  # noqa: SIM118
+        self._stored = read_headers(folder)
+        self._files = {s.path: s.path.open("rb", buffering=0) for s in self._stored.values()}
+        self.bytes_read: Counter[str] = Counter()
+        self._counting = threading.Lock()
 
     def names(self) -> Iterable[str]:
-        return self._where.keys()
+        return self._stored.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._where[name].get_slice(name).get_shape())
+        return self._stored[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        code = self._where[name].get_slice(name).get_dtype()
+        code = self._stored[name].dtype
         if code not in _FLOATS:
             raise ModelError(
-                f"{name} is stored as {code}: this checkpoint is quantized already",
+                f"{name} is stored as {code}: this checkpoint is quantized already, in a way that decompft does "
+                "not read",
                 "give the original checkpoint; decompft quantizes it while loading (quantization.format)",
             )
         return _FLOATS[code]
 
-    def rows(self, name: str, start: int, stop: int, *, transposed: bool = False) -> Tensor:
-        part = self._where[name].get_slice(name)
-        tensor: Tensor = part[:, start:stop].T if transposed else part[start:stop]
-        return tensor
+    def is_packed(self, name: str) -> bool:
+        return False
+
+    def rows(
+        self, name: str, start: int, stop: int, *, transposed: bool = False, buffer: Tensor | None = None
+    ) -> Tensor:
+        stored, dtype = self._stored[name], self.dtype(name)
+        if transposed:
+            height, width = stored.shape
+            cut = bytes_of(buffer, height * (stop - start) * dtype.itemsize)
+            length = (stop - start) * dtype.itemsize
+            for row in range(height):
+                self.read(
+                    name, (row * width + start) * dtype.itemsize, cut[row * length : (row + 1) * length]
+                )
+            return cut.view(dtype).view(height, stop - start).T
+        width = math.prod(stored.shape[1:]) * dtype.itemsize
+        cut = bytes_of(buffer, (stop - start) * width)
+        self.read(name, start * width, cut)
+        return cut.view(dtype).view(stop - start, *stored.shape[1:])
+
+    def packed(
+        self, name: str, layer: FrozenLinear, start: int, stop: int, *, buffer: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        raise NotImplementedError  # never asked: is_packed says no
+
+    def stored(self, name: str) -> Stored:
+        return self._stored[name]
+
+    def read(self, name: str, offset: int, into: Tensor) -> None:
+        """Fill `into` (uint8) with a tensor's bytes from `offset` on."""
+        stored = self._stored[name]
+        file, place = self._files[stored.path], stored.start + offset
+        rest = into.numpy().data
+        try:
+            while rest:
+                got = os.preadv(file.fileno(), [rest], place)
+                if got == 0:
+                    raise ModelError(
+                        f"{stored.path}: became shorter while it was read", "copy or fetch the file again"
+                    )
+                rest, place = rest[got:], place + got
+        except OSError as error:
+            raise ModelError(f"{stored.path}: cannot be read: {error.strerror}") from error
+        with self._counting:
+            self.bytes_read[name] += into.numel()
+
+
+def bytes_of(buffer: Tensor | None, num_bytes: int) -> Tensor:
+    """uint8 (num_bytes,) in `buffer` if it is large enough, else in new memory."""
+    if buffer is None or buffer.numel() < num_bytes:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    return buffer[:num_bytes]
 
 
 class RandomSource:
@@ -74,6 +152,8 @@ class RandomSource:
     Uniform with the standard deviation of transformers' default init (0.02), by an integer hash:
     a normal would need transcendental functions, whose last bits differ between devices.
     """
+
+    is_file = False
 
     def __init__(self, seed: int, shapes: dict[str, tuple[int, ...]], device: torch.device) -> None:
         self._seed, self._shapes, self._device = seed, shapes, device
@@ -87,7 +167,17 @@ class RandomSource:
     def dtype(self, name: str) -> torch.dtype:
         return torch.float32
 
-    def rows(self, name: str, start: int, stop: int, *, transposed: bool = False) -> Tensor:
+    def is_packed(self, name: str) -> bool:
+        return False
+
+    def packed(
+        self, name: str, layer: FrozenLinear, start: int, stop: int, *, buffer: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        raise NotImplementedError  # never asked: is_packed says no
+
+    def rows(
+        self, name: str, start: int, stop: int, *, transposed: bool = False, buffer: Tensor | None = None
+    ) -> Tensor:
         shape = self._shapes[name]
         out: tuple[int, ...]
         if len(shape) == 1:  # norms start at 1, biases at 0
@@ -112,40 +202,3 @@ def _uniform(index: Tensor, key: int) -> Tensor:
         x.mul_(multiplier)
         x.bitwise_xor_((x >> 31) & 0x1FFFFFFFF)
     return ((x >> 40) & 0xFFFFFF).float().mul_(2.0**-24)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if (folder / SINGLE).is_file():  # what else lies there is another format of the same weights
-        return [folder / SINGLE]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index}: not a weight index: {error}", "copy or download it again") from error
-        missing = [n for n in names if not (folder / n).is_file()]
-        if missing:
-            raise ModelError(
-                f"{folder}: shard {missing[0]} named by {INDEX} is missing",
-                "copy or download the whole checkpoint again",
-            )
-        return [folder / n for n in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(
-            f"{folder}: no .safetensors file",
-            "decompft reads safetensors only, never pickled .bin weights; convert the checkpoint first",
-        )
-    return files
-
-
-def _open(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ModelError(
-            f"{path}: not a whole safetensors file ({error})",
-            "it was cut off or damaged while copying; copy or download it again",
-        ) from error

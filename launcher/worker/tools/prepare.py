@@ -67,7 +67,9 @@ def base_identity(plan: Plan, model_dir: Path | None) -> dict[str, Any]:
         source = {**identity(model_dir), "id": recipe.model.id, "revision": recipe.model.revision}
         if recipe.model.weights == "random":
             source |= {"weights": "random", "seed": recipe.train.seed}
-    return source | {"task": recipe.model.task, "quantization": recipe.quantization.model_dump(mode="json")}
+    # a cache changes no number: with or without it, it is the same base
+    quantization = recipe.quantization.model_dump(mode="json", exclude={"cache"})
+    return source | {"task": recipe.model.task, "quantization": quantization}
 
 
 if __name__ == "__main__":
