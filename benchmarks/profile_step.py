@@ -1,8 +1,13 @@
-"""Where the time of one step goes, by kernel: python benchmarks/profile_step.py [KEY=VALUE ...]"""
+"""Where the time of a training step of Llama-2-7B's shape goes: kernels by their sum on the GPU, and the host's share.
+
+python benchmarks/profile_step.py [KEY=VALUE ...]
+torchrun --nproc-per-node 2 benchmarks/profile_step.py parallel.strategy=fsdp parallel.gpus_per_node=2 ...
+"""
 
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -14,42 +19,64 @@ from decompft.launcher.worker.build import build
 from decompft.launcher.worker.data.batches import collate
 from decompft.launcher.worker.data.rows import Row
 from decompft.launcher.worker.engines.choose import make_engine
-from decompft.launcher.worker.optimizer import make_optimizer
+from decompft.launcher.worker.optimizer import clip_gradients, make_optimizer
 
 RECIPE = Path(__file__).resolve().parent / "llama7b_shape.yaml"
+STEPS = 8
 
 
 def main() -> None:
     plan = make(load(RECIPE, sys.argv[1:]))
     recipe, engine = plan.recipe, make_engine(plan)
+    engine.start()
     built = build(
         recipe.model, recipe.quantization, recipe.adapter, engine,
         seed=0, model_dir=None, recompute=plan.recompute == "full",
     )  # fmt: skip
+    parameters = list(built.trained.values())
     optimizer = make_optimizer(built.model.model, built.trained, recipe.train, engine)
-    engine.prepare_gradients(list(built.trained.values()))
-    length = recipe.data.sequence_length
+    optimizer = engine.prepare_training(built.model, optimizer, parameters)
+    length, rows = recipe.data.sequence_length, []
     draw = torch.Generator().manual_seed(0)
-    rows = []
     for _ in range(plan.batch.micro_size):
         tokens = torch.randint(0, 256, (length,), generator=draw, dtype=torch.int32).numpy()
         rows.append(Row(id=0, tokens=tokens, trained=tokens >= 0, doc_lengths=(length,)))
     batch = collate(rows, 0).to(engine.device)
     built.model.train()
 
-    def step() -> None:
-        (built.model(batch) / batch.num_targets).backward()
+    def step() -> tuple[float, ...]:
+        """Seconds until each part was handed to the GPU, and until the GPU was done."""
+        marks = [time.perf_counter()]
+        with engine.accumulate(last=True):
+            loss = engine.forward(built.model, batch) / batch.num_targets / engine.world_size
+            marks.append(time.perf_counter())
+            engine.backward(loss)
+        marks.append(time.perf_counter())
+        torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+        engine.reduce_gradients()
+        clip_gradients([], built.trained, engine, 1.0)
         optimizer.step()
-        engine.zero_gradients(list(built.trained.values()))
+        engine.zero_gradients(parameters)
+        torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+        return tuple(b - a for a, b in zip(marks[:-1], marks[1:], strict=True))
 
     for _ in range(4):
         step()
-    torch.cuda.synchronize()
+    times = [step() for _ in range(STEPS)]
+    parts = [sorted(part)[STEPS // 2] * 1000 for part in zip(*times, strict=True)]
+    names = ("forward handed over", "backward handed over", "GPU behind", "reduce, clip, step")
+    if engine.rank == 0:
+        said = ", ".join(f"{name} {ms:.0f} ms" for name, ms in zip(names, parts, strict=True))
+        print(f"{plan.strategy} x {engine.world_size}: {sum(parts):.0f} ms: {said}")
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
         step()
         step()
-        torch.cuda.synchronize()
-    print(trace.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90))
+    if engine.rank == 0:
+        for key in ("self_cuda_time_total", "self_cpu_time_total"):
+            print(trace.key_averages().table(sort_by=key, row_limit=30, max_name_column_width=70))
+    engine.stop()
 
 
 if __name__ == "__main__":

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from decompft.launcher.forecast import Layout, Workload, forecast, quantized
+from decompft.adapters.formats import FORMAT_SPECS
+from decompft.adapters.spec import ADAPTER_SPECS
+from decompft.launcher.forecast import forecast
+from decompft.launcher.refusals import fits_blocks
+from decompft.launcher.strategies import Strategy
+from decompft.launcher.workload import Layout, Workload
 
 GIB = 1 << 30
 # how many ranks are tried before the answer is a smaller model
@@ -33,24 +38,26 @@ def fits(work: Workload, layout: Layout, budget: Budget, *, headroom: float = Bu
 
 def cheaper_changes(work: Workload, layout: Layout, budget: Budget) -> str:
     """The smallest change that fits, in words: each alone first, then one on top of the other."""
-    alone = ((say, change(work, layout)) for say, change in _CHANGES)
-    for say, changed in alone:
-        if changed and fits(*changed, budget):
-            return f"smallest change that fits: {say} ({_needs(*changed)})"
-    said: list[str] = []
-    now = (work, layout)
-    for say, change in _CHANGES:
-        changed = change(*now)
+    for change in _CHANGES:
+        changed = change(work, layout)
+        if changed and fits(changed.work, changed.layout, budget):
+            return f"smallest change that fits: {changed.key}: {changed.value} ({_needs(changed)})"
+    said: dict[str, str] = {}  # a later value of a key replaces an earlier one
+    now = _Changed("", "", work, layout)
+    for change in _CHANGES:
+        changed = change(now.work, now.layout)
         if changed:
-            now, said = changed, [*said, say]
-            if fits(*now, budget):
-                return f"these together fit: {', '.join(said)} ({_needs(*now)})"
+            now, said[changed.key] = changed, changed.value
+            if fits(now.work, now.layout, budget):
+                return f"these together fit: {_listed(said)} ({_needs(now)})"
     rows = work.recipe.train.global_batch_size
     for ranks in range(layout.world_size + 1, min(rows, MAX_RANKS) + 1):
-        more = replace(now[1], world_size=ranks, strategy="fsdp")
-        if rows % ranks == 0 and fits(now[0], more, budget):
-            also = ", ".join(dict.fromkeys([*said, "parallel.strategy: fsdp"]))
-            return f"{ranks} ranks fit, with {also} ({_needs(now[0], more)})"
+        sharded: Strategy = "zero3" if layout.spec.is_deepspeed else "fsdp"
+        more = replace(now.layout, world_size=ranks, strategy=sharded, group_size=None)
+        if rows % ranks == 0 and fits(now.work, more, budget):
+            offload = " with cpu_offload: true" if more.cpu_offload else ""
+            also = _listed(said | {"parallel.strategy": sharded + offload})
+            return f"{ranks} ranks fit, with {also} ({_needs(replace(now, layout=more))})"
     where = "; a recipe for GPUs elsewhere states parallel.gpu_memory_gib" if layout.device == "cpu" else ""
     return f"no setting fits: take a smaller model, a shorter data.sequence_length, or larger devices{where}"
 
@@ -59,47 +66,78 @@ def gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / (1 << 20):.1f} MiB"
 
 
-Changed = tuple[Workload, Layout] | None
+@dataclass(frozen=True)
+class _Changed:
+    """A key of the recipe with another value, and what comes of it."""
+
+    key: str
+    value: str
+    work: Workload
+    layout: Layout
 
 
-def _recompute(work: Workload, layout: Layout) -> Changed:
-    return None if layout.recompute == "full" else (work, replace(layout, recompute="full"))
-
-
-def _micro_one(work: Workload, layout: Layout) -> Changed:
-    return None if layout.micro_size == 1 else (work, replace(layout, micro_size=1))
-
-
-def _nf4(work: Workload, layout: Layout) -> Changed:
-    if work.recipe.quantization.format == "nf4":
+def _recompute(work: Workload, layout: Layout) -> _Changed | None:
+    if layout.recompute == "full":
         return None
-    quantization = work.recipe.quantization.model_copy(update={"format": "nf4"})
+    return _Changed("train.recompute", "full", work, replace(layout, recompute="full"))
+
+
+def _micro_one(work: Workload, layout: Layout) -> _Changed | None:
+    if layout.micro_size == 1:
+        return None
+    return _Changed("train.micro_batch_size", "1", work, replace(layout, micro_size=1))
+
+
+def _int8(work: Workload, layout: Layout) -> _Changed | None:
+    # one byte a weight is nearer to a dense base than half of one
+    is_dense = not FORMAT_SPECS[work.recipe.quantization.format].is_quantized
+    return _format(work, layout, "int8") if is_dense else None
+
+
+def _nf4(work: Workload, layout: Layout) -> _Changed | None:
+    has_blocks = FORMAT_SPECS[work.recipe.quantization.format].has_blocks  # half a byte already
+    return None if has_blocks else _format(work, layout, "nf4")
+
+
+def _format(work: Workload, layout: Layout, name: str) -> _Changed | None:
+    given = work.recipe.quantization
+    quantization = given.model_copy(update={"format": name, "outlier_threshold": 0.0})
     recipe = work.recipe.model_copy(update={"quantization": quantization})
-    if any(x.in_ % quantization.block_size for x in quantized(work.shape, recipe)):
+    if not fits_blocks(work.shape, recipe):
         return None
-    return replace(work, recipe=recipe), layout
+    return _Changed("quantization.format", name, replace(work, recipe=recipe), layout)
 
 
-def _fsdp(work: Workload, layout: Layout) -> Changed:
-    if layout.strategy == "fsdp" or layout.world_size == 1:
+def _shard_all(work: Workload, layout: Layout) -> _Changed | None:
+    """Everything cut over all ranks, by the library that was asked for."""
+    if layout.shard_size == layout.world_size:
         return None
-    return work, replace(layout, strategy="fsdp")
+    name: Strategy = "zero3" if layout.spec.is_deepspeed else "fsdp"
+    if name in ADAPTER_SPECS[work.recipe.adapter.method].forbids_engines:
+        return None
+    return _Changed("parallel.strategy", name, work, replace(layout, strategy=name, group_size=None))
 
 
-def _offload(work: Workload, layout: Layout) -> Changed:
+def _offload(work: Workload, layout: Layout) -> _Changed | None:
     if layout.cpu_offload or layout.device == "cpu":
         return None
-    return work, replace(layout, strategy="fsdp", cpu_offload=True)
+    if layout.spec.may_offload:
+        return _Changed("parallel.cpu_offload", "true", work, replace(layout, cpu_offload=True))
+    name: Strategy = "zero3" if layout.spec.is_deepspeed else "fsdp"
+    if name in ADAPTER_SPECS[work.recipe.adapter.method].forbids_engines:
+        return None
+    away = replace(layout, strategy=name, group_size=None, cpu_offload=True)
+    return _Changed("parallel.strategy", f"{name} with cpu_offload: true", work, away)
 
 
-_CHANGES: tuple[tuple[str, Callable[[Workload, Layout], Changed]], ...] = (
-    ("train.recompute: full", _recompute),
-    ("train.micro_batch_size: 1", _micro_one),
-    ("quantization.format: nf4", _nf4),
-    ("parallel.strategy: fsdp", _fsdp),
-    ("parallel.strategy: fsdp with cpu_offload: true", _offload),
-)
+_CHANGES: tuple[Callable[[Workload, Layout], _Changed | None], ...] = (
+    _recompute, _micro_one, _int8, _nf4, _shard_all, _offload,
+)  # fmt: skip
 
 
-def _needs(work: Workload, layout: Layout) -> str:
-    return f"{gib(forecast(work, layout, capacity_bytes=None).total_bytes)} a rank"
+def _listed(said: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}: {value}" for key, value in said.items())
+
+
+def _needs(changed: _Changed) -> str:
+    return f"{gib(forecast(changed.work, changed.layout, capacity_bytes=None).total_bytes)} a rank"

@@ -16,6 +16,7 @@ from decompft.launcher.job import base_env, free_port, make_job, prepare_argv
 from decompft.launcher.machine import detect
 from decompft.launcher.outcome import Outcome
 from decompft.launcher.plan import Forecast, Plan
+from decompft.launcher.refusals import absent_deepspeed
 from decompft.launcher.resume import Start, choose_start
 from decompft.launcher.runs import RunDir
 from decompft.launcher.supervise import Interrupts, PortTaken, start, supervise
@@ -59,6 +60,9 @@ def launch(
             "set parallel.nodes=1, or print a job script with `decompft sbatch`",
         )
     _refuse_absent_gpus(plan)
+    absent = absent_deepspeed(plan.strategy)
+    if absent:
+        raise PlanError(absent, "pip install 'decompft[deepspeed]', or use parallel.strategy: fsdp")
     path = run_dir or Path("runs") / plan.name
     begin = choose_start(plan, run_dir=path, resume=resume)
     for line in (*begin.notes, summary_line(plan), forecast_line(plan.forecast)):

@@ -23,6 +23,7 @@ class Machine:
     num_gpus: int = 0  # visible to this process
     gpu_memory_bytes: int | None = None  # of the smallest visible GPU, None when unknown
     gpu_name: str | None = None
+    compute_capability: tuple[int, int] | None = None  # the lowest of the visible GPUs, None when unknown
     num_cores: int = 1  # that this process may use
     host_memory_bytes: int | None = None  # the cgroup's limit where there is one
     is_cpu_forced: bool = False  # DECOMPFT_DEVICE=cpu
@@ -40,10 +41,12 @@ def detect(environ: Mapping[str, str] = os.environ) -> Machine:
     is_cpu_forced = environ.get("DECOMPFT_DEVICE", "").lower() == "cpu"
     gpus = [] if is_cpu_forced else visible_gpus(installed_gpus(), environ.get("CUDA_VISIBLE_DEVICES"))
     known = [gpu.memory_bytes for gpu in gpus if gpu.memory_bytes]
+    able = [gpu.capability for gpu in gpus if gpu.capability]
     return Machine(
         num_gpus=len(gpus),
         gpu_memory_bytes=min(known, default=None),
         gpu_name=gpus[0].name if gpus else None,
+        compute_capability=min(able, default=None),
         num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         host_memory_bytes=_host_memory(),
         is_cpu_forced=is_cpu_forced,
@@ -55,6 +58,7 @@ class Gpu:
     name: str | None
     uuid: str | None
     memory_bytes: int | None
+    capability: tuple[int, int] | None = None
 
 
 def installed_gpus() -> list[Gpu]:
@@ -63,7 +67,7 @@ def installed_gpus() -> list[Gpu]:
     if smi:
         try:
             done = subprocess.run(
-                [smi, "--query-gpu=memory.total,uuid,name", "--format=csv,noheader,nounits"],
+                [smi, "--query-gpu=memory.total,uuid,compute_cap,name", "--format=csv,noheader,nounits"],
                 capture_output=True,
                 text=True,
                 timeout=30,
@@ -78,14 +82,20 @@ def installed_gpus() -> list[Gpu]:
 
 
 def parse_smi(text: str) -> list[Gpu]:
-    """Lines of `memory in MiB, uuid, name`; memory may be `[N/A]` on integrated GPUs."""
+    """Lines of `memory in MiB, uuid, capability, name`; memory may be `[N/A]` on integrated GPUs."""
     gpus = []
     for line in text.splitlines():
-        fields = [field.strip() for field in line.split(",", 2)]
-        if len(fields) == 3:
-            memory, uuid, name = fields
-            gpus.append(Gpu(name, uuid, int(memory) * MIB if memory.isdigit() else None))
+        fields = [field.strip() for field in line.split(",", 3)]
+        if len(fields) == 4:
+            memory, uuid, capability, name = fields
+            size = int(memory) * MIB if memory.isdigit() else None
+            gpus.append(Gpu(name, uuid, size, _capability(capability)))
     return gpus
+
+
+def _capability(text: str) -> tuple[int, int] | None:
+    major, _, minor = text.partition(".")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
 
 
 def visible_gpus(gpus: list[Gpu], visible: str | None) -> list[Gpu]:

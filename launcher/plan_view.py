@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from decompft.adapters.formats import FORMAT_SPECS
 from decompft.launcher.fit import gib
 from decompft.launcher.plan import Plan, Term
 
@@ -48,9 +49,12 @@ def _decisions(plan: Plan) -> list[tuple[str, str]]:
     recipe, world, batch = plan.recipe, plan.world, plan.batch
     q = recipe.quantization
     kind = "CPU process" if world.device == "cpu" else "GPU"
-    base: str = q.format
-    if q.format == "nf4":
+    spec = FORMAT_SPECS[q.format]
+    base = q.format if spec.has_blocks else spec.title
+    if spec.has_blocks:
         base += f", blocks of {q.block_size}" + (", scales quantized" if q.double_quant else "")
+    if q.outlier_threshold:
+        base += f", multiplied in int8, outliers beyond {q.outlier_threshold:g} apart"
     config = recipe.model.config or {}
     trained = plan.num_adapter_params + plan.num_module_params
     rows = [
@@ -62,15 +66,25 @@ def _decisions(plan: Plan) -> list[tuple[str, str]]:
                     f"({trained / plan.num_base_params:.2%})"),
         ("world", f"{world.size} ranks = {world.nodes} nodes x {world.ranks_per_node}, each a {kind}"),
         ("strategy", plan.strategy_reason),
+        ("mesh", _mesh(plan)),
         ("recompute", plan.recompute),
         ("batch", f"{batch.global_size} rows = {batch.micro_size} x {batch.accumulation} accumulated x "
                   f"{world.size} ranks, up to {batch.tokens_per_step:,} tokens a step"),
+        ("checkpoint", f"{gib(plan.checkpoint_bytes)} each, {recipe.checkpoint.keep} kept"),
         ("epoch", f"{plan.steps_per_epoch:,.1f} steps" if plan.steps_per_epoch
                   else "as many steps as tokenizing will tell"),
         ("time", f"about {plan.seconds_per_step:.2f} s a step" if plan.seconds_per_step
                  else "unknown: no speed was measured for this device"),
     ]  # fmt: skip
-    return rows
+    return [(key, value) for key, value in rows if value]
+
+
+def _mesh(plan: Plan) -> str:
+    """How the base is cut and repeated, where it is both."""
+    copies = plan.world.size // plan.shard_size
+    if plan.shard_size == 1 or copies == 1:
+        return ""
+    return f"{copies} copies of the base, each cut over {plan.shard_size} ranks"
 
 
 def _table(title: str, terms: Sequence[Term], total: int, capacity: int | None) -> object:

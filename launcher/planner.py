@@ -1,35 +1,39 @@
 """How a recipe becomes a plan: everything it leaves open is decided here, by forecast.
 
-The ladder of `strategy: auto` goes from the fastest to the most frugal: ddp, ddp with
-recomputation, fsdp, fsdp with recomputation, fsdp with offload. The first rung that fits is taken.
+The ladder of `strategy: auto` goes from the fastest to the most frugal: single on one rank, else
+ddp; with recomputation; hsdp where there are several nodes; fsdp; with offload to the host. The first
+rung that fits is taken. zero1 to zero3 are never taken unasked: they save what fsdp saves and start
+slower; they are for users whose cluster is built around DeepSpeed.
 """
 
 from __future__ import annotations
 
 from decompft.adapters.spec import ADAPTER_SPECS
+from decompft.launcher.deepspeed_config import make_config
 from decompft.launcher.epochs import steps_per_epoch
 from decompft.launcher.errors import PlanError
 from decompft.launcher.families import shape_of
 from decompft.launcher.fit import GIB, Budget, cheaper_changes, fits, gib
-from decompft.launcher.forecast import (
-    Layout,
-    Recompute,
-    Workload,
-    forecast,
-    known_speed,
-    quantized,
-    time_forecast,
-    workload,
-)
+from decompft.launcher.forecast import checkpoint_bytes, forecast
 from decompft.launcher.machine import Machine, detect
 from decompft.launcher.model_source import find_config
-from decompft.launcher.models import LAYER, ModelShape
-from decompft.launcher.plan import Batch, Device, Plan, Strategy, World
+from decompft.launcher.models import ModelShape
+from decompft.launcher.plan import Batch, Device, Plan, World
 from decompft.launcher.plan import to_json as to_json
+from decompft.launcher.quantized_checkpoint import as_stored
 from decompft.launcher.recipe import Recipe
-
-# families whose positions are rows of a weight: there is none beyond the last
-LEARNED_POSITIONS = ("gpt2", "bert")
+from decompft.launcher.refusals import (
+    absent_deepspeed,
+    allowed_strategies,
+    group_size,
+    refuse_format,
+    refuse_shape,
+    refuse_strategy,
+    refuse_world,
+)
+from decompft.launcher.speed import known_speed, time_forecast
+from decompft.launcher.strategies import Strategy
+from decompft.launcher.workload import Layout, Recompute, Workload, workload
 
 # rows of a micro batch on a CPU: more gain no speed there
 MAX_CPU_MICRO = 8
@@ -46,17 +50,31 @@ def make(recipe: Recipe, *, machine: Machine | None = None) -> Plan:
     Raises:
         ModelError: the model's shape cannot be read.
         AdapterError: a target matches nothing.
-        PlanError: batch, world size, rank or memory cannot work; the hint says what would.
+        PlanError: batch, world size, rank, format, strategy or memory cannot work; the hint says what would.
     """
     machine = machine or detect()
     found = find_config(recipe)
+    stored, stored_warnings = as_stored(recipe.model, recipe.quantization, found.config, found.model_dir)
+    recipe = recipe.model_copy(update={"quantization": stored})
     shape = shape_of(found.config, recipe.model.task, recipe.model.num_labels)
     work = workload(shape, recipe)
-    _check_adapter(work)
+    refuse_shape(work)
     world, warnings = _world(recipe, machine)
+    refuse_world(recipe, world)
+    refuse_format(recipe, machine, world)
     budget = _budget(recipe, machine, world)
     layout, reason = _choose(work, world, budget)
     memory = forecast(work, layout, capacity_bytes=budget.device_bytes, host_capacity_bytes=budget.host_bytes)
+    batch = _batch(recipe, world, layout.micro_size)
+    deepspeed = None
+    if layout.spec.is_deepspeed:
+        deepspeed = make_config(
+            recipe,
+            strategy=layout.strategy,
+            batch=batch,
+            world_size=world.size,
+            cpu_offload=layout.cpu_offload,
+        )
     plan = Plan(
         name=recipe.name or "run",
         recipe=recipe,
@@ -66,15 +84,18 @@ def make(recipe: Recipe, *, machine: Machine | None = None) -> Plan:
         world=world,
         strategy=layout.strategy,
         strategy_reason=reason,
+        shard_size=layout.shard_size,
         cpu_offload=layout.cpu_offload,
+        deepspeed=deepspeed,
         recompute=layout.recompute,
-        batch=_batch(recipe, world, layout.micro_size),
+        batch=batch,
         num_base_params=shape.num_params,
         num_adapter_params=work.num_adapter_params,
         num_module_params=work.num_module_params,
         forecast=memory,
+        checkpoint_bytes=checkpoint_bytes(work),
         steps_per_epoch=steps_per_epoch(recipe),
-        warnings=(*warnings, *_warnings(shape, recipe, budget, work, layout)),
+        warnings=(*stored_warnings, *warnings, *_warnings(shape, recipe, budget, work, layout)),
     )
     speed = known_speed(work, layout, machine.gpu_name)
     return plan.model_copy(update={"seconds_per_step": time_forecast(plan, speed)}) if speed else plan
@@ -122,30 +143,27 @@ def _budget(recipe: Recipe, machine: Machine, world: World) -> Budget:
 def _rungs(recipe: Recipe, world: World) -> list[Rung]:
     """Layouts to try, fastest first, that the recipe's own choices leave."""
     parallel, wanted = recipe.parallel, recipe.train.recompute
-    if parallel.strategy == "single" and world.size > 1:
-        raise PlanError(
-            f"parallel.strategy: single is one rank, but the world has {world.size} "
-            f"({world.nodes} nodes x {world.ranks_per_node})",
-            "use strategy auto, ddp or fsdp, or nodes: 1 with gpus_per_node: 1",
-        )
     modes: list[Recompute] = ["none", "full"] if wanted == "auto" else [wanted]
     if parallel.strategy != "auto":
-        chosen: list[tuple[Strategy, bool]] = [(parallel.strategy, parallel.cpu_offload)]
-    elif parallel.cpu_offload:
-        chosen = [("fsdp", True)]
-    elif world.size == 1:
-        chosen = [("single", False)]
-    else:
-        # offload hides only a GPU's shortage: on a CPU both are the same memory
-        chosen = [("ddp", False), ("fsdp", False)]
-        if world.device == "cuda":
-            chosen.append(("fsdp", True))
+        refuse_strategy(recipe, parallel.strategy)
+        return [(parallel.strategy, mode, parallel.cpu_offload) for mode in modes]
+    chosen: list[tuple[Strategy, bool]] = []
+    if not parallel.cpu_offload:
+        chosen.append(("single" if world.size == 1 else "ddp", False))
+        if world.nodes > 1 and world.ranks_per_node > 1:
+            chosen.append(("hsdp", False))
+        if world.size > 1:
+            chosen.append(("fsdp", False))
+    # offload hides only a GPU's shortage: on a CPU both are the same memory
+    if world.device == "cuda" or parallel.cpu_offload:
+        chosen.append(("fsdp", True))
     forbidden = ADAPTER_SPECS[recipe.adapter.method].forbids_engines
     allowed = [(s, offload) for s, offload in chosen if s not in forbidden]
     if not allowed:
         raise PlanError(
-            f"adapter.method: {recipe.adapter.method} does not run under {chosen[0][0]}",
-            f"it is refused under: {', '.join(forbidden)}",
+            f"adapter.method: {recipe.adapter.method} does not run under {chosen[0][0]}, "
+            "nor under what strategy auto would take instead",
+            f"try parallel.strategy: {' or '.join(allowed_strategies(recipe, chosen[0][0]))}",
         )
     return [(strategy, mode, offload) for strategy, offload in allowed for mode in modes]
 
@@ -160,15 +178,18 @@ def _choose(work: Workload, world: World, budget: Budget) -> tuple[Layout, str]:
             world_size=world.size,
             micro_size=micro,
             recompute=mode,
+            group_size=group_size(work.recipe, world) if strategy == "hsdp" else None,
             cpu_offload=offload,
         )
         for strategy, mode, offload in _rungs(work.recipe, world)
         for micro in micros
     ]
-    chosen = next((x for x in layouts if fits(work, x, budget)), None)
-    if chosen is None:
-        # nothing has room to spare; what fits on paper runs, with a warning
-        chosen = next((x for x in layouts if fits(work, x, budget, headroom=0.0)), None)
+    chosen = None
+    for away in (False, True):
+        # what leaves no room to spare but fits on paper runs, with a warning: offload is slower than that
+        for headroom in (Budget.HEADROOM, 0.0):
+            here = (x for x in layouts if x.cpu_offload == away and fits(work, x, budget, headroom=headroom))
+            chosen = chosen or next(here, None)
     if chosen is None:
         smallest = layouts[-1]
         raise PlanError(_too_large(work, smallest, budget), cheaper_changes(work, smallest, budget))
@@ -185,7 +206,9 @@ def _reason(work: Workload, layouts: list[Layout], chosen: Layout, budget: Budge
     text = f"{_title(chosen)}: {ranks}, {need(chosen)} of {gib(budget.device_bytes)} each"
     faster = [x for x in layouts[: layouts.index(chosen)] if _title(x) != _title(chosen)]
     if faster:
-        text += f"; {_title(faster[-1])} would need {need(faster[-1])} at micro batch {faster[-1].micro_size}"
+        # the one that came nearest to fitting
+        near = min(reversed(faster), key=lambda x: forecast(work, x, capacity_bytes=None).total_bytes)
+        text += f"; {_title(near)} would need {need(near)} at micro batch {near.micro_size}"
     return text
 
 
@@ -248,36 +271,9 @@ def _batch(recipe: Recipe, world: World, micro: int) -> Batch:
     )
 
 
-def _check_adapter(work: Workload) -> None:
-    recipe, rank = work.recipe, work.recipe.adapter.rank
-    name, out, in_ = min(work.adapted, key=lambda x: min(x[1], x[2]))
-    last = name.rpartition(".")[2]
-    if rank > min(out, in_):
-        raise PlanError(
-            f"adapter.rank: {rank} is larger than the smallest target ({min(out, in_)}, {name})",
-            f"use rank <= {min(out, in_)}, or leave {last} out of adapter.targets",
-        )
-    size = recipe.quantization.block_size
-    for x in quantized(work.shape, recipe):
-        if x.in_ % size:
-            other = next((s for s in (64, 128) if s != size and x.in_ % s == 0), None)
-            raise PlanError(
-                f"quantization.block_size: {x.name.replace(LAYER, '*')} is {x.in_} wide, "
-                f"not a multiple of {size}",
-                (f"use quantization.block_size: {other}" if other else "use quantization.format: none")
-                + "; all linear layers are quantized, whatever adapter.targets names",
-            )
-
-
 def _warnings(shape: ModelShape, recipe: Recipe, budget: Budget, work: Workload, layout: Layout) -> list[str]:
     found = []
     length = recipe.data.sequence_length
-    if length > shape.max_positions and shape.model_type in LEARNED_POSITIONS:
-        raise PlanError(
-            f"data.sequence_length {length} is longer than the {shape.max_positions} positions that "
-            f"this {shape.model_type} has weights for",
-            f"use data.sequence_length <= {shape.max_positions}",
-        )
     if length > shape.max_positions:
         found.append(
             f"data.sequence_length {length} is longer than the {shape.max_positions} positions "
@@ -293,6 +289,12 @@ def _warnings(shape: ModelShape, recipe: Recipe, budget: Budget, work: Workload,
             f"the forecast leaves less than {Budget.HEADROOM:.0%} of the memory free; "
             "if it runs out, lower train.micro_batch_size"
         )
+    absent = absent_deepspeed(layout.strategy)
+    if absent:
+        found.append(f"{absent}; where it runs: pip install 'decompft[deepspeed]'")
     if layout.cpu_offload and not recipe.parallel.cpu_offload:
-        found.append("shards are kept in host memory, which is slow; more or larger GPUs avoid it")
+        found.append(
+            "shards are kept in host memory, which is slow; a smaller quantization.format, more or larger "
+            "GPUs avoid it"
+        )
     return found

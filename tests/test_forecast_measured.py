@@ -4,41 +4,66 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from decompft.launcher.forecast import EFFECTIVE_FLOPS
+from decompft.launcher.forecast_fitted import EFFECTIVE_FLOPS
 from decompft.launcher.machine import Machine
+from decompft.launcher.plan import Plan
 from decompft.launcher.planner import make
 from decompft.launcher.source import load
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30
-ROWS = [
-    row
-    for name in ("single_gpu.json", "multi_gpu.json")
-    for row in json.loads((ROOT / "benchmarks" / "results" / name).read_text())
-    if row["stack"] == "decompft"
-]
+RESULTS = ROOT / "benchmarks" / "results"
+TOLERANCE = 0.05
+# rows whose forecast is further off, as FILE/CASE: why; a row that is met again must leave this table
+KNOWN_MISSES: dict[str, str] = {}
 
 
-def test_there_are_rows_of_every_strategy() -> None:
-    assert {row["strategy"] for row in ROWS} == {"single", "ddp", "fsdp"}
+def measured() -> list[dict[str, Any]]:
+    """Every row, of any strategy and format, that a launched recipe left with its peak memory on a GPU."""
+    found = []
+    for path in sorted(RESULTS.glob("*.json")):
+        for row in json.loads(path.read_text()):
+            if isinstance(row, dict) and "peak_gib" in row and "decompft launch" in row.get("command", ""):
+                found.append(row | {"name": f"{path.stem}/{row['case']}"})
+    return found
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['case']}-{row['tokens_per_s']}")
-def test_forecast_is_within_5_percent_of_the_measured_peak(row) -> None:
+ROWS = measured()
+
+
+def forecast_of(row: dict[str, Any]) -> Plan:
+    """The plan of a row's command, on the machine it ran on."""
+    words = row["command"].split()
+    recipe = ROOT / next(word for word in words if word.endswith(".yaml"))
     machine = Machine(num_gpus=row["ranks"], gpu_memory_bytes=140 * GIB, gpu_name="NVIDIA H200", num_cores=16)
-    overrides = [part for part in row["command"].split() if "=" in part]
-    plan = make(load(ROOT / "benchmarks" / "llama7b_shape.yaml", overrides), machine=machine)
+    return make(load(recipe, [word for word in words if "=" in word]), machine=machine)
+
+
+def error_of(row: dict[str, Any]) -> float:
+    return forecast_of(row).forecast.total_bytes / (row["peak_gib"] * GIB) - 1
+
+
+def test_there_are_rows_of_the_main_strategies() -> None:
+    assert {row["strategy"] for row in ROWS} >= {"single", "ddp", "fsdp"}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['name']}-{row['tokens_per_s']}")
+def test_forecast_is_of_what_was_measured(row: dict[str, Any]) -> None:
+    plan = forecast_of(row)
     assert (plan.strategy, plan.recompute) == (row["strategy"], row["recompute"])
-    assert plan.forecast.total_bytes == pytest.approx(row["peak_gib"] * GIB, rel=0.05)
+    assert (plan.world.size, plan.batch.micro_size) == (row["ranks"], row["micro_batch"])
+
+
+def test_forecast_is_within_5_percent_of_the_measured_peak_or_a_known_miss() -> None:
+    missed = {row["name"]: f"{error_of(row):+.1%}" for row in ROWS if abs(error_of(row)) > TOLERANCE}
+    assert missed.keys() == KNOWN_MISSES.keys(), missed
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_known_speed_is_the_newest_measurement_of_map(recompute) -> None:
-    rows = [
-        r for r in ROWS if r["strategy"] == "single" and r["adapter"] == "map" and r["recompute"] == recompute
-    ]
-    newest = [r for r in rows if r["accumulation"] == 1][-1]
+    newest = [r for r in ROWS if r["name"] == f"single_gpu/map-{recompute}"][-1]
     assert EFFECTIVE_FLOPS["H200", recompute] == newest["tokens_per_s"] * 28.0e9

@@ -15,7 +15,6 @@ from pydantic import BaseModel
 
 from decompft.launcher.recipe import Recipe
 from decompft.launcher.source import parse
-from decompft.launcher.support import support_table
 
 pytestmark = pytest.mark.dist
 
@@ -159,11 +158,6 @@ def test_every_key_that_a_page_names_exists() -> None:
 
     # data.jsonl is a file
     assert {(page, key) for page, key in named if key != "data.jsonl" and not exists(key)} == set()
-
-
-def test_the_table_of_what_combines_is_the_codes() -> None:
-    found = re.findall(r"<!-- support-table -->\n(.*?)<!-- /support-table -->", README.read_text(), re.S)
-    assert found == [support_table()]
 
 
 def test_figures_of_speed_and_accuracy_are_in_the_results() -> None:

@@ -1,0 +1,244 @@
+"""Formats x engines on GPUs: does each cell train, what does it need, and is the forecast right?
+
+    python benchmarks/gpu_matrix.py cells --part 0/1     every format, 7B shape, one GPU, in one process
+    python benchmarks/gpu_matrix.py engines              every engine, 7B shape, two GPUs, beside one GPU
+    python benchmarks/gpu_matrix.py formats              every format on fsdp and zero3, two GPUs, two layers of 7B
+    python benchmarks/gpu_matrix.py big                  70B shape on two GPUs
+    python benchmarks/gpu_matrix.py load                 7B from a real file written on the spot, twice
+
+Each prints JSON lines and appends them to --out. `cells` builds and trains each cell in one process, three
+steps; the others go through `launch` as a user starts it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from gpu_7b import ROOT, WORK, write_text
+
+RECIPE_7B = ROOT / "benchmarks" / "llama7b_shape.yaml"
+RECIPE_70B = ROOT / "benchmarks" / "llama70b_shape.yaml"
+WARM_UP, STEPS = 5, 15
+FORMATS = ("none", "int8", "nf4", "fp4", "fp8")
+TWO = "parallel.gpus_per_node=2"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("phase", choices=("cells", "engines", "formats", "big", "load"))
+    parser.add_argument("--part", default="0/1", help="k/n: every n-th cell from the k-th on")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    WORK.mkdir(exist_ok=True)
+    write_text(WORK / "random.jsonl", num_records=(WARM_UP + STEPS) * 16)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+
+    def say(row: dict[str, Any]) -> None:
+        print(json.dumps({k: v for k, v in row.items() if k not in ("losses", "command")}), flush=True)
+        with args.out.open("a") as file:
+            file.write(json.dumps(row, sort_keys=True) + "\n")
+
+    if args.phase == "cells":
+        part, parts = map(int, args.part.split("/"))
+        for overrides in cells()[part::parts]:
+            say(in_process(overrides))
+    elif args.phase == "engines":
+        compare(args.only, say)
+    elif args.phase == "formats":
+        for name, overrides in two_layer_cases():
+            say(launch(RECIPE_7B, name, overrides, warm_up=2))
+    elif args.phase == "big":
+        for strategy in ("fsdp", "zero3"):
+            say(launch(RECIPE_70B, f"70b-{strategy}", [f"parallel.strategy={strategy}"], warm_up=2))
+    else:
+        for row in load_twice():
+            say(row)
+
+
+def cells() -> list[list[str]]:
+    return [
+        [
+            f"quantization.format={form}", f"train.recompute={recompute}",
+            f"train.micro_batch_size={micro}", f"train.global_batch_size={micro}",
+            "parallel.strategy=single", "parallel.gpus_per_node=1",
+        ]
+        for recompute in ("none", "full")
+        for micro in (1, 4)
+        for form in FORMATS
+    ]  # fmt: skip
+
+
+def in_process(overrides: list[str]) -> dict[str, Any]:
+    """Build, three steps, measure, forget."""
+    import torch
+
+    from decompft.launcher.planner import make
+    from decompft.launcher.source import load
+    from decompft.launcher.worker.build import build
+    from decompft.launcher.worker.data.batches import collate
+    from decompft.launcher.worker.data.rows import Row
+    from decompft.launcher.worker.engines.choose import make_engine
+    from decompft.launcher.worker.optimizer import make_optimizer
+    from decompft.launcher.worker.report import peak_memory
+
+    torch.cuda.reset_peak_memory_stats()
+    plan = make(load(RECIPE_7B, overrides))
+    recipe, engine = plan.recipe, make_engine(plan)
+    built = build(
+        recipe.model, recipe.quantization, recipe.adapter, engine,
+        seed=0, model_dir=None, recompute=plan.recompute == "full",
+    )  # fmt: skip
+    parameters = list(built.trained.values())
+    optimizer = make_optimizer(built.model.model, built.trained, recipe.train, engine)
+    optimizer = engine.prepare_training(built.model, optimizer, parameters)
+    length, draw, rows = recipe.data.sequence_length, torch.Generator().manual_seed(0), []
+    for _ in range(plan.batch.micro_size):
+        tokens = torch.randint(0, 256, (length,), generator=draw, dtype=torch.int32).numpy()
+        rows.append(Row(id=0, tokens=tokens, trained=tokens >= 0, doc_lengths=(length,)))
+    batch = collate(rows, 0).to(engine.device)
+    built.model.train()
+    losses, seconds = [], []
+    for _ in range(3):
+        began = time.perf_counter()
+        loss = engine.forward(built.model, batch) / batch.num_targets
+        engine.backward(loss)
+        optimizer.step()
+        engine.zero_gradients(parameters)
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - began)
+    row = {
+        "phase": "cells", "format": recipe.quantization.format, "strategy": "single", "ranks": 1,
+        "recompute": plan.recompute, "micro_batch": plan.batch.micro_size, "ok": losses[2] < losses[0],
+        "losses": losses, "tokens_per_s_third_step": round(len(rows) * length / seconds[2]),
+        **_memory(vars_of(peak_memory(plan, engine))), "command": _command(RECIPE_7B, overrides),
+    }  # fmt: skip
+    del built, optimizer, parameters, batch, loss, engine
+    gc.collect()
+    torch.cuda.empty_cache()
+    return row
+
+
+def vars_of(peak: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(peak)
+
+
+def two_layer_cases() -> list[tuple[str, list[str]]]:
+    """Every format on the engines that shard the base; two layers are enough to see it train."""
+    common = ["model.config.num_hidden_layers=2", "train.max_steps=6", "train.global_batch_size=2",
+              "train.micro_batch_size=1", TWO]  # fmt: skip
+    return [
+        (f"{form}-{strategy}", [*common, f"quantization.format={form}", f"parallel.strategy={strategy}"])
+        for form in FORMATS
+        for strategy in ("fsdp", "zero3")
+    ]
+
+
+def compare(only: str, say: Any) -> None:
+    """Every engine on two GPUs, beside single on one GPU and single with its micro batches reversed."""
+    common = ["train.global_batch_size=8", f"train.max_steps={WARM_UP + STEPS}"]
+    one = [*common, "parallel.strategy=single", "parallel.gpus_per_node=1"]
+    single = launch(RECIPE_7B, "single", one)
+    say(single)
+    reordered = launch(RECIPE_7B, "single-reordered", one, reordered=True)
+    say(reordered)
+    tolerance = 3 * difference(single, reordered)
+    for strategy in ("ddp", "fsdp", "zero1", "zero2", "zero3"):
+        if only in strategy:
+            row = launch(RECIPE_7B, strategy, [*common, f"parallel.strategy={strategy}", TWO])
+            if "error" not in row:
+                row["times_single"] = round(row["tokens_per_s"] / single["tokens_per_s"], 3)
+                row["largest_relative_loss_difference_to_single"] = difference(single, row)
+                row["tolerance"] = tolerance
+                row["ok"] = row["ok"] and difference(single, row) <= tolerance
+            say(row)
+
+
+def difference(a: dict[str, Any], b: dict[str, Any]) -> float:
+    return max(abs(x - y) / abs(x) for x, y in zip(a["losses"], b["losses"], strict=True))
+
+
+def launch(
+    recipe: Path, name: str, overrides: list[str], *, warm_up: int = WARM_UP, reordered: bool = False
+) -> dict[str, Any]:
+    run = WORK / "runs" / f"{name}-{time.time_ns()}"
+    start = "import sys; from decompft.launcher.cli import main; sys.exit(main())"
+    argv = [sys.executable, "-c", start, "launch", str(recipe), *overrides, "--run-dir", str(run)]
+    if reordered:
+        argv = [
+            sys.executable,
+            str(Path(__file__).with_name("reordered.py")),
+            str(recipe),
+            str(run),
+            *overrides,
+        ]
+    began = time.perf_counter()
+    done = subprocess.run(argv, capture_output=True, text=True)
+    wall = time.perf_counter() - began
+    if done.returncode:
+        logs = "".join(p.read_text()[-3000:] for p in sorted(run.glob("logs/*/rank-*.log")))
+        return {"case": name, "ok": False, "error": (done.stdout + done.stderr)[-2500:] + logs}
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    events = {e["event"]: e for e in map(json.loads, (run / "events.jsonl").open())}
+    plan = json.loads((run / "plan.json").read_text())
+    losses = [r["loss"] for r in rows]
+    return {
+        "case": name, "format": plan["recipe"]["quantization"]["format"], "strategy": plan["strategy"],
+        "ranks": plan["world"]["ranks_per_node"], "recompute": plan["recompute"],
+        "micro_batch": plan["batch"]["micro_size"], "accumulation": plan["batch"]["accumulation"],
+        "adapter": plan["recipe"]["adapter"]["method"], "losses": losses, "ok": losses[-1] < losses[0],
+        "tokens_per_s": round(statistics.median(r["tokens_per_s"] for r in rows[warm_up:])),
+        **_memory(events["memory"]), "load": events.get("load"), "wall_s": round(wall, 1),
+        "command": _command(recipe, overrides),
+    }  # fmt: skip
+
+
+def load_twice() -> list[dict[str, Any]]:
+    """7B from safetensors; the second start reads the cache of quantized rows."""
+    from decompft.launcher.worker.tokenizers import byte_tokenizer, save_tokenizer
+
+    folder = WORK / "llama7b"
+    began = time.perf_counter()
+    subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks/write_checkpoint.py"), "--out", str(folder)], check=True
+    )
+    save_tokenizer(byte_tokenizer(), folder)
+    written = time.perf_counter() - began
+    common = ["model.config=null", "model.weights=checkpoint", f"model.id={folder}", "train.max_steps=3",
+              "train.global_batch_size=8"]  # fmt: skip
+    one, two = ["parallel.gpus_per_node=1", "parallel.strategy=single"], [TWO, "parallel.strategy=fsdp"]
+    rows = [
+        launch(RECIPE_7B, name, [*common, *where], warm_up=1)
+        for name, where in (("load-first", one), ("load-cached", one), ("load-cached-fsdp", two),
+                            ("load-file-fsdp", [*two, "quantization.cache=false"]))
+    ]  # fmt: skip
+    return [{**row, "write_s": round(written, 1)} for row in rows]
+
+
+def _memory(peak: dict[str, Any]) -> dict[str, Any]:
+    gib = 2**30
+    return {
+        "peak_gib": round(peak["measured"] / gib, 3), "forecast_gib": round(peak["forecast"] / gib, 3),
+        "forecast_error_percent": round(100 * (peak["forecast"] / peak["measured"] - 1), 1),
+        "peak_in_tensors_gib": round(peak["allocated"] / gib, 3),
+        "forecast_in_tensors_gib": round(peak["allocated_forecast"] / gib, 3),
+        "host_gib": round(peak["host"] / gib, 3), "host_forecast_gib": round(peak["host_forecast"] / gib, 3),
+    }  # fmt: skip
+
+
+def _command(recipe: Path, overrides: list[str]) -> str:
+    return f"decompft launch benchmarks/{recipe.name} {' '.join(overrides)}"
+
+
+if __name__ == "__main__":
+    main()

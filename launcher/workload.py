@@ -1,0 +1,110 @@
+"""What is forecast: a model with its trained part, and how its work is laid out over ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from decompft.adapters.formats import FORMAT_SPECS
+from decompft.adapters.spec import ADAPTER_SPECS
+from decompft.launcher.models import LinearShape, ModelShape, adapted_linears, trained_modules
+from decompft.launcher.plan import Device
+from decompft.launcher.recipe import Recipe
+from decompft.launcher.strategies import STRATEGIES, Strategy, StrategySpec
+
+Recompute = Literal["none", "full"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """How one forecast spreads the work."""
+
+    device: Device
+    strategy: Strategy
+    world_size: int
+    micro_size: int  # rows
+    recompute: Recompute
+    group_size: int | None = None  # ranks that share one copy of what is sharded; None: all
+    cpu_offload: bool = False
+
+    @property
+    def spec(self) -> StrategySpec:
+        return STRATEGIES[self.strategy]
+
+    @property
+    def shard_size(self) -> int:
+        """Ranks over which the base is cut."""
+        return self._shards(self.spec.shards_base)
+
+    @property
+    def gradient_shards(self) -> int:
+        return self._shards(self.spec.shards_gradients)
+
+    @property
+    def optimizer_shards(self) -> int:
+        return self._shards(self.spec.shards_optimizer)
+
+    def _shards(self, is_sharded: bool) -> int:
+        return (self.group_size or self.world_size) if is_sharded else 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """What does not depend on the layout, counted once and forecast many times."""
+
+    shape: ModelShape
+    recipe: Recipe
+    adapted: tuple[tuple[str, int, int], ...]  # (name, out, in)
+    num_adapter_params: int
+    num_module_params: int  # of modules trained whole
+
+    @property
+    def num_trained(self) -> int:
+        return self.num_adapter_params + self.num_module_params
+
+
+def workload(shape: ModelShape, recipe: Recipe) -> Workload:
+    """Resolve targets and modules trained whole against the model.
+
+    Raises:
+        AdapterError: a target or a module pattern matches nothing.
+    """
+    modules = dict(trained_modules(shape, recipe.adapter.train_modules))
+    if shape.task == "sequence-classification":
+        # no checkpoint has this head: it starts random and must learn
+        modules[shape.head.name] = shape.head.num_weights + shape.head.num_biases
+    adapted = tuple(adapted_linears(shape, recipe.adapter.targets))
+    count = ADAPTER_SPECS[recipe.adapter.method].num_params
+    return Workload(
+        shape=shape,
+        recipe=recipe,
+        adapted=adapted,
+        num_adapter_params=sum(count(out, in_, recipe.adapter.rank) for _, out, in_ in adapted),
+        num_module_params=sum(modules.values()),
+    )
+
+
+def quantized_linears(shape: ModelShape, recipe: Recipe) -> tuple[LinearShape, ...]:
+    """The linears stored in a quantized format: all but the head, adapted or not."""
+    return shape.linears if FORMAT_SPECS[recipe.quantization.format].is_quantized else ()
+
+
+def weight_bytes(part: LinearShape, recipe: Recipe) -> tuple[int, int]:
+    """(codes, scales) of one linear's weight as it is stored; a dense weight has no scales."""
+    q = recipe.quantization
+    spec = FORMAT_SPECS[q.format]
+    if not spec.is_quantized:
+        return part.num_weights * storage_bytes(recipe), 0
+    codes, scales = spec.row_bytes(part.in_, q.block_size, q.double_quant)
+    return part.out * codes, part.out * scales
+
+
+def compute_bytes(recipe: Recipe) -> int:
+    """Of a number that matrix products work with."""
+    return 4 if recipe.quantization.compute == "float32" else 2
+
+
+def storage_bytes(recipe: Recipe) -> int:
+    """Of a number of a dense linear weight."""
+    dtype = recipe.model.dtype
+    return compute_bytes(recipe) if dtype == "auto" else 4 if dtype == "float32" else 2
