@@ -1,13 +1,11 @@
 """Formats x engines on GPUs: does each cell train, what does it need, and is the forecast right?
 
-    python benchmarks/gpu_matrix.py cells --part 0/1     every format, 7B shape, one GPU, in one process
-    python benchmarks/gpu_matrix.py engines              every engine, 7B shape, two GPUs, beside one GPU
-    python benchmarks/gpu_matrix.py formats              every format on fsdp and zero3, two GPUs, two layers of 7B
-    python benchmarks/gpu_matrix.py big                  70B shape on two GPUs
-    python benchmarks/gpu_matrix.py load                 7B from a real file written on the spot, twice
-
-Each prints JSON lines and appends them to --out. `cells` builds and trains each cell in one process, three
-steps; the others go through `launch` as a user starts it.
+python gpu_matrix.py cells      every format, 7B shape, one GPU, in one process, three steps each
+torchrun gpu_matrix.py sharded  every format on one engine of two GPUs, two layers of 7B, the same way
+python gpu_matrix.py engines    every engine, 7B shape, two GPUs beside one, through `launch`
+python gpu_matrix.py big --only fsdp,zero3    70B shape on two GPUs, through `launch`
+python gpu_matrix.py load       7B from a real file written on the spot, then from the cache
+python gpu_matrix.py summary --out benchmarks/results    matrix.json from all matrix-*.jsonl
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,35 +28,47 @@ RECIPE_70B = ROOT / "benchmarks" / "llama70b_shape.yaml"
 WARM_UP, STEPS = 5, 15
 FORMATS = ("none", "int8", "nf4", "fp4", "fp8")
 TWO = "parallel.gpus_per_node=2"
+_STARTED: list[Any] = []  # the engine that joined the process group
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("phase", choices=("cells", "engines", "formats", "big", "load"))
-    parser.add_argument("--part", default="0/1", help="k/n: every n-th cell from the k-th on")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("phase", choices=("cells", "engines", "sharded", "big", "load", "summary"))
+    parser.add_argument("--part", default="0/1", help="cells: k/n, every n-th cell from the k-th on")
+    parser.add_argument(
+        "--only", default="single,reordered,ddp,fsdp,zero1,zero2,zero3", help="engines: which"
+    )
+    parser.add_argument("--micro", type=int, default=4, help="engines: rows of a micro batch")
+    parser.add_argument("--strategy", default="fsdp", help="sharded: fsdp, zero1, zero2 or zero3")
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines; summary: the folder of results")
     args = parser.parse_args()
+    if args.phase == "summary":
+        summarize(args.out)
+        return
     WORK.mkdir(exist_ok=True)
-    write_text(WORK / "random.jsonl", num_records=(WARM_UP + STEPS) * 16)
+    records = WORK / "random.jsonl"
+    if not records.exists():
+        write_text(records, num_records=(WARM_UP + STEPS) * 16)
     args.out.parent.mkdir(parents=True, exist_ok=True)
 
     def say(row: dict[str, Any]) -> None:
-        print(json.dumps({k: v for k, v in row.items() if k not in ("losses", "command")}), flush=True)
-        with args.out.open("a") as file:
-            file.write(json.dumps(row, sort_keys=True) + "\n")
+        if row.pop("rank", 0) == 0:
+            print(json.dumps({k: v for k, v in row.items() if k not in ("losses", "command")}), flush=True)
+            with args.out.open("a") as file:
+                file.write(json.dumps({"phase": args.phase, **row}, sort_keys=True) + "\n")
 
     if args.phase == "cells":
         part, parts = map(int, args.part.split("/"))
         for overrides in cells()[part::parts]:
             say(in_process(overrides))
     elif args.phase == "engines":
-        compare(args.only, say)
-    elif args.phase == "formats":
-        for name, overrides in two_layer_cases():
-            say(launch(RECIPE_7B, name, overrides, warm_up=2))
+        for name in args.only.split(","):
+            say(engine_row(name, args.micro))
+    elif args.phase == "sharded":
+        for overrides in sharded_cells(args.strategy):
+            say(in_process(overrides))
     elif args.phase == "big":
-        for strategy in ("fsdp", "zero3"):
+        for strategy in args.only.split(","):
             say(launch(RECIPE_70B, f"70b-{strategy}", [f"parallel.strategy={strategy}"], warm_up=2))
     else:
         for row in load_twice():
@@ -90,9 +101,14 @@ def in_process(overrides: list[str]) -> dict[str, Any]:
     from decompft.launcher.worker.optimizer import make_optimizer
     from decompft.launcher.worker.report import peak_memory
 
-    torch.cuda.reset_peak_memory_stats()
     plan = make(load(RECIPE_7B, overrides))
     recipe, engine = plan.recipe, make_engine(plan)
+    torch.cuda.reset_peak_memory_stats()
+    if _STARTED:  # one process group for all cells
+        engine._cpu_group = _STARTED[0]._cpu_group
+    else:
+        engine.start()
+        _STARTED.append(engine)
     built = build(
         recipe.model, recipe.quantization, recipe.adapter, engine,
         seed=0, model_dir=None, recompute=plan.recompute == "full",
@@ -109,17 +125,21 @@ def in_process(overrides: list[str]) -> dict[str, Any]:
     losses, seconds = [], []
     for _ in range(3):
         began = time.perf_counter()
-        loss = engine.forward(built.model, batch) / batch.num_targets
-        engine.backward(loss)
+        with engine.accumulate(last=True):
+            loss = engine.forward(built.model, batch) / batch.num_targets / engine.world_size
+            engine.backward(loss)
+        engine.reduce_gradients()
         optimizer.step()
         engine.zero_gradients(parameters)
-        losses.append(loss.item())
+        losses.append(loss.item() * engine.world_size)
         seconds.append(time.perf_counter() - began)
     row = {
-        "phase": "cells", "format": recipe.quantization.format, "strategy": "single", "ranks": 1,
+        "rank": engine.rank, "format": recipe.quantization.format, "strategy": plan.strategy,
+        "ranks": engine.world_size, "layers": recipe.model.config["num_hidden_layers"],
         "recompute": plan.recompute, "micro_batch": plan.batch.micro_size, "ok": losses[2] < losses[0],
         "losses": losses, "tokens_per_s_third_step": round(len(rows) * length / seconds[2]),
-        **_memory(vars_of(peak_memory(plan, engine))), "command": _command(RECIPE_7B, overrides),
+        **_memory(asdict(peak_memory(plan, engine))), "load": built.loaded.fields(),
+        "command": _command(RECIPE_7B, overrides),
     }  # fmt: skip
     del built, optimizer, parameters, batch, loss, engine
     gc.collect()
@@ -127,41 +147,61 @@ def in_process(overrides: list[str]) -> dict[str, Any]:
     return row
 
 
-def vars_of(peak: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(peak)
-
-
-def two_layer_cases() -> list[tuple[str, list[str]]]:
-    """Every format on the engines that shard the base; two layers are enough to see it train."""
-    common = ["model.config.num_hidden_layers=2", "train.max_steps=6", "train.global_batch_size=2",
-              "train.micro_batch_size=1", TWO]  # fmt: skip
+def sharded_cells(strategy: str) -> list[list[str]]:
+    """Every format on an engine of two GPUs; two layers are enough to see it train."""
+    formats = FORMATS if strategy in ("fsdp", "zero3") else ("none", "nf4")
     return [
-        (f"{form}-{strategy}", [*common, f"quantization.format={form}", f"parallel.strategy={strategy}"])
-        for form in FORMATS
-        for strategy in ("fsdp", "zero3")
+        [
+            "model.config.num_hidden_layers=2", "train.global_batch_size=2", "train.micro_batch_size=1",
+            "parallel.gpus_per_node=2", f"parallel.strategy={strategy}", f"quantization.format={form}",
+        ]
+        for form in formats
+    ]  # fmt: skip
+
+
+def engine_row(name: str, micro: int) -> dict[str, Any]:
+    """7B through `launch`, the same global batch of two micro batches whoever shares it."""
+    strategy = "single" if name == "reordered" else name
+    gpus = 1 if strategy == "single" else 2
+    overrides = [
+        f"parallel.strategy={strategy}", f"parallel.gpus_per_node={gpus}", f"train.micro_batch_size={micro}",
+        f"train.global_batch_size={2 * micro}", f"train.max_steps={WARM_UP + STEPS}",
+    ]  # fmt: skip
+    return launch(RECIPE_7B, name, overrides, reordered=name == "reordered")
+
+
+def summarize(folder: Path) -> None:
+    """Ratios, loss differences and the cells that ran, from the JSON lines of all calls."""
+    rows = [
+        json.loads(line) for p in sorted(folder.glob("matrix-*.jsonl")) for line in p.read_text().splitlines()
     ]
-
-
-def compare(only: str, say: Any) -> None:
-    """Every engine on two GPUs, beside single on one GPU and single with its micro batches reversed."""
-    common = ["train.global_batch_size=8", f"train.max_steps={WARM_UP + STEPS}"]
-    one = [*common, "parallel.strategy=single", "parallel.gpus_per_node=1"]
-    single = launch(RECIPE_7B, "single", one)
-    say(single)
-    reordered = launch(RECIPE_7B, "single-reordered", one, reordered=True)
-    say(reordered)
-    tolerance = 3 * difference(single, reordered)
-    for strategy in ("ddp", "fsdp", "zero1", "zero2", "zero3"):
-        if only in strategy:
-            row = launch(RECIPE_7B, strategy, [*common, f"parallel.strategy={strategy}", TWO])
-            if "error" not in row:
-                row["times_single"] = round(row["tokens_per_s"] / single["tokens_per_s"], 3)
-                row["largest_relative_loss_difference_to_single"] = difference(single, row)
-                row["tolerance"] = tolerance
-                row["ok"] = row["ok"] and difference(single, row) <= tolerance
-            say(row)
+    for row in rows:
+        mine = [r for r in rows if r["phase"] == "engines" and r.get("micro_batch") == row.get("micro_batch")]
+        named = {r["case"]: r for r in mine if "error" not in r}
+        if row["phase"] == "engines" and "error" not in row and "single" in named:
+            row["times_single"] = round(row["tokens_per_s"] / named["single"]["tokens_per_s"], 3)
+            row["loss_difference_to_single"] = difference(named["single"], row)
+            if "reordered" in named:
+                row["tolerance"] = 3 * difference(named["single"], named["reordered"])
+    (folder / "matrix.json").write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
+    for row in rows:
+        keys = (
+            "phase",
+            "case",
+            "format",
+            "strategy",
+            "recompute",
+            "micro_batch",
+            "tokens_per_s",
+            "times_single",
+            "loss_difference_to_single",
+            "tolerance",
+            "peak_gib",
+            "forecast_gib",
+            "forecast_error_percent",
+            "ok",
+        )
+        print("  ".join(f"{k}={row[k]}" for k in keys if k in row), row.get("error", "")[-200:])
 
 
 def difference(a: dict[str, Any], b: dict[str, Any]) -> float:
