@@ -87,12 +87,13 @@ def checks(name: str, fields: dict[str, Any], device: torch.device) -> dict[str,
     weight[5] = 0
     here = layer.pack(weight)
     there = tuple(t.cpu() for t in layer.pack(weight.to(device)))
-    # bitsandbytes' kernels may round a tie the other way on another device; ours are the same arithmetic
+    # bitsandbytes' 4-bit kernels round near a boundary the other way on another device (found on an H200: up to
+    # 1.4 % of fp4's bytes, at differences that the next check bounds); ours are the same arithmetic
     same = sum(int((bits(a) != bits(b)).sum()) for a, b in zip(here, there, strict=True))
     total = sum(bits(a).numel() for a in here)
     is_4bit = fields["format"] in ("nf4", "fp4")
     found = {
-        "bytes that differ when packed": limit(same / total, 2e-3 if is_4bit else 0.0),
+        "bytes that differ when packed": limit(same / total, 2e-2 if is_4bit else 0.0),
         "dequantized of both": limit(
             relative(layer.unpack(there, torch.float64), layer.unpack(here, torch.float64)),
             5e-3 if is_4bit else 0.0,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -21,7 +22,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gpu_7b import ROOT, WORK, write_text
+# as the launcher sets it; before torch is imported
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+from gpu_7b import ROOT, WORK, write_text  # noqa: E402
 
 RECIPE_7B = ROOT / "benchmarks" / "llama7b_shape.yaml"
 RECIPE_70B = ROOT / "benchmarks" / "llama70b_shape.yaml"

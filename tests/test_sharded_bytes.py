@@ -60,16 +60,21 @@ def test_bytes_a_rank_are_the_total_over_the_ranks(folders, family, form, world_
             assert_storage(model, form)
             # still so after training steps: gathered blocks were given back, gradients and moments are rows, too
             optimizer = make_optimizer(model, found.trained, TrainSection(max_steps=1), engine)
+            optimizer = engine.prepare_training(found.model, optimizer, list(found.trained.values()))
             found.model.train()
             for _ in range(2):
                 found.model(collate([row((17,), seed=rank)], pad_id=0)).backward()
                 assert_rows(found.trained.items(), [p.grad for p in found.trained.values()], world_size)
+                engine.reduce_gradients()
                 optimizer.step()
                 engine.zero_gradients(list(found.trained.values()))
             assert_sharded(model, world_size)
             for kind in ("exp_avg", "exp_avg_sq"):
-                moments = [optimizer.state[p][kind] for p in found.trained.values()]
-                assert_rows(found.trained.items(), moments, world_size)
+                for name, parameter in found.trained.items():
+                    state = engine.moments(optimizer, parameter)
+                    mine = engine.local(parameter).numel()
+                    assert (state[kind].numel() if state else 0) == mine, name
+                    assert not state or state[kind].untyped_storage().nbytes() == 4 * mine, name
         finally:
             engine.stop()
 

@@ -150,7 +150,7 @@ class Engine:
         state = optimizer.state.get(parameter, {})
         if not state:
             return {}
-        values = {name: self.local(state[name]).detach() for name in MOMENTS}
+        values = {name: state[name].detach() for name in MOMENTS}
         return {**values, "step": torch.tensor([float(state["step"])])}
 
     def set_moments(
@@ -160,12 +160,7 @@ class Engine:
         state = optimizer.state[parameter]
         state["step"] = torch.tensor(float(moments["step"]), dtype=torch.float32, device=self.storage_device)
         for name in MOMENTS:
-            local = moments[name].to(self.storage_device, copy=True)
-            state[name] = self.like(local.view(self.local(parameter).shape), parameter)
-
-    def like(self, local: Tensor, parameter: Tensor) -> Tensor:
-        """A local tensor of this rank's rows, as the kind of tensor that `parameter` is."""
-        return local
+            state[name] = moments[name].to(self.storage_device, copy=True).view(parameter.shape)
 
     def after_restore(self) -> None:
         """Called when all trained parameters and moments were loaded from a checkpoint."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -81,17 +81,43 @@ class FsdpEngine(Engine):
     def owned(self, parameter: Tensor) -> tuple[int, int] | None:
         return self.span(parameter)
 
-    def like(self, local: Tensor, parameter: Tensor) -> Tensor:
-        if not isinstance(parameter, DTensor):
-            return local
-        return DTensor.from_local(
-            local,
-            parameter.device_mesh,
-            parameter.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
+    def prepare_training(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]
+    ) -> torch.optim.Optimizer:
+        """Let AdamW step the local rows as plain tensors: DTensor's dispatch costs it 40 ms a step of a 7B."""
+        self._rows: dict[nn.Parameter, nn.Parameter] = {}
+        if isinstance(optimizer, torch.optim.AdamW):
+            self._rows = {p: nn.Parameter(self.local(p).detach()) for p in parameters}
+            for group in optimizer.param_groups:
+                # a rank may hold no row of a tensor
+                group["params"] = [self._rows[p] for p in group["params"] if self._rows[p].numel()]
+        self._is_first = True
+        return optimizer
+
+    def reduce_gradients(self) -> None:
+        for parameter, rows in self._rows.items():
+            if self._is_first:  # FSDP2 moves rows that it has to pad at its first forward pass
+                rows.data = self.local(parameter).detach()
+            rows.grad = None if parameter.grad is None else self.local(parameter.grad)
+        self._is_first = False
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        rows = self._rows.get(parameter)
+        return super().gradient(parameter) if rows is None else rows.grad
+
+    def zero_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        super().zero_gradients(parameters)
+        for rows in self._rows.values():
+            rows.grad = None
+
+    def moments(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+        return super().moments(optimizer, self._rows[parameter])
+
+    def set_moments(
+        self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, moments: Mapping[str, Tensor]
+    ) -> None:
+        if self._rows[parameter].numel():
+            super().set_moments(optimizer, self._rows[parameter], moments)
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
         return self._accumulate(last)
