@@ -43,6 +43,7 @@ def main() -> None:
         "--only", default="single,reordered,ddp,fsdp,zero1,zero2,zero3", help="engines: which"
     )
     parser.add_argument("--micro", type=int, default=4, help="engines: rows of a micro batch")
+    parser.add_argument("--steps", type=int, default=WARM_UP + STEPS, help="engines: optimizer steps")
     parser.add_argument("--strategy", default="fsdp", help="sharded: fsdp, zero1, zero2 or zero3")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines; summary: the folder of results")
     args = parser.parse_args()
@@ -67,7 +68,7 @@ def main() -> None:
             say(in_process(overrides))
     elif args.phase == "engines":
         for name in args.only.split(","):
-            say(engine_row(name, args.micro))
+            say(engine_row(name, args.micro, args.steps))
     elif args.phase == "sharded":
         for overrides in sharded_cells(args.strategy):
             say(in_process(overrides))
@@ -163,13 +164,13 @@ def sharded_cells(strategy: str) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def engine_row(name: str, micro: int) -> dict[str, Any]:
+def engine_row(name: str, micro: int, steps: int) -> dict[str, Any]:
     """7B through `launch`, the same global batch of two micro batches whoever shares it."""
     strategy = "single" if name == "reordered" else name
     gpus = 1 if strategy == "single" else 2
     overrides = [
         f"parallel.strategy={strategy}", f"parallel.gpus_per_node={gpus}", f"train.micro_batch_size={micro}",
-        f"train.global_batch_size={2 * micro}", f"train.max_steps={WARM_UP + STEPS}",
+        f"train.global_batch_size={2 * micro}", f"train.max_steps={steps}",
     ]  # fmt: skip
     return launch(RECIPE_7B, name, overrides, reordered=name == "reordered")
 
@@ -263,7 +264,7 @@ def load_twice() -> list[dict[str, Any]]:
     one, two = ["parallel.gpus_per_node=1", "parallel.strategy=single"], [TWO, "parallel.strategy=fsdp"]
     rows = [
         launch(RECIPE_7B, name, [*common, *where], warm_up=1)
-        for name, where in (("load-first", one), ("load-cached", one), ("load-cached-fsdp", two),
+        for name, where in (("load-first", one), ("load-cached", one),
                             ("load-file-fsdp", [*two, "quantization.cache=false"]))
     ]  # fmt: skip
     return [{**row, "write_s": round(written, 1)} for row in rows]

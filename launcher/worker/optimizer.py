@@ -68,13 +68,15 @@ def clip_gradients(
     waits = {f"{n}.{t}": w for n, a in layers for t, w in a.settling().items()}
     pieces = {n: engine.gradient(p) for n, p in trained.items()}
     grads = {n: g for n, g in pieces.items() if g is not None}
-    squares = engine.sum_pieces(torch.stack(torch._foreach_norm(list(grads.values()))).square())
+    norms = [n.to(engine.device) for n in torch._foreach_norm(list(grads.values()))]
+    squares = engine.sum_pieces(torch.stack(norms).square())
     # one transfer to the host for the norms of gradients and of settling layers together
     sizes = [w.size.to(squares.device) for w in waits.values()]
     host = torch.cat([squares, *sizes]).tolist()
     factors = {n: w.factor(size) for (n, w), size in zip(waits.items(), host[len(grads) :], strict=True)}
     settling = {n: f for n, f in factors.items() if f < 1}
-    norm = sum(s for n, s in zip(grads, host[: len(grads)], strict=True) if n not in settling) ** 0.5
+    counted = zip(grads, host[: len(grads)], strict=True)
+    norm = sum(s / engine.replicas(trained[n]) for n, s in counted if n not in settling) ** 0.5
     for name, factor in settling.items():
         grads[name].mul_(factor)
     if max_norm and norm > max_norm:

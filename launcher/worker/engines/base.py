@@ -57,16 +57,15 @@ class Engine:
                 if parameter is None:
                     continue
                 if id(parameter) not in made:
-                    empty = torch.empty_like(parameter, device=self.storage_device)
+                    empty = torch.empty_like(parameter, device=self.home(parameter))
                     made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
                 module._parameters[name] = made[id(parameter)]
             for name, buffer in list(module._buffers.items()):
                 if buffer is not None:
                     module._buffers[name] = torch.empty_like(buffer, device=self.device)
 
-    @property
-    def storage_device(self) -> torch.device:
-        """Where parameters live between uses."""
+    def home(self, parameter: Tensor) -> torch.device:
+        """Where a parameter lives between uses."""
         return self.device
 
     def local(self, tensor: Tensor) -> Tensor:
@@ -135,6 +134,10 @@ class Engine:
         """Sum a value that each rank computed from its pieces of gradients; identity where they are whole."""
         return value
 
+    def replicas(self, parameter: nn.Parameter) -> int:
+        """How many of the ranks that `sum_pieces` sums over hold the same piece of its gradient."""
+        return 1
+
     # -- optimizer state ----------------------------------------------------------------------
 
     def piece(self, parameter: nn.Parameter) -> tuple[int, int]:
@@ -158,9 +161,9 @@ class Engine:
     ) -> None:
         """Set AdamW's state of `piece`."""
         state = optimizer.state[parameter]
-        state["step"] = torch.tensor(float(moments["step"]), dtype=torch.float32, device=self.storage_device)
+        state["step"] = torch.tensor(float(moments["step"]), dtype=torch.float32, device=parameter.device)
         for name in MOMENTS:
-            state[name] = moments[name].to(self.storage_device, copy=True).view(parameter.shape)
+            state[name] = moments[name].to(parameter.device, copy=True).view(parameter.shape)
 
     def after_restore(self) -> None:
         """Called when all trained parameters and moments were loaded from a checkpoint."""
