@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -248,26 +249,24 @@ def launch(
     }  # fmt: skip
 
 
-def load_twice() -> list[dict[str, Any]]:
+def load_twice() -> Iterator[dict[str, Any]]:
     """7B from safetensors; the second start reads the cache of quantized rows."""
     from decompft.launcher.worker.tokenizers import byte_tokenizer, save_tokenizer
 
     folder = WORK / "llama7b"
     began = time.perf_counter()
-    subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks/write_checkpoint.py"), "--out", str(folder)], check=True
-    )
+    subprocess.run([sys.executable, str(ROOT / "benchmarks/write_checkpoint.py"), str(folder)], check=True)
     save_tokenizer(byte_tokenizer(), folder)
     written = time.perf_counter() - began
     common = ["model.config=null", "model.weights=checkpoint", f"model.id={folder}", "train.max_steps=3",
               "train.global_batch_size=8"]  # fmt: skip
     one, two = ["parallel.gpus_per_node=1", "parallel.strategy=single"], [TWO, "parallel.strategy=fsdp"]
-    rows = [
-        launch(RECIPE_7B, name, [*common, *where], warm_up=1)
-        for name, where in (("load-first", one), ("load-cached", one),
-                            ("load-file-fsdp", [*two, "quantization.cache=false"]))
-    ]  # fmt: skip
-    return [{**row, "write_s": round(written, 1)} for row in rows]
+    for name, overrides in (
+        ("load-first", one),
+        ("load-cached", one),
+        ("load-file-fsdp", [*two, "quantization.cache=false"]),
+    ):
+        yield {**launch(RECIPE_7B, name, [*common, *overrides], warm_up=1), "write_s": round(written, 1)}
 
 
 def _memory(peak: dict[str, Any]) -> dict[str, Any]:
