@@ -144,7 +144,7 @@ def in_process(overrides: list[str]) -> dict[str, Any]:
         "ranks": engine.world_size, "layers": recipe.model.config["num_hidden_layers"],
         "recompute": plan.recompute, "micro_batch": plan.batch.micro_size, "ok": losses[2] < losses[0],
         "losses": losses, "tokens_per_s_third_step": round(len(rows) * length / seconds[2]),
-        **_memory(asdict(peak_memory(plan, engine))), "load": built.loaded.fields(),
+        **_memory(asdict(peak_memory(plan, engine))), "load": built.loaded.fields() | {"cache_dir": None},
         "command": _command(RECIPE_7B, overrides),
     }  # fmt: skip
     del built, optimizer, parameters, batch, loss, engine
@@ -177,36 +177,35 @@ def engine_row(name: str, micro: int, steps: int) -> dict[str, Any]:
 
 
 def summarize(folder: Path) -> None:
-    """Ratios, loss differences and the cells that ran, from the JSON lines of all calls."""
-    rows = [
-        json.loads(line) for p in sorted(folder.glob("matrix-*.jsonl")) for line in p.read_text().splitlines()
-    ]
+    """Ratios, loss differences and the cells that ran, from the JSON lines of all calls.
+
+    A row's `call`, added by hand, names the loan of a machine: speeds compare within one alone.
+    """
+    texts = [path.read_text() for path in sorted(folder.glob("matrix-*.jsonl"))]
+    rows = [json.loads(line) for text in texts for line in text.splitlines()]
     for row in rows:
-        mine = [r for r in rows if r["phase"] == "engines" and r.get("micro_batch") == row.get("micro_batch")]
+        if row["phase"] in ("cells", "sharded"):
+            row["case"] = f"{row['format']}-{row['strategy']}-{row['recompute']}-{row['micro_batch']}"
+        if row["phase"] == "sharded":  # one process after the other cell's: correct, but no clean peak
+            for key in [k for k in row if k.endswith(("_gib", "_error_percent"))]:
+                del row[key]
+        mine = [r for r in rows if r["phase"] == "engines" and r["micro_batch"] == row.get("micro_batch")]
         named = {r["case"]: r for r in mine if "error" not in r}
         if row["phase"] == "engines" and "error" not in row and "single" in named:
-            row["times_single"] = round(row["tokens_per_s"] / named["single"]["tokens_per_s"], 3)
-            row["loss_difference_to_single"] = difference(named["single"], row)
+            is_same_call = named["single"].get("call") == row.get("call")
+            ratio = "times_single" if is_same_call else "times_single_of_another_call"
+            row[ratio] = round(row["tokens_per_s"] / named["single"]["tokens_per_s"], 3)
+            if len(row["losses"]) == len(named["single"]["losses"]):  # else another schedule
+                row["loss_difference_to_single"] = difference(named["single"], row)
             if "reordered" in named:
                 row["tolerance"] = 3 * difference(named["single"], named["reordered"])
-    (folder / "matrix.json").write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
+    text = json.dumps(rows, indent=1, sort_keys=True).replace(f"{ROOT}/", "")
+    (folder / "matrix.json").write_text(text + "\n")
+    keys = (
+        "phase", "case", "call", "micro_batch", "tokens_per_s", "times_single", "times_single_of_another_call",
+        "loss_difference_to_single", "tolerance", "peak_gib", "forecast_gib", "forecast_error_percent", "ok",
+    )  # fmt: skip
     for row in rows:
-        keys = (
-            "phase",
-            "case",
-            "format",
-            "strategy",
-            "recompute",
-            "micro_batch",
-            "tokens_per_s",
-            "times_single",
-            "loss_difference_to_single",
-            "tolerance",
-            "peak_gib",
-            "forecast_gib",
-            "forecast_error_percent",
-            "ok",
-        )
         print("  ".join(f"{k}={row[k]}" for k in keys if k in row), row.get("error", "")[-200:])
 
 
@@ -244,7 +243,7 @@ def launch(
         "micro_batch": plan["batch"]["micro_size"], "accumulation": plan["batch"]["accumulation"],
         "adapter": plan["recipe"]["adapter"]["method"], "losses": losses, "ok": losses[-1] < losses[0],
         "tokens_per_s": round(statistics.median(r["tokens_per_s"] for r in rows[warm_up:])),
-        **_memory(events["memory"]), "load": events.get("load"), "wall_s": round(wall, 1),
+        **_memory(events["memory"]), "load": events["load"] | {"cache_dir": None}, "wall_s": round(wall, 1),
         "command": _command(recipe, overrides),
     }  # fmt: skip
 

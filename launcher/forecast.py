@@ -16,6 +16,7 @@ from decompft.launcher.forecast_fitted import (
     CUDA_PROCESS_BYTES,
     DEEPSPEED_PROCESS_BYTES,
     NCCL_BYTES,
+    NCCL_HOST_BYTES,
 )
 from decompft.launcher.forecast_states import (
     TRAINED_BYTES,
@@ -70,6 +71,7 @@ def forecast(
     if is_cuda:
         slices = LOAD_SLICES * _largest_slice(work, layout)
         process = CUDA_PROCESS_BYTES + DEEPSPEED_PROCESS_BYTES * layout.spec.is_deepspeed
+        process += NCCL_HOST_BYTES * (layout.world_size > 1)
         host = (
             *((*held, *pinned_rounding(work, layout)) if is_away else ()),
             Term(name="loading", num_bytes=slices, note=f"{LOAD_SLICES} slices of the largest tensor"),

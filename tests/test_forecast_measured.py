@@ -27,7 +27,9 @@ def measured() -> list[dict[str, Any]]:
     found = []
     for path in sorted(RESULTS.glob("*.json")):
         for row in json.loads(path.read_text()):
-            if isinstance(row, dict) and "peak_gib" in row and "decompft launch" in row.get("command", ""):
+            # a checkpoint that was written on that machine is not here
+            is_here = isinstance(row, dict) and row.get("phase") != "load"
+            if is_here and "peak_gib" in row and "decompft launch" in row.get("command", ""):
                 found.append(row | {"name": f"{path.stem}/{row['case']}"})
     return found
 
@@ -51,7 +53,7 @@ def test_there_are_rows_of_the_main_strategies() -> None:
     assert {row["strategy"] for row in ROWS} >= {"single", "ddp", "fsdp"}
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['name']}-{row['tokens_per_s']}")
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['name']}-{row['peak_gib']}")
 def test_forecast_is_of_what_was_measured(row: dict[str, Any]) -> None:
     plan = forecast_of(row)
     assert (plan.strategy, plan.recompute) == (row["strategy"], row["recompute"])
@@ -61,6 +63,13 @@ def test_forecast_is_of_what_was_measured(row: dict[str, Any]) -> None:
 def test_forecast_is_within_5_percent_of_the_measured_peak_or_a_known_miss() -> None:
     missed = {row["name"]: f"{error_of(row):+.1%}" for row in ROWS if abs(error_of(row)) > TOLERANCE}
     assert missed.keys() == KNOWN_MISSES.keys(), missed
+
+
+def test_host_forecast_is_within_20_percent() -> None:
+    """The host's peak holds mapped file pages and what libraries keep; nothing is decided by a tenth of it."""
+    rows = [row for row in ROWS if row.get("phase") in ("engines", "big")]  # launched, not in-process
+    off = {r["name"]: forecast_of(r).forecast.host_total_bytes / (r["host_gib"] * GIB) - 1 for r in rows}
+    assert rows and all(abs(error) < 0.2 for error in off.values()), off
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
