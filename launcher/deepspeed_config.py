@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,16 +18,55 @@ BUCKET_NUMBERS = 50_000_000
 PERSIST_NUMBERS = 10_000
 
 
+# what `parallel.deepspeed` may add: keys whose effect is on speed, memory and logs alone. DeepSpeed drops a key
+# that it does not know without a word, and others would change the arithmetic behind the recipe's back
+_PIN = {"pin_memory": bool, "buffer_count": int, "buffer_size": int}
+ALLOWED: dict[str, Any] = {
+    "wall_clock_breakdown": bool,
+    "memory_breakdown": bool,
+    "dump_state": bool,
+    "zero_optimization": {
+        "reduce_scatter": bool,
+        "allgather_partitions": bool,
+        "use_multi_rank_bucket_allreduce": bool,
+        "sub_group_size": int,
+        "log_trace_cache_warnings": bool,
+        "stage3_max_live_parameters": int,
+        "stage3_max_reuse_distance": int,
+        "stage3_module_granularity_threshold": int,
+        "offload_param": _PIN,
+        "offload_optimizer": {**_PIN, "fast_init": bool},
+    },
+}
+_REFUSED = {
+    **dict.fromkeys(
+        ("bf16", "bfloat16", "fp16", "amp", "torch_autocast", "data_types", "communication_data_type"),
+        "it would cast what the recipe sets with quantization.compute, packed weights included",
+    ),
+    "optimizer": "train.optimizer and train.learning_rate are the keys",
+    "scheduler": "train.schedule is the key",
+}
+
+
 def make_config(
-    recipe: Recipe, *, strategy: Strategy, batch: Batch, world_size: int, cpu_offload: bool
+    recipe: Recipe,
+    *,
+    strategy: Strategy,
+    batch: Batch,
+    world_size: int,
+    cpu_offload: bool,
+    hidden: int,
 ) -> dict[str, Any]:
     """The JSON of strategies zero1 to zero3, with `parallel.deepspeed` merged in.
 
     No precision is switched on: DeepSpeed would cast every floating parameter, the packed bytes of the
     base included. Clipping is ours, because MAP's norms settle (Adapter.settling).
 
+    Args:
+        hidden: the model's width; no matrix is smaller, and none may count as small.
+
     Raises:
-        PlanError: `parallel.deepspeed` sets what the plan sets.
+        PlanError: `parallel.deepspeed` sets what the plan sets, or a key that is not in ALLOWED.
     """
     zero: dict[str, Any] = {
         "stage": int(strategy.removeprefix("zero")),
@@ -36,7 +76,7 @@ def make_config(
     }
     if strategy == "zero3":
         zero |= {
-            "stage3_param_persistence_threshold": min(PERSIST_NUMBERS, _smallest_matrix(recipe)),
+            "stage3_param_persistence_threshold": min(PERSIST_NUMBERS, hidden),
             "stage3_prefetch_bucket_size": BUCKET_NUMBERS,
         }
     else:
@@ -54,39 +94,46 @@ def make_config(
         "zero_optimization": zero,
     }
     assert batch.global_size == batch.micro_size * batch.accumulation * world_size
-    return _merged(made, recipe.parallel.deepspeed, "parallel.deepspeed")
+    return _merged(made, recipe.parallel.deepspeed, ALLOWED, "parallel.deepspeed")
 
 
-def _merged(made: Mapping[str, Any], extra: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _merged(
+    made: Mapping[str, Any], extra: Mapping[str, Any], allowed: Mapping[str, Any], where: str
+) -> dict[str, Any]:
     result = dict(made)
     for key, value in extra.items():
         path = f"{where}.{key}"
-        if key in _REFUSED:
-            raise PlanError(f"{path}: {_REFUSED[key]}", f"leave {key} out of {where}")
-        if key not in made:
-            result[key] = value
-        elif isinstance(made[key], Mapping) and isinstance(value, Mapping):
-            result[key] = _merged(made[key], value, path)
-        else:
+        if key in made and not isinstance(made[key], Mapping):
+            if value != made[key]:
+                raise PlanError(
+                    f"{path}: is {value!r} in the recipe, but the plan sets it to {made[key]!r}",
+                    "change the recipe's own key that it follows from (train, quantization, parallel), "
+                    f"or leave {key} out",
+                )
+            continue
+        kind = allowed.get(key)
+        if kind is None:
+            near = difflib.get_close_matches(key, allowed, n=1)
             raise PlanError(
-                f"{path}: is {value!r} in the recipe, but the plan sets it to {made[key]!r}",
-                "change the recipe's own key that it follows from (train, quantization, parallel), "
-                f"or leave {key} out",
+                f"{path}: {_REFUSED.get(key, 'not a key that may be added')}",
+                f"did you mean {near[0]}?" if near and key not in _REFUSED else _may_be_added(where, allowed),
             )
+        if isinstance(kind, Mapping):
+            if not isinstance(value, Mapping):
+                raise PlanError(f"{path}: {value!r} is no mapping", "write it as {key: value}")
+            if key.startswith("offload_") and key not in made:
+                raise PlanError(
+                    f"{path}: nothing is offloaded",
+                    "set parallel.cpu_offload: true (zero3), which forecasts it",
+                )
+            else:
+                result[key] = _merged(made.get(key, {}), value, kind, path)
+        elif type(value) is not kind:
+            raise PlanError(f"{path}: {value!r} is a {type(value).__name__}", f"it takes a {kind.__name__}")
+        else:
+            result[key] = value
     return result
 
 
-_REFUSED = {
-    "bf16": "it casts every floating parameter, which ruins packed weights; quantization.compute is the key",
-    "fp16": "it casts every floating parameter, which ruins packed weights; quantization.compute is the key",
-    "optimizer": "train.optimizer and train.learning_rate are the keys",
-    "scheduler": "train.schedule is the key",
-    "amp": "quantization.compute is the key",
-}
-
-
-def _smallest_matrix(recipe: Recipe) -> int:
-    """No matrix may count as small: a tiny model's would stay whole everywhere."""
-    config = recipe.model.config or {}
-    hidden = config.get("hidden_size", config.get("n_embd", PERSIST_NUMBERS))
-    return int(hidden) if isinstance(hidden, int) else PERSIST_NUMBERS
+def _may_be_added(where: str, allowed: Mapping[str, Any]) -> str:
+    return f"{where} may add: {', '.join(allowed)}"

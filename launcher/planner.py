@@ -74,6 +74,7 @@ def make(recipe: Recipe, *, machine: Machine | None = None) -> Plan:
             batch=batch,
             world_size=world.size,
             cpu_offload=layout.cpu_offload,
+            hidden=shape.hidden,
         )
     plan = Plan(
         name=recipe.name or "run",
@@ -296,5 +297,10 @@ def _warnings(shape: ModelShape, recipe: Recipe, budget: Budget, work: Workload,
         found.append(
             "shards are kept in host memory, which is slow; a smaller quantization.format, more or larger "
             "GPUs avoid it"
+        )
+    if layout.cpu_offload and layout.device == "cuda" and budget.host_bytes is None:
+        found.append(
+            "the host's memory is unknown: whether the shards that are kept there fit was not checked "
+            "(the table of host memory says what each rank of a node needs)"
         )
     return found

@@ -62,6 +62,20 @@ def test_every_engine_repeats_singles_losses(tmp_path, method, compute):
     assert single[-1] < single[0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_three_ranks_repeat_singles_losses_in_bfloat16(tmp_path, strategy):
+    """A number of ranks that is no power of two: no factor of it may pass through bfloat16."""
+    common = {
+        "quantization": {"format": "nf4", "compute": "bfloat16"},
+        "train": {"max_steps": STEPS, "learning_rate": 0.01, "global_batch_size": 12, "micro_batch_size": 1},
+    }
+    single = curve(tmp_path, "single", **common)
+    reordered = curve(tmp_path, "reordered", patch=reverse_micro_batches, **common)
+    found = curve(tmp_path, strategy, parallel={"strategy": strategy, "gpus_per_node": 3}, **common)
+    assert largest_difference(single, found) <= 3 * largest_difference(single, reordered)
+
+
 @pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
 def test_cpu_offload_repeats_singles_losses(tmp_path, strategy):
     common = {

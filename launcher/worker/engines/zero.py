@@ -20,7 +20,8 @@ from decompft.launcher.worker.engines.base import MOMENTS, Engine
 class ZeroEngine(Engine):
     """What all stages share: DeepSpeed's engine around the model, driven micro batch by micro batch.
 
-    DeepSpeed divides summed gradients by the number of ranks; the loss is multiplied by it first.
+    DeepSpeed divides summed gradients by the number of ranks. That is undone on the reduced float32
+    gradients: a factor on the loss would pass through bfloat16, which keeps powers of two alone exact.
     """
 
     def __init__(self, device: torch.device, *, timeout_s: float, config: Mapping[str, Any]) -> None:
@@ -73,10 +74,12 @@ class ZeroEngine(Engine):
         yield
 
     def backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        self._engine.backward(loss, scale_wrt_gas=False)
 
     def reduce_gradients(self) -> None:
         self._pieces = self._find_pieces()
+        if self.world_size > 1:
+            torch._foreach_mul_(list(self._pieces.values()), float(self.world_size))
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         piece = self._pieces.get(id(parameter))
