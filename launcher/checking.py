@@ -9,11 +9,14 @@ from __future__ import annotations
 import glob
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from decompft.launcher.errors import DataError, DecompftError, ModelError
 from decompft.launcher.packaged import is_packaged, packaged_file
 from decompft.launcher.recipe import FORMAT_FIELDS, Recipe, Source
+
+if TYPE_CHECKING:
+    from decompft.launcher.models import ModelShape
 
 _NEEDS_ARROW = (".parquet", ".arrow", ".zst")  # not opened: pyarrow takes longer to import than check may
 
@@ -54,11 +57,54 @@ def check_weights(model_dir: Path) -> None:
     read_headers(model_dir)
 
 
+def check_tensors(model_dir: Path, shape: ModelShape) -> None:
+    """Compare the sizes and the number of a checkpoint's linear layers with a model's.
+
+    What is missing is told by the ranks, which know every tensor of the model; what is quantized already has
+    shapes of its own.
+
+    Args:
+        shape: of the model that config.json describes.
+
+    Raises:
+        ModelError: as `check_weights`; another shape, or more layers.
+    """
+    from decompft.launcher.quantized_checkpoint import is_quantized
+    from decompft.launcher.safetensors_header import read_headers
+    from decompft.launcher.tensor_names import find_key, refuse_surplus_layers
+
+    stored = read_headers(model_dir)
+    if is_quantized(model_dir):
+        return
+    prefix = shape.linears[0].name.partition(".")[0]
+    claimed = set()
+    for part in (*shape.linears, shape.head):
+        # GPT-2's Conv1D layers lie transposed
+        is_transposed = shape.model_type == "gpt2" and part is not shape.head
+        expected = (part.in_, part.out) if is_transposed else (part.out, part.in_)
+        for name in shape.names(part):
+            key = find_key(f"{name}.weight", stored, prefix)
+            if key is None:
+                continue
+            claimed.add(key)
+            if stored[key].shape == expected:
+                continue
+            hint = "config.json and weights belong to different models; copy or fetch both from one place"
+            if part is shape.head and shape.task == "sequence-classification":
+                hint = f"it already classifies; model.num_labels: {stored[key].shape[0]} keeps its head"
+            raise ModelError(
+                f"{stored[key].path}: {key} has shape {list(stored[key].shape)}, "
+                f"the model's config says {list(expected)}",
+                hint,
+            )
+    refuse_surplus_layers(f"{model_dir}: ", stored, claimed)
+
+
 def _check_model(recipe: Recipe, *, strict: bool) -> list[str]:
     from decompft.launcher.models import read_shape
 
     model = recipe.model
-    _, where, model_dir = read_shape(recipe)
+    shape, where, model_dir = read_shape(recipe)
     if model.weights == "random" or model.id is None:
         return []
     if is_packaged(model.id):
@@ -77,6 +123,7 @@ def _check_model(recipe: Recipe, *, strict: bool) -> list[str]:
             if strict or any(model_dir.glob("*.safetensors*")) or any(model_dir.glob("*.bin")):
                 raise
             return [error.message]
+        check_tensors(model_dir, shape)
         return []
     absent = f"model.id: the weights of {model.id} are not on this machine (shape: {where})"
     if not strict:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -42,22 +42,27 @@ def cheaper_changes(work: Workload, layout: Layout, budget: Budget) -> str:
         changed = change(work, layout)
         if changed and fits(changed.work, changed.layout, budget):
             return f"smallest change that fits: {changed.key}: {changed.value} ({_needs(changed)})"
-    said: dict[str, str] = {}  # a later value of a key replaces an earlier one
-    now = _Changed("", "", work, layout)
-    for change in _CHANGES:
-        changed = change(now.work, now.layout)
-        if changed:
-            now, said[changed.key] = changed, changed.value
-            if fits(now.work, now.layout, budget):
-                return f"these together fit: {_listed(said)} ({_needs(now)})"
-    rows = work.recipe.train.global_batch_size
+    together = _least_together(work, layout, budget)
+    if together:
+        said, changed = together
+        return f"these together fit: {_listed(said)} ({_needs(changed)})"
+    rows, sharded = work.recipe.train.global_batch_size, _sharded(work, layout)
     for ranks in range(layout.world_size + 1, min(rows, MAX_RANKS) + 1):
-        sharded: Strategy = "zero3" if layout.spec.is_deepspeed else "fsdp"
-        more = replace(now.layout, world_size=ranks, strategy=sharded, group_size=None)
-        if rows % ranks == 0 and fits(now.work, more, budget):
-            offload = " with cpu_offload: true" if more.cpu_offload else ""
-            also = _listed(said | {"parallel.strategy": sharded + offload})
-            return f"{ranks} ranks fit, with {also} ({_needs(replace(now, layout=more))})"
+        if sharded is None or rows % ranks:
+            continue
+        more = replace(
+            layout,
+            world_size=ranks,
+            strategy=sharded,
+            group_size=None,
+            # auto's last rung offloads unasked; more ranks may do without
+            cpu_offload=work.recipe.parallel.cpu_offload,
+        )
+        together = _least_together(work, more, budget)
+        if together:
+            said, changed = together
+            also = _listed({"parallel.strategy": sharded} | said)
+            return f"{ranks} ranks fit, with {also} ({_needs(changed)})"
     where = "; a recipe for GPUs elsewhere states parallel.gpu_memory_gib" if layout.device == "cpu" else ""
     return f"no setting fits: take a smaller model, a shorter data.sequence_length, or larger devices{where}"
 
@@ -109,11 +114,8 @@ def _format(work: Workload, layout: Layout, name: str) -> _Changed | None:
 
 
 def _shard_all(work: Workload, layout: Layout) -> _Changed | None:
-    """Everything cut over all ranks, by the library that was asked for."""
-    if layout.shard_size == layout.world_size:
-        return None
-    name: Strategy = "zero3" if layout.spec.is_deepspeed else "fsdp"
-    if name in ADAPTER_SPECS[work.recipe.adapter.method].forbids_engines:
+    name = _sharded(work, layout)
+    if name is None or layout.shard_size == layout.world_size:
         return None
     return _Changed("parallel.strategy", name, work, replace(layout, strategy=name, group_size=None))
 
@@ -123,16 +125,51 @@ def _offload(work: Workload, layout: Layout) -> _Changed | None:
         return None
     if layout.spec.may_offload:
         return _Changed("parallel.cpu_offload", "true", work, replace(layout, cpu_offload=True))
-    name: Strategy = "zero3" if layout.spec.is_deepspeed else "fsdp"
-    if name in ADAPTER_SPECS[work.recipe.adapter.method].forbids_engines:
+    name = _sharded(work, layout)
+    if name is None:
         return None
     away = replace(layout, strategy=name, group_size=None, cpu_offload=True)
     return _Changed("parallel.strategy", f"{name} with cpu_offload: true", work, away)
 
 
-_CHANGES: tuple[Callable[[Workload, Layout], _Changed | None], ...] = (
+def _sharded(work: Workload, layout: Layout) -> Strategy | None:
+    """What cuts everything over all ranks, of the library that was asked for, if the adapter runs under it."""
+    name: Strategy = "zero3" if layout.spec.is_deepspeed else "fsdp"
+    return None if name in ADAPTER_SPECS[work.recipe.adapter.method].forbids_engines else name
+
+
+_Change = Callable[[Workload, Layout], _Changed | None]
+_CHANGES: tuple[_Change, ...] = (
     _recompute, _micro_one, _int8, _nf4, _shard_all, _offload,
 )  # fmt: skip
+
+
+def _least_together(work: Workload, layout: Layout, budget: Budget) -> tuple[dict[str, str], _Changed] | None:
+    """Changes of which none can be left out, and what comes of them; None where even all do not fit."""
+    rows = work.recipe.train.global_batch_size
+
+    def made(changes: Sequence[_Change]) -> tuple[dict[str, str], _Changed]:
+        said: dict[str, str] = {}  # a later value of a key replaces an earlier one
+        now = _Changed("", "", work, layout)
+        for change in changes:
+            changed = change(now.work, now.layout)
+            if changed:
+                now, said[changed.key] = changed, changed.value
+        return said, now
+
+    def works(changes: Sequence[_Change]) -> bool:
+        now = made(changes)[1]
+        # with more ranks a micro batch that was stated may break the batch law
+        is_even = rows % (now.layout.world_size * now.layout.micro_size) == 0
+        return is_even and fits(now.work, now.layout, budget)
+
+    kept = list(_CHANGES)
+    if not works(kept):
+        return None
+    for change in reversed(_CHANGES):  # the largest is dropped first
+        fewer = [x for x in kept if x is not change]
+        kept = fewer if works(fewer) else kept
+    return made(kept)
 
 
 def _listed(said: Mapping[str, str]) -> str:
@@ -140,4 +177,8 @@ def _listed(said: Mapping[str, str]) -> str:
 
 
 def _needs(changed: _Changed) -> str:
-    return f"{gib(forecast(changed.work, changed.layout, capacity_bytes=None).total_bytes)} a rank"
+    memory = forecast(changed.work, changed.layout, capacity_bytes=None)
+    device = gib(memory.total_bytes)
+    if not changed.layout.cpu_offload:
+        return f"{device} a rank"
+    return f"{device} a rank, and of the host {gib(memory.host_total_bytes)} a rank"

@@ -61,6 +61,9 @@ def states(work: Workload, layout: Layout) -> list[Term]:
 def gathered(work: Workload, layout: Layout) -> list[Term]:
     """What the engine holds beside its own shards: gathered parameters, buckets, whole gradients."""
     if layout.spec.is_deepspeed:
+        if layout.device == "cpu":
+            # the buckets are there, but what of them is never written takes no memory
+            return _zero3_live(work, layout)
         numbers = ZERO_BUFFERS[layout.strategy] * BUCKET_NUMBERS
         note = f"{ZERO_BUFFERS[layout.strategy]} x {BUCKET_NUMBERS:,} numbers in float32"
         buckets = Term(name="reduction buckets", num_bytes=numbers * TRAINED_BYTES, note=note)
@@ -71,9 +74,7 @@ def gathered(work: Workload, layout: Layout) -> list[Term]:
 
 
 def pinned_rounding(work: Workload, layout: Layout) -> list[Term]:
-    """What fsdp's offload wastes on the host: torch rounds each pinned tensor up to a power of two."""
-    if layout.spec.is_deepspeed:
-        return []
+    """What offload wastes on the host: torch rounds each pinned tensor up to a power of two."""
     waste = 0
     for size, count in _tensor_bytes(work):
         shard = -(-size // layout.shard_size)

@@ -117,6 +117,14 @@ def truncated_weights(folder: Path, model_dir: Path) -> Sections:
     return sections
 
 
+def wrong_shape(folder: Path, model_dir: Path) -> Sections:
+    copy, sections = local_model(folder, model_dir)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(64, 64)
+    save_file(tensors, copy / "model.safetensors")
+    return sections
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -126,6 +134,7 @@ def truncated_weights(folder: Path, model_dir: Path) -> Sections:
         (wrong_dtype, "quantization.compute: found the text 'float16', expected one of bfloat16, float32"),
         (too_little_memory, "needs 0.6 GiB a rank, this machine's memory has 0.2 GiB"),
         (truncated_weights, "model.safetensors: truncated: 100000 bytes, the header promises "),
+        (wrong_shape, "model.layers.1.mlp.up_proj.weight has shape [64, 64], the model's config says ["),
     ],
 )
 def test_what_can_be_known_before_the_start_is_refused_there(
@@ -205,6 +214,16 @@ def run_on(folder: Path, records: list[dict[str, str]], **data: Any) -> RunDir:
     return planned(folder, data=section)
 
 
+def refused(run: RunDir, capsys: Capture) -> str:
+    """What `prepare` says of a user's mistake."""
+    with pytest.raises(SystemExit) as caught:
+        run_tool(prepare.main, [str(run.path)])
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and not (run.path / "prepared.json").exists()
+    assert "error: " in err and "\n  hint: " in err and is_plain(err)
+    return err
+
+
 GOOD = {"prompt": "one", "completion": "two"}
 LONG = {"prompt": "one", "completion": "two" * 40}
 
@@ -226,13 +245,18 @@ LONG = {"prompt": "one", "completion": "two" * 40}
 def test_what_a_full_read_finds_is_named_with_file_and_line(
     records: list[dict[str, str]], data: dict[str, Any], words: str, tmp_path: Path, capsys: Capture
 ) -> None:
-    run = run_on(tmp_path, records, **data)
-    with pytest.raises(SystemExit) as caught:
-        run_tool(prepare.main, [str(run.path)])
-    err = capsys.readouterr().err
-    assert caught.value.code == 2
-    assert "error: " in err and words in err and "\n  hint: " in err and is_plain(err)
-    assert not (run.path / "prepared.json").exists()
+    assert words in refused(run_on(tmp_path, records, **data), capsys)
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_the_way_out(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    run = run_on(tmp_path, [GOOD], cache_dir=None)
+    monkeypatch.setenv("DECOMPFT_CACHE", str(tmp_path / "file"))
+    err = refused(run, capsys)
+    assert f"error: {tmp_path}/file/data: tokenized data cannot be kept there: Not a directory" in err
+    assert "set DECOMPFT_CACHE or data.cache_dir to a folder that can be written" in err
 
 
 # -- found by the ranks --
@@ -286,11 +310,7 @@ def test_a_checkpoint_over_other_weights_is_refused(tmp_path: Path, model_dir: P
 
 @pytest.mark.dist
 def test_weights_of_another_shape_than_the_config_are_refused(tmp_path: Path, model_dir: Path) -> None:
-    copy, sections = local_model(tmp_path, model_dir)
-    tensors = load_file(copy / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(64, 64)
-    save_file(tensors, copy / "model.safetensors")
-    ended = run_worker(make_run(tmp_path, **sections))
+    ended = run_worker(make_run(tmp_path, **wrong_shape(tmp_path, model_dir)))
     assert ended.outcome.exit_code == 2
     assert "model.layers.1.mlp.up_proj.weight has shape [64, 64] in the checkpoint" in ended.said
     assert is_plain(ended.said + ended.screen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from pathlib import Path
 
@@ -28,9 +29,13 @@ def recipe(source: dict[str, object], model: dict[str, object] | None = None) ->
     )
 
 
-def safetensors(path: Path, num_bytes: int = 16) -> None:
-    header = json.dumps({"w": {"dtype": "U8", "shape": [num_bytes], "data_offsets": [0, num_bytes]}}).encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(num_bytes))
+def safetensors(path: Path, shapes: dict[str, tuple[int, ...]] | None = None) -> None:
+    header, end = {}, 0
+    for name, shape in ({"w": (16,)} if shapes is None else shapes).items():
+        start, end = end, end + math.prod(shape)
+        header[name] = {"dtype": "U8", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
 
 
 @pytest.fixture
@@ -100,6 +105,68 @@ def with_model(model_dir: Path) -> Recipe:
 
 def test_whole_weights_pass(model_dir: Path) -> None:
     safetensors(model_dir / "model.safetensors")
+    assert check(with_model(model_dir), strict=True) == ()
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 260}
+
+
+@pytest.mark.parametrize("name", [UP, UP.removeprefix("model."), f"model.{UP}"])
+def test_a_layer_of_another_shape_is_an_error(model_dir: Path, name: str) -> None:
+    safetensors(model_dir / "model.safetensors", {name: (128, 64)})
+    assert check(with_model(model_dir), strict=True) == ()
+    safetensors(model_dir / "model.safetensors", {name: (64, 128)})
+    with pytest.raises(ModelError) as caught:
+        check(with_model(model_dir), strict=False)
+    assert caught.value.message == (
+        f"{model_dir}/model.safetensors: {name} has shape [64, 128], the model's config says [128, 64]"
+    )
+    assert "different models" in caught.value.hint
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_layers_of_gpt2_lie_transposed_but_for_the_head(model_dir: Path, prefix: str) -> None:
+    (model_dir / "config.json").write_text(json.dumps(GPT2))
+    shapes = {f"{prefix}h.1.attn.c_attn.weight": (64, 192), "lm_head.weight": (260, 64)}
+    safetensors(model_dir / "model.safetensors", shapes)
+    assert check(with_model(model_dir), strict=True) == ()
+    for name in shapes:
+        safetensors(model_dir / "model.safetensors", shapes | {name: shapes[name][::-1]})
+        with pytest.raises(ModelError, match=f"{name} has shape"):
+            check(with_model(model_dir), strict=False)
+
+
+def test_a_head_of_other_classes_says_how_to_keep_it(model_dir: Path) -> None:
+    safetensors(model_dir / "model.safetensors", {"score.weight": (5, 64)})
+    (model_dir.parent / "a.csv").write_text("text,label\nx,1\n")
+    source = {"path": str(model_dir.parent / "a.csv"), "format": "classification"}
+    model = {"id": str(model_dir), "task": "sequence-classification", "num_labels": 2}
+    data = {"train": [source], "packing": False}
+    classifier = Recipe.model_validate({"model": model, "data": data, "train": {"max_steps": 1}})
+    with pytest.raises(ModelError, match=r"score.weight has shape \[5, 64\]") as caught:
+        check(classifier, strict=True)
+    assert "model.num_labels: 5" in caught.value.hint
+
+
+def test_more_layers_than_the_config_says_are_an_error(model_dir: Path) -> None:
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1, 2, 10)]
+    safetensors(model_dir / "model.safetensors", dict.fromkeys(names, (128, 64)))
+    with pytest.raises(ModelError, match=r"holds 2 tensors of layers .* first model.layers.2.mlp") as caught:
+        check(with_model(model_dir), strict=False)
+    assert "num_hidden_layers" in caught.value.hint and caught.value.message.startswith(f"{model_dir}: ")
+
+
+def test_what_is_called_otherwise_is_no_layer(model_dir: Path) -> None:
+    others = {"model.layers.7.rotary_emb.inv_freq": (8,), "vision.layers.9.mlp.up_proj.weight": (3, 3)}
+    safetensors(model_dir / "model.safetensors", {UP: (128, 64), **others})
+    assert check(with_model(model_dir), strict=True) == ()
+
+
+def test_a_quantized_checkpoint_has_shapes_of_its_own(model_dir: Path) -> None:
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (model_dir / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": stored}))
+    safetensors(model_dir / "model.safetensors", {UP: (4096, 1)})
     assert check(with_model(model_dir), strict=True) == ()
 
 

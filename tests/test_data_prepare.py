@@ -261,6 +261,18 @@ def test_damaged_cache_is_noticed_and_rebuilt(
     assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == [Path(first["dir"]).parent.name]
 
 
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nope"])
+def test_a_cache_that_cannot_be_written_is_an_error_in_words(
+    place: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    (tmp_path / "file").write_text("")
+    root = tmp_path / place
+    made = recipe([source(jsonl(tmp_path / "a.jsonl", PAIRS))])
+    with pytest.raises(DataError, match=f"^{root}: tokenized data cannot be kept there: [A-Z]") as caught:
+        prepare_data(made, tokenizer, cache_root=root, show_progress=False)
+    assert "DECOMPFT_CACHE or data.cache_dir" in caught.value.hint
+
+
 def test_failed_preparation_leaves_nothing_behind(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     made = recipe([source(jsonl(tmp_path / "a.jsonl", [*PAIRS, {"prompt": "x"}]))])
     with pytest.raises(DataError, match=r"a.jsonl:41: no field 'completion'"):

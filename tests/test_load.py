@@ -87,6 +87,15 @@ def test_tensors_that_the_model_lacks_are_ignored(originals, tmp_path):
     assert_same(weights(folder), weights(originals["llama"]))
 
 
+def test_more_layers_than_the_config_says_are_refused(originals, tmp_path):
+    folder = configured(copied(originals["llama"], tmp_path), num_hidden_layers=1)
+    with pytest.raises(
+        ModelError, match=r"holds 9 tensors of layers .* first model.layers.1.input_layer"
+    ) as caught:
+        weights(folder)
+    assert "different models" in caught.value.hint and "num_hidden_layers" in caught.value.hint
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_stored_as_the_recipe_asks(originals, tmp_path, dtype):
     folder = copied(originals["llama"], tmp_path, lambda ts: {n: t.to(dtype) for n, t in ts.items()})

@@ -50,7 +50,9 @@ def resident() -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
 
-@pytest.mark.parametrize(("world", "form"), [*((w, "none") for w in WORLDS), ("hsdp", "nf4"), ("zero3", "nf4")])
+@pytest.mark.parametrize(
+    ("world", "form"), [*((w, "none") for w in WORLDS), ("hsdp", "nf4"), ("zero3", "nf4")]
+)
 def test_bytes_of_a_rank_are_total_over_ranks_at_every_moment(tmp_path, world, form):
     parallel, shards = WORLDS[world]
     run = make_run(

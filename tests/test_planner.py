@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from planning import ALONE, CPU, DENSE, GIB, LLAMA_7B, LLAMA_70B, TINY, gpus, make, recipe
 
+from decompft.adapters.spec import ADAPTER_SPECS
 from decompft.launcher import planner
 from decompft.launcher.errors import PlanError
 from decompft.launcher.machine import Machine
@@ -212,6 +214,71 @@ def with_change(sections: dict[str, Any], hint: str) -> dict[str, Any]:
     changed = {field: typed} | ({"cpu_offload": True} if offload else {})
     kept = {k: v for k, v in sections.get(section, {}).items() if field != "strategy" or k != "shard_size"}
     return {**sections, section: kept | changed}
+
+
+@pytest.mark.parametrize(
+    "machine, model, sections, said",
+    [
+        (
+            gpus(2, 16),
+            LLAMA_70B,
+            {"train": {"micro_batch_size": 4, "recompute": "none"}},
+            "these together fit: train.recompute: full, train.micro_batch_size: 1 (",
+        ),
+        # auto's last rung offloads, for which the node is too small; two ranks need no offload
+        (
+            gpus(1, 40, host_gib=30),
+            LLAMA_70B,
+            {"train": {"micro_batch_size": 1}},
+            "2 ranks fit, with parallel.strategy: fsdp (",
+        ),
+        (
+            gpus(1, 20, host_gib=6),
+            LLAMA_7B,
+            {"quantization": {"format": "none"}, "train": {"micro_batch_size": 8, "recompute": "none"}},
+            "2 ranks fit, with parallel.strategy: fsdp, train.recompute: full (",
+        ),
+    ],
+)
+def test_no_change_is_named_that_the_fit_does_not_need(
+    machine: Machine, model: str, sections: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(PlanError) as error:
+        make(machine, model, **sections)
+    assert error.value.hint.startswith(said)
+
+
+def test_a_change_that_offloads_says_what_the_host_needs() -> None:
+    with pytest.raises(PlanError) as error:
+        make(gpus(1, 20), LLAMA_70B, **ALONE)
+    plan = make(gpus(1, 20), LLAMA_70B, parallel={"strategy": "fsdp", "cpu_offload": True})
+    host = plan.forecast.host_total_bytes / GIB
+    assert host > 40 and f"and of the host {host:.1f} GiB a rank)" in error.value.hint
+
+
+@pytest.mark.parametrize("forbidden, said", [((), "ranks fit"), (("fsdp",), "no setting fits")])
+def test_more_ranks_are_named_only_under_what_the_adapter_runs_under(
+    monkeypatch: pytest.MonkeyPatch, forbidden: tuple[str, ...], said: str
+) -> None:
+    spec = dataclasses.replace(ADAPTER_SPECS["lora"], name="picky", forbids_engines=forbidden)
+    monkeypatch.setitem(ADAPTER_SPECS, "picky", spec)
+    sections = {"adapter": {"method": "picky"}, "train": {"micro_batch_size": 1}}
+    with pytest.raises(PlanError) as error:
+        make(gpus(1, 20, host_gib=6), LLAMA_70B, **sections)
+    assert said in error.value.hint
+
+
+def test_shards_on_a_host_of_unknown_memory_warn() -> None:
+    away = {"strategy": "fsdp", "cpu_offload": True}
+    found = gpus(2, 24)
+    unknown = dataclasses.replace(found, host_memory_bytes=None)
+
+    def warns(machine: Machine, parallel: dict[str, Any]) -> bool:
+        return any("host's memory is unknown" in w for w in make(machine, parallel=parallel).warnings)
+
+    assert warns(unknown, away)
+    assert not warns(found, away)
+    assert not warns(unknown, {"strategy": "fsdp"})
 
 
 def test_fit_without_headroom_warns() -> None:

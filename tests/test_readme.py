@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from decompft.launcher.deepspeed_config import ALLOWED
 from decompft.launcher.recipe import Recipe
 from decompft.launcher.source import parse
 
@@ -163,9 +164,7 @@ def test_every_key_that_a_page_names_exists() -> None:
 def test_figures_of_speed_and_accuracy_are_in_the_results() -> None:
     results = ROOT / "benchmarks" / "results"
     rows = [
-        row
-        for name in ("single_gpu", "multi_gpu")
-        for row in json.loads((results / f"{name}.json").read_text())
+        row for name in ("single_gpu", "matrix") for row in json.loads((results / f"{name}.json").read_text())
     ]
     speeds = {f"{row['tokens_per_s']:,}" for row in rows if "tokens_per_s" in row}
     section = README.read_text().split("## Speed\n")[1].split("\n## ")[0]
@@ -183,6 +182,32 @@ def test_figures_of_speed_and_accuracy_are_in_the_results() -> None:
         if line.startswith("| ")
     }
     assert table - {()} == cases
+
+
+def test_measured_figures_of_strategies_are_in_the_results() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "matrix.json").read_text())
+    page = (ROOT / "docs" / "parallel.md").read_text().split("## Measured on two H200s\n")[1]
+    names = {(row["call"], row["micro_batch"], row["strategy"]): row for row in rows if row["phase"] == "engines"
+             and row["case"] == row["strategy"]}  # fmt: skip
+    shown = [
+        [c.strip() for c in line.split("|")[1:-1]]
+        for line in page.split("###")[0].splitlines()
+        if "|" in line
+    ]
+    for strategy, call, micro, tokens, times, _, peak, error, loss, tolerance in shown[2:]:
+        row = names[call, int(micro), strategy.split(",")[0]]
+        assert tokens == f"{row['tokens_per_s']:,}"
+        assert float(times.split()[0]) == row.get("times_single", row.get("times_single_of_another_call"))
+        assert (peak, error) == (f"{row['peak_gib']:.1f}", f"{row['forecast_error_percent']} %")
+        assert not loss or float(loss) == float(f"{row['loss_difference_to_single']:.1e}")
+        assert "tolerance" not in row or not tolerance or float(tolerance) == float(f"{row['tolerance']:.1e}")
+
+
+def test_every_key_that_deepspeeds_config_may_be_given_is_on_the_page() -> None:
+    page = (ROOT / "docs" / "parallel.md").read_text()
+    named = set(re.findall(r"`(\w+)`", page.split("## parallel.deepspeed\n")[1].split("\n## ")[0]))
+    zero = ALLOWED["zero_optimization"]
+    assert {*ALLOWED, *zero, *zero["offload_param"], *zero["offload_optimizer"]} == named
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

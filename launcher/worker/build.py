@@ -21,10 +21,10 @@ from decompft.adapters.targets import TargetMismatch, select
 from decompft.launcher.errors import AdapterError
 from decompft.launcher.quantized_checkpoint import is_quantized, stored_in
 from decompft.launcher.recipe import AdapterSection, ModelSection, QuantizationSection
+from decompft.launcher.tensor_names import find_key
 from decompft.launcher.worker.engines.base import Engine, full_shape
 from decompft.launcher.worker.load import Progress, load_base
 from decompft.launcher.worker.loaded import Loaded
-from decompft.launcher.worker.matching import find_key
 from decompft.launcher.worker.model import (
     LossModel,
     blocks,
@@ -230,7 +230,7 @@ def _cache_dir(source: TensorSource, base_hash: str | None, quantization: Quanti
     """Where quantized rows are kept; random weights, and those of a quantized checkpoint, are not."""
     if base_hash is None or type(source) is not SafetensorsSource:
         return None
-    return packed_cache_dir(base_hash, quantization)
+    return packed_cache_dir(base_hash, quantization, source)
 
 
 def _inject(hf: Any, adapter: AdapterSection | None, heads: list[str], make: MakeFrozen) -> list[str]:

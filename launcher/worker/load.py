@@ -118,7 +118,7 @@ def _stream(
         for parameter, rows in zip(want.parameters, values, strict=True):
             engine.place(parameter, rows, chunk.first)
         if cache is not None and chunk.is_new:
-            cache.add(want.key, chunk.first, values)
+            cache.add(want.key, want.parameters, chunk.first, values)
         if id(want.layer) in measured:
             squares[measured[id(want.layer)]] += _squares(chunk, values, engine)
         done += _row_bytes(want) * (chunk.last - chunk.first)
@@ -218,8 +218,9 @@ def _loaded(
             _source_row_bytes(want, source) * (last - first) * (1 if want.twin is None else 2)
             for want, first, last in _ranges(wants, engine)
         )
-    from_cache, written = (0, 0) if cache is None else (cache.bytes_read, cache.bytes_written)
-    sums = [int(n) for n in engine.sum_ranks([read, from_cache, whole, written])]
+    counts = (0, 0, 0) if cache is None else (cache.bytes_read, cache.bytes_written, cache.num_damaged)
+    from_cache, written, damaged = counts
+    sums = [int(n) for n in engine.sum_ranks([read, from_cache, whole, written, damaged])]
     sizes = [(p.element_size(), engine.span(p), math.prod(full_shape(p))) for p in model.parameters()]
     # nothing was allocated before the model
     is_cuda = engine.device.type == "cuda"
@@ -229,6 +230,7 @@ def _loaded(
         cache_bytes_read=sums[1],
         checkpoint_bytes=sums[2],
         cache_bytes_written=sums[3],
+        cache_damaged=sums[4],
         cache_dir=None if cache is None else cache.folder,
         seconds=engine.max_rank(seconds),
         peak_anonymous_bytes=int(engine.max_rank(peak_bytes)),

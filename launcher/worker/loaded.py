@@ -15,6 +15,7 @@ class Loaded:
     cache_bytes_read: int
     checkpoint_bytes: int  # of the checkpoint's files, had there been no cache
     cache_bytes_written: int
+    cache_damaged: int  # pieces
     cache_dir: Path | None
     seconds: float  # of the slowest rank
     peak_anonymous_bytes: int  # host memory above its value before, of the fullest rank
@@ -39,16 +40,19 @@ class Loaded:
         if not read:
             return ""
         rate = read / 2**30 / max(self.seconds, 1e-9)
-        text = f"base: {_size(read)} read in {self.seconds:.1f} s ({rate:.2f} GiB/s)"
+        text = f"base: {size_text(read)} read in {self.seconds:.1f} s ({rate:.2f} GiB/s)"
         if self.cache_bytes_read:
             text += (
-                f", {_size(self.cache_bytes_read)} of it from the cache: "
+                f", {size_text(self.cache_bytes_read)} of it from the cache: "
                 f"{self.cache_share:.0%} of the checkpoint's bytes"
             )
         if self.cache_bytes_written:
-            text += f", {_size(self.cache_bytes_written)} cached at {self.cache_dir}"
+            text += f", {size_text(self.cache_bytes_written)} cached at {self.cache_dir}"
+        if self.cache_damaged:
+            text += f"; damaged pieces of the cache, read from the checkpoint instead: {self.cache_damaged}"
         return text
 
 
-def _size(num_bytes: int) -> str:
+def size_text(num_bytes: int) -> str:
+    """In the unit that fits."""
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 from decompft.launcher.errors import CheckpointError, DecompftError, UserError
 from decompft.launcher.outcome import Outcome, Result, write_outcome, write_rank
 from decompft.launcher.runs import RunDir
+from decompft.launcher.worker.loaded import Loaded, size_text
 
 if TYPE_CHECKING:
-    from decompft.launcher.worker.loaded import Loaded
     from decompft.launcher.worker.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ def _loading(this: Rank) -> Any:
         tenth = 10 * done // max(total, 1)
         if this.rank == 0 and tenth > shown[0] and time.monotonic() - began > 2:
             shown[0] = tenth
-            _show(f"loading the base: {10 * tenth} % of {total / 2**30:.2f} GiB", this.stream)
+            _show(f"loading the base: {10 * tenth} % of {size_text(total)}", this.stream)
 
     return progress
 

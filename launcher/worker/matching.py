@@ -9,6 +9,7 @@ from torch import nn
 from decompft.adapters.base import Adapter
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.launcher.errors import ModelError
+from decompft.launcher.tensor_names import find_key, refuse_surplus_layers
 from decompft.launcher.worker.engines.base import full_shape
 from decompft.launcher.worker.tensors import TensorSource
 
@@ -31,7 +32,8 @@ def match_tensors(
     """What to read, and the parameters (of those in `new`) that the checkpoint does not have.
 
     Raises:
-        ModelError: a tensor is missing, has another shape, or a dtype that is none of ours.
+        ModelError: a tensor is missing, has another shape, or a dtype that is none of ours; or there are
+            more layers than the model has.
     """
     wants, missing = _wants(model, set(source.names()), prefix)
     lost = [n for n in missing if n not in new]
@@ -40,6 +42,8 @@ def match_tensors(
             f"the checkpoint lacks {len(lost)} of the model's tensors, first {lost[0]}",
             "the files belong to another model, or a shard is missing",
         )
+    claimed = {k for w in wants for k in (w.key, w.twin) if k is not None}
+    refuse_surplus_layers("", source.names(), claimed)
     # packed weights lie as (out, in), whatever the model's own layer stores
     wants = [replace(w, transposed=w.transposed and not source.is_packed(w.key)) for w in wants]
     for want in wants:
@@ -81,18 +85,6 @@ def _wants(model: nn.Module, keys: set[str], prefix: str) -> tuple[list[Want], d
                     name=first, key=key, parameters=storage, layer=packs, transposed=transposed
                 )
     return list(wants.values()), missing
-
-
-def find_key(name: str, keys: set[str], prefix: str) -> str | None:
-    """The checkpoint's name of a tensor that transformers calls `name`, with or without the model's prefix."""
-    bare = name.removeprefix(f"{prefix}.")
-    names = [name, bare, f"{prefix}.{name}"]
-    # LayerNorm's parameters in checkpoints converted from TensorFlow
-    old = [
-        n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-        for n in names
-    ]
-    return next((n for n in (*names, *old) if n in keys), None)
 
 
 def _check_shape(want: Want, found: tuple[int, ...], *, is_head: bool) -> None:

@@ -27,11 +27,16 @@ from decompft.launcher.worker.tensors import SafetensorsSource, bytes_of
 
 logger = logging.getLogger(__name__)
 
-_SAMPLE_BYTES = 1024  # of the middle of a tensor
+_SAMPLE_BYTES = 1024  # of the weight, from the middle of what a piece holds
 
 
-def packed_cache_dir(base_hash: str, quantization: QuantizationSection) -> Path | None:
+def packed_cache_dir(
+    base_hash: str, quantization: QuantizationSection, source: SafetensorsSource
+) -> Path | None:
     """The folder of a base in a format; None where nothing is cached.
+
+    Weights that were replaced have another: the hash covers the ends of files alone, so size and time of
+    each file count, too.
 
     Args:
         base_hash: `modelfiles.identity`'s sha256.
@@ -40,7 +45,10 @@ def packed_cache_dir(base_hash: str, quantization: QuantizationSection) -> Path 
     if not quantization.cache or not spec.is_quantized:
         return None
     blocks = [quantization.block_size, quantization.double_quant] if spec.has_blocks else []
-    key = hashlib.sha256(json.dumps([LAYOUT, base_hash, spec.name, blocks]).encode()).hexdigest()
+    # of what a link leads to: the hub's cache keeps links
+    stats = {path.name: path.stat() for path in {source.stored(n).path for n in source.names()}}
+    files = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in sorted(stats.items())]
+    key = hashlib.sha256(json.dumps([LAYOUT, base_hash, files, spec.name, blocks]).encode()).hexdigest()
     return cache_dir() / "packed" / f"{base_hash[:12]}-{spec.name}-{key[:12]}"
 
 
@@ -54,16 +62,16 @@ class PackedCache:
     """The cached rows of one base in one format, as one rank sees them.
 
     Args:
-        source: of the same base. 1 KiB of each tensor is compared with what the cache was made of: the
-            folder's hash covers the ends of the checkpoint's files alone.
+        source: of the same base. 1 KiB a piece is compared with what the cache was made of: a file may be
+            replaced by one of the same size, ends and time.
         writes: whether this rank keeps what it packs.
     """
 
     def __init__(self, folder: Path, source: SafetensorsSource, *, writes: bool) -> None:
         self.folder = folder
         self.bytes_read = 0
+        self.num_damaged = 0  # pieces
         self._source = source
-        self._samples: dict[str, str] = {}
         self._lock = threading.Lock()
         self._held: dict[str, list[_Held]] = {}
         for file in PackedFile.all_of(folder):
@@ -83,7 +91,7 @@ class PackedCache:
         shapes = [full_shape(t)[1:] for t in storage]
         widths = [math.prod(s) * t.dtype.itemsize for s, t in zip(shapes, storage, strict=True)]
         rows = last - first
-        while chosen := self._cover(name, first, last):
+        while chosen := self._cover(name, full_shape(storage[0])[0], first, last):
             out = bytes_of(buffer, rows * sum(widths))
             parts = _parts(out, rows, widths)
             for held in chosen:
@@ -94,6 +102,7 @@ class PackedCache:
                     logger.warning("%s: %s rows %d: damaged", held.file.path, name, piece.first)
                     with self._lock:
                         self._held[name] = [h for h in self._held[name] if h is not held]
+                        self.num_damaged += 1
                     break
                 with self._lock:
                     self.bytes_read += piece.num_bytes
@@ -108,10 +117,16 @@ class PackedCache:
                 )
         return None
 
-    def add(self, name: str, first: int, values: tuple[Tensor, ...]) -> None:
-        """Keep packed rows; returns while they are being hashed and written, waits when too many are."""
-        if self._writer is not None:
-            self._writer.add(name, first, values, self._sample(name))
+    def add(self, name: str, storage: tuple[Tensor, ...], first: int, values: tuple[Tensor, ...]) -> None:
+        """Keep packed rows; returns while they are being hashed and written, waits when too many are.
+
+        Args:
+            storage: as `find`.
+        """
+        if self._writer is not None and not self._writer.warning:
+            last = first + values[0].shape[0]
+            sample = self._sample(name, full_shape(storage[0])[0], first, last)
+            self._writer.add(name, first, values, sample)
 
     def finish(self) -> None:
         """Wait until all that was added is on disk under its final name."""
@@ -132,31 +147,37 @@ class PackedCache:
         """Why nothing was kept, or ""."""
         return "" if self._writer is None else self._writer.warning
 
-    def _cover(self, name: str, first: int, last: int) -> list[_Held]:
-        """Pieces that together hold the rows, newer files before older; empty if there are none."""
+    def _cover(self, name: str, of: int, first: int, last: int) -> list[_Held]:
+        """Pieces that together hold the rows, newer files before older; empty if there are none.
+
+        Args:
+            of: rows of the whole weight.
+        """
         with self._lock:
             held = list(self._held.get(name, ()))
-        if not held:
-            return []
-        sample = self._sample(name)
-        held = [h for h in held if h.file.samples.get(name) == sample]
         chosen: list[_Held] = []
         while first < last:
-            at = [h for h in held if h.piece.first <= first < h.piece.first + h.piece.num_rows]
-            if not at:
+            at = (
+                h
+                for h in held
+                if h.piece.first <= first < h.piece.first + h.piece.num_rows
+                and h.piece.sample == self._sample(name, of, h.piece.first, h.piece.first + h.piece.num_rows)
+            )
+            found = next(at, None)
+            if found is None:
                 return []
-            chosen.append(at[0])
-            first = at[0].piece.first + at[0].piece.num_rows
+            chosen.append(found)
+            first = found.piece.first + found.piece.num_rows
         return chosen
 
-    def _sample(self, name: str) -> str:
-        with self._lock:
-            if name not in self._samples:
-                stored = self._source.stored(name)
-                taken = torch.empty(min(_SAMPLE_BYTES, stored.num_bytes), dtype=torch.uint8)
-                self._source.read(name, (stored.num_bytes - taken.numel()) // 2, taken)
-                self._samples[name] = hashlib.sha256(taken.numpy().data).hexdigest()[:16]
-            return self._samples[name]
+    def _sample(self, name: str, of: int, first: int, last: int) -> str:
+        """Hash of bytes of the weight near the middle of rows [first, last), wherever a transposed one has them."""
+        num_bytes = self._source.stored(name).num_bytes
+        taken = torch.empty(min(_SAMPLE_BYTES, num_bytes), dtype=torch.uint8)
+        middle = num_bytes * (first + last) // (2 * of)
+        start = min(max(0, middle - taken.numel() // 2), num_bytes - taken.numel())
+        self._source.read(name, start, taken)
+        return hashlib.sha256(taken.numpy().data).hexdigest()[:16]
 
 
 def _parts(raw: Tensor, rows: int, widths: list[int]) -> list[Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import queue
 import threading
@@ -25,7 +26,9 @@ from torch import Tensor
 
 from decompft.launcher.worker.tensorfile import fsync_folder
 
-LAYOUT = 1  # raise it when the same rows would be stored as other bytes: part of the cache's key
+logger = logging.getLogger(__name__)
+
+LAYOUT = 2  # raise it when the same rows would be stored as other bytes: part of the cache's key
 SUFFIX = ".packed"
 _MAGIC = b"dcftpack"
 _MOST_PENDING = 4  # pieces that wait for the disk, of a few MiB each
@@ -43,6 +46,7 @@ class Piece:
     offset: int  # bytes from the beginning of the file
     num_bytes: int
     sha256: str
+    sample: str  # of the weight it was made of
 
 
 class PackedFile:
@@ -64,10 +68,17 @@ class PackedFile:
         if _name_of(text) != path.name:
             raise ValueError("its index is damaged")
         index = json.loads(text)
-        self.samples: dict[str, str] = index["samples"]
         self.pieces = [
-            Piece(name=n, first=first, num_rows=rows, offset=offset, num_bytes=size, sha256=digest)
-            for n, first, rows, offset, size, digest in index["pieces"]
+            Piece(
+                name=n,
+                first=first,
+                num_rows=rows,
+                offset=offset,
+                num_bytes=size,
+                sha256=digest,
+                sample=sample,
+            )  # fmt: skip
+            for n, first, rows, offset, size, digest, sample in index["pieces"]
         ]
 
     @classmethod
@@ -106,8 +117,9 @@ class Writer:
         self.bytes_written = 0  # under the final name
         self.warning = ""
         self._folder = folder
-        self._queue: queue.Queue[tuple[str, int, list[Tensor]] | None] = queue.Queue(maxsize=_MOST_PENDING)
-        self._samples: dict[str, str] = {}
+        self._queue: queue.Queue[tuple[str, int, list[Tensor], str] | None] = queue.Queue(
+            maxsize=_MOST_PENDING
+        )
         self._is_wanted = True
         self._thread: threading.Thread | None = None
 
@@ -117,8 +129,7 @@ class Writer:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="cache", daemon=True)
             self._thread.start()
-        self._samples[name] = sample
-        self._queue.put((name, first, [v.detach().to("cpu").contiguous() for v in values]))
+        self._queue.put((name, first, [v.detach().to("cpu").contiguous() for v in values], sample))
 
     def finish(self) -> None:
         if self._thread is not None:
@@ -144,10 +155,13 @@ class Writer:
                 more = False
                 if self._is_wanted:
                     self._commit(file, temporary, pieces)
-        except OSError as error:
+        except Exception as error:  # whatever it is: without this thread, the load would wait for ever
+            reason = error.strerror if isinstance(error, OSError) else None
+            if not isinstance(error, OSError):
+                logger.warning("%s: a defect in writing the cache", self._folder, exc_info=True)
             self.warning = (
-                f"quantized rows are not cached: {self._folder}: {error.strerror or error}; DECOMPFT_CACHE "
-                "names another folder, quantization.cache: false asks for none"
+                f"quantized rows are not cached: {self._folder}: {reason or error or type(error).__name__}; "
+                "DECOMPFT_CACHE names another folder, quantization.cache: false asks for none"
             )
             while more and self._queue.get() is not None:
                 pass  # the load must not wait for a place in the queue
@@ -158,10 +172,8 @@ class Writer:
                 pass
 
     def _commit(self, file: BinaryIO, temporary: Path, pieces: list[Piece]) -> None:
-        rows = [[p.name, p.first, p.num_rows, p.offset, p.num_bytes, p.sha256] for p in pieces]
-        text = json.dumps(
-            {"layout": LAYOUT, "samples": self._samples, "pieces": rows}, sort_keys=True
-        ).encode()
+        rows = [[p.name, p.first, p.num_rows, p.offset, p.num_bytes, p.sha256, p.sample] for p in pieces]
+        text = json.dumps({"layout": LAYOUT, "pieces": rows}, sort_keys=True).encode()
         file.write(text + len(text).to_bytes(8, "little") + _MAGIC)
         file.flush()
         os.fsync(file.fileno())
@@ -179,7 +191,7 @@ class Writer:
                 continue
 
 
-def _append(file: BinaryIO, name: str, first: int, values: list[Tensor]) -> Piece:
+def _append(file: BinaryIO, name: str, first: int, values: list[Tensor], sample: str) -> Piece:
     start, digest = file.tell(), hashlib.sha256()
     for value in values:
         data = value.view(-1).view(torch.uint8).numpy().data
@@ -191,7 +203,7 @@ def _append(file: BinaryIO, name: str, first: int, values: list[Tensor]) -> Piec
         os.fdatasync(file.fileno())
     return Piece(
         name=name, first=first, num_rows=values[0].shape[0], offset=start, num_bytes=end - start,
-        sha256=digest.hexdigest(),
+        sha256=digest.hexdigest(), sample=sample,
     )  # fmt: skip
 
 

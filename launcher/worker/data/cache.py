@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from decompft.launcher.errors import DataError
 from decompft.launcher.places import cache_dir
 from decompft.launcher.recipe import Recipe, Source
 from decompft.launcher.worker.data.hub import hub_fingerprint
@@ -57,22 +60,28 @@ def cached(root: Path, key: str, build: Callable[[Path], dict[str, Any]]) -> tup
 
     Returns:
         state is "hit", "built" or "rebuilt" (what was there was damaged).
+
+    Raises:
+        DataError: nothing can be written there.
     """
     place = root / key[:32]
     facts = _read_valid(place)
     if facts is not None:
         return place, facts, "hit"
-    root.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{key[:8]}-", dir=root))
-    building.chmod(0o755)  # mkdtemp's 0700 would hide a shared cache from the others
+    with _refusal_in_words(root):
+        root.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{key[:8]}-", dir=root))
+        building.chmod(0o755)  # mkdtemp's 0700 would hide a shared cache from the others
     try:
         facts = build(building)
         _write_manifest(building, facts)
         damaged = place.exists()
         if damaged:
-            aside = Path(tempfile.mkdtemp(prefix=".damaged-", dir=root))
-            os.rename(place, aside / "entry")
-            shutil.rmtree(aside)
+            with _refusal_in_words(root):
+                aside = Path(tempfile.mkdtemp(prefix=".damaged-", dir=root))
+                with suppress(FileNotFoundError):  # another process was faster
+                    os.rename(place, aside / "entry")
+                shutil.rmtree(aside)
         try:
             os.rename(building, place)
         except OSError:
@@ -83,6 +92,20 @@ def cached(root: Path, key: str, build: Callable[[Path], dict[str, Any]]) -> tup
         return place, facts, "rebuilt" if damaged else "built"
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+@contextmanager
+def _refusal_in_words(root: Path) -> Iterator[None]:
+    """Say which folder cannot be written; a full disk has words of its own (tools/main.py)."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DataError(
+            f"{root}: tokenized data cannot be kept there: {error.strerror or error}",
+            "set DECOMPFT_CACHE or data.cache_dir to a folder that can be written",
+        ) from error
 
 
 def _read_valid(place: Path) -> dict[str, Any] | None:
