@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny import losses, make_run, run_ranks
+from tiny import WORLDS, losses, make_run, run_ranks
 
 from decompft.launcher.checkpoints import newest_valid
 from decompft.launcher.runs import RunDir
@@ -18,15 +18,6 @@ TRAIN = {
     "global_batch_size": 4,
     "micro_batch_size": 1,
     "warmup_steps": 2,
-}
-WORLDS = {
-    "single": {},
-    "ddp": {"strategy": "ddp", "gpus_per_node": 2},
-    "fsdp": {"strategy": "fsdp", "gpus_per_node": 2},
-    "hsdp": {"strategy": "hsdp", "gpus_per_node": 4, "shard_size": 2},
-    "zero1": {"strategy": "zero1", "gpus_per_node": 2},
-    "zero2": {"strategy": "zero2", "gpus_per_node": 2},
-    "zero3": {"strategy": "zero3", "gpus_per_node": 2},
 }
 # every engine writes and reads once; all pairs are another issue's
 MOVES = [

@@ -33,6 +33,16 @@ LLAMA = {
     "model_type": "llama", "vocab_size": 260, "hidden_size": 64, "intermediate_size": 128,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
 }  # fmt: skip
+# a parallel section of each engine, on as few CPU ranks as it needs
+WORLDS: dict[str, dict[str, Any]] = {
+    "single": {},
+    "ddp": {"strategy": "ddp", "gpus_per_node": 2},
+    "fsdp": {"strategy": "fsdp", "gpus_per_node": 2},
+    "hsdp": {"strategy": "hsdp", "gpus_per_node": 4, "shard_size": 2},
+    "zero1": {"strategy": "zero1", "gpus_per_node": 2},
+    "zero2": {"strategy": "zero2", "gpus_per_node": 2},
+    "zero3": {"strategy": "zero3", "gpus_per_node": 2},
+}
 CPU = Machine(num_cores=2, host_memory_bytes=16 * 2**30)
 
 

@@ -57,12 +57,16 @@ class Engine:
                 if parameter is None:
                     continue
                 if id(parameter) not in made:
-                    empty = torch.empty_like(parameter, device=self.home(parameter))
-                    made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                    made[id(parameter)] = self.allocate(parameter)
                 module._parameters[name] = made[id(parameter)]
             for name, buffer in list(module._buffers.items()):
                 if buffer is not None:
                     module._buffers[name] = torch.empty_like(buffer, device=self.device)
+
+    def allocate(self, parameter: nn.Parameter) -> nn.Parameter:
+        """A parameter on meta, with memory for what lives here."""
+        empty = torch.empty_like(parameter, device=self.home(parameter))
+        return nn.Parameter(empty, requires_grad=parameter.requires_grad)
 
     def home(self, parameter: Tensor) -> torch.device:
         """Where a parameter lives between uses."""

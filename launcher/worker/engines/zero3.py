@@ -21,26 +21,19 @@ class Zero3Engine(ZeroEngine):
     def materialize(self, model: nn.Module) -> None:
         import deepspeed
 
-        cutter = deepspeed.zero.Init(config_dict_or_path=self._config)
-        made: dict[int, nn.Parameter] = {}
-        for module in model.modules():
-            for name, parameter in list(module._parameters.items()):
-                if parameter is None:
-                    continue
-                if id(parameter) not in made:
-                    empty = torch.empty_like(parameter, device=self.device)
-                    made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                    cutter._convert_to_deepspeed_param(made[id(parameter)])
-                    made[id(parameter)].partition()  # type: ignore[attr-defined]
-                module._parameters[name] = made[id(parameter)]
-            for name, buffer in list(module._buffers.items()):
-                if buffer is not None:
-                    module._buffers[name] = torch.empty_like(buffer, device=self.device)
+        self._cutter = deepspeed.zero.Init(config_dict_or_path=self._config)
+        super().materialize(model)
         # an adapter reads its base's storage without calling the base: both are gathered together
         for module in model.modules():
             if isinstance(module, Adapter):
                 for parameter in module.base.parameters():
                     deepspeed.zero.register_external_parameter(module, parameter)
+
+    def allocate(self, parameter: nn.Parameter) -> nn.Parameter:
+        made = super().allocate(parameter)
+        self._cutter._convert_to_deepspeed_param(made)
+        made.partition()  # type: ignore[attr-defined]  # DeepSpeed has just added it
+        return made
 
     def local(self, tensor: Tensor) -> Tensor:
         if not hasattr(tensor, "ds_tensor"):
