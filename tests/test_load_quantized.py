@@ -130,9 +130,10 @@ def test_each_fsdp_rank_reads_the_rows_it_holds(quantized, kind):
                 assert torch.equal(mine.view(torch.uint8), full.view(torch.uint8)), name
             norms = [a.base_norm.item() for _, a in adapters(made.model.model)]
             assert norms == pytest.approx([a.base_norm.item() for _, a in adapters(alone)], rel=1e-6)
-            # whole on both ranks: the tables of scales and levels, and a byte a weight that names its layout
+            # whole on both ranks: norms, the tables of scales and levels, a byte a weight that names its layout
             tables = ("absmax", "quant_map", "weight_format") if "nested" in kind else ("weight_format",)
             small = sum(n for k, n in whole.items() if k.endswith(tables) and not k.endswith("weight.absmax"))
+            small += sum(whole[k] for k, p in parameters.items() if p.dim() == 1 and k in whole)
             states = sum(n for k, n in whole.items() if ".quant_state." in k)
             assert made.loaded.bytes_read == sum(whole.values()) - states + small
         finally:

@@ -102,7 +102,7 @@ def build(
     new = {n for n in shapes if any(n == h or n.startswith(h + ".") for h in outline.new_heads)}
     loaded = load_base(
         hf, source, engine, prefix=hf.base_model_prefix, new=new, seed=seed, progress=progress,
-        cache_dir=_cache_dir(source, base_hash, outline.quantization),
+        cache_dir=_cache_dir(source, base_hash, outline.quantization, engine.device),
     )  # fmt: skip
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers())), "a tensor was left on meta"
     trained = {n: p for n, p in hf.named_parameters() if p.requires_grad}
@@ -226,11 +226,13 @@ def _as_packed(quantized: MakeFrozen, plain: MakeFrozen, packed: set[str], prefi
     return make
 
 
-def _cache_dir(source: TensorSource, base_hash: str | None, quantization: QuantizationSection) -> Path | None:
+def _cache_dir(
+    source: TensorSource, base_hash: str | None, quantization: QuantizationSection, device: torch.device
+) -> Path | None:
     """Where quantized rows are kept; random weights, and those of a quantized checkpoint, are not."""
     if base_hash is None or type(source) is not SafetensorsSource:
         return None
-    return packed_cache_dir(base_hash, quantization, source)
+    return packed_cache_dir(base_hash, quantization, source, packed_on=device.type)
 
 
 def _inject(hf: Any, adapter: AdapterSection | None, heads: list[str], make: MakeFrozen) -> list[str]:

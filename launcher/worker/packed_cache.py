@@ -31,7 +31,7 @@ _SAMPLE_BYTES = 1024  # of the weight, from the middle of what a piece holds
 
 
 def packed_cache_dir(
-    base_hash: str, quantization: QuantizationSection, source: SafetensorsSource
+    base_hash: str, quantization: QuantizationSection, source: SafetensorsSource, *, packed_on: str
 ) -> Path | None:
     """The folder of a base in a format; None where nothing is cached.
 
@@ -40,6 +40,8 @@ def packed_cache_dir(
 
     Args:
         base_hash: `modelfiles.identity`'s sha256.
+        packed_on: "cuda" or "cpu": bitsandbytes' 4-bit kernels round near a boundary differently there, and
+            a run on one must not depend on whether another was here before.
     """
     spec = FORMAT_SPECS[quantization.format]
     if not quantization.cache or not spec.is_quantized:
@@ -48,7 +50,9 @@ def packed_cache_dir(
     # of what a link leads to: the hub's cache keeps links
     stats = {path.name: path.stat() for path in {source.stored(n).path for n in source.names()}}
     files = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in sorted(stats.items())]
-    key = hashlib.sha256(json.dumps([LAYOUT, base_hash, files, spec.name, blocks]).encode()).hexdigest()
+    key = hashlib.sha256(
+        json.dumps([LAYOUT, base_hash, files, spec.name, blocks, packed_on]).encode()
+    ).hexdigest()
     return cache_dir() / "packed" / f"{base_hash[:12]}-{spec.name}-{key[:12]}"
 
 
