@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -23,6 +24,8 @@ class Engine:
     that. A subclass overrides what differs, so that loop and checkpoints never ask which it is.
     """
 
+    needs_group = False  # a process group even of one rank
+
     def __init__(self, device: torch.device, *, timeout_s: float) -> None:
         self.device = device
         self.rank = int(os.environ.get("RANK", "0"))
@@ -33,9 +36,11 @@ class Engine:
 
     def start(self) -> None:
         """Join the process group. A second, CPU group carries decisions without touching the device."""
-        if self.world_size == 1:
-            return
         backend = "nccl" if self.device.type == "cuda" else "gloo"
+        if self.world_size == 1:
+            if self.needs_group:
+                dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+            return
         device_id = self.device if backend == "nccl" else None
         dist.init_process_group(backend, timeout=self._timeout, device_id=device_id)
         self._cpu_group = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
@@ -189,6 +194,13 @@ class Engine:
         tensor = torch.tensor([value], dtype=torch.float64)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._cpu_group)
         return float(tensor.item())
+
+    def sum_device(self, value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+        """Sum a tensor over the ranks of `group`, on the device; default all."""
+        if self.world_size > 1:
+            value = value.to(self.device)
+            dist.all_reduce(value, group=group)
+        return value
 
     def any_rank(self, flag: bool) -> bool:
         return self.sum_ranks([float(flag)])[0] > 0

@@ -7,9 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -26,16 +24,12 @@ class FsdpEngine(Engine):
     the host some 0.1 ms a tensor, whatever its size, and a third of a block's tensors are vectors.
     """
 
+    needs_group = True
+
     def __init__(self, device: torch.device, *, timeout_s: float, cpu_offload: bool) -> None:
         super().__init__(device, timeout_s=timeout_s)
         self._offload = cpu_offload
         self._root: FSDPModule | None = None
-
-    def start(self) -> None:
-        super().start()
-        if self.world_size == 1:  # a mesh needs a process group even of one rank
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
     def _mesh(self) -> DeviceMesh:
         return init_device_mesh(self.device.type, (self.world_size,))
@@ -102,9 +96,8 @@ class FsdpEngine(Engine):
 
     def reduce_gradients(self) -> None:
         grads = [p.grad for p in self._vectors if p.grad is not None]
-        if grads and self.world_size > 1:
-            flat = torch.cat(grads)
-            dist.all_reduce(flat)
+        if grads:
+            flat = self.sum_device(torch.cat(grads))
             torch._foreach_copy_(grads, flat.split([g.numel() for g in grads]))
         for parameter, rows in self._rows.items():
             if self._is_first:  # FSDP2 moves rows that it has to pad at its first forward pass
@@ -140,10 +133,7 @@ class FsdpEngine(Engine):
         yield
 
     def sum_base(self, value: Tensor) -> Tensor:
-        if self.world_size > 1:
-            value = value.to(self.device)
-            dist.all_reduce(value)
-        return value
+        return self.sum_device(value)
 
     def sum_pieces(self, value: Tensor) -> Tensor:
         return self.sum_base(value)
@@ -171,6 +161,4 @@ class HsdpEngine(FsdpEngine):
         return 1 if isinstance(parameter, DTensor) else self._shard_size
 
     def sum_base(self, value: Tensor) -> Tensor:
-        value = value.to(self.device)
-        dist.all_reduce(value, group=self._shard_group)
-        return value
+        return self.sum_device(value, self._shard_group)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import HashStore
 
 from decompft.launcher.worker.engines.base import MOMENTS, Engine
 
@@ -24,11 +23,13 @@ class ZeroEngine(Engine):
     gradients: a factor on the loss would pass through bfloat16, which keeps powers of two alone exact.
     """
 
+    needs_group = True
+
     def __init__(self, device: torch.device, *, timeout_s: float, config: Mapping[str, Any]) -> None:
         super().__init__(device, timeout_s=timeout_s)
         self._config = dict(config)
         self._engine: Any = None  # DeepSpeedEngine, once training is prepared
-        self._pieces: dict[int, Tensor] = {}  # id of a parameter -> the piece of its gradient
+        self._pieces: dict[nn.Parameter, Tensor] = {}  # of gradients, once they are reduced
 
     def start(self) -> None:
         if self.device.type == "cpu":
@@ -36,9 +37,6 @@ class ZeroEngine(Engine):
         os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
         os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
         super().start()
-        if self.world_size == 1:  # DeepSpeed needs a process group even of one rank
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         import deepspeed  # 2 s
 
         # an extension for shared memory that would be compiled for a minute; gloo does the same
@@ -57,7 +55,6 @@ class ZeroEngine(Engine):
             model=model, optimizer=optimizer, config=self._config, dist_init_required=False
         )
         self._zero: Any = wrapped
-        self._parameters = list(parameters)
         zero_optimizer: torch.optim.Optimizer = wrapped
         return zero_optimizer
 
@@ -82,7 +79,7 @@ class ZeroEngine(Engine):
             torch._foreach_mul_(list(self._pieces.values()), float(self.world_size))
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        piece = self._pieces.get(id(parameter))
+        piece = self._pieces.get(parameter)
         return parameter.new_empty(0) if piece is None else piece
 
     def zero_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -90,10 +87,7 @@ class ZeroEngine(Engine):
         self._zero.zero_grad(set_to_none=True)
 
     def sum_pieces(self, value: Tensor) -> Tensor:
-        if self.world_size > 1:
-            value = value.to(self.device)
-            dist.all_reduce(value)
-        return value
+        return self.sum_device(value)
 
     def owned_piece(self, parameter: nn.Parameter) -> tuple[int, int] | None:
         return self.piece(parameter)
@@ -120,7 +114,7 @@ class ZeroEngine(Engine):
     def after_restore(self) -> None:
         self._zero.refresh_fp32_params()
 
-    def _find_pieces(self) -> dict[int, Tensor]:
+    def _find_pieces(self) -> dict[nn.Parameter, Tensor]:
         """Where the reduced gradients are, as views that the optimizer's step reads."""
         raise NotImplementedError
 
@@ -136,7 +130,7 @@ class Zero12Engine(ZeroEngine):
         self, model: nn.Module, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]
     ) -> torch.optim.Optimizer:
         wrapped = super().prepare_training(model, optimizer, parameters)
-        self._groups = {id(p): k for k, members in enumerate(self._zero.bit16_groups) for p in members}
+        self._groups = {p: k for k, members in enumerate(self._zero.bit16_groups) for p in members}
         return wrapped
 
     def piece(self, parameter: nn.Parameter) -> tuple[int, int]:
@@ -146,8 +140,8 @@ class Zero12Engine(ZeroEngine):
         at = link.lp_fragment_address
         return at.start, at.start + at.numel
 
-    def _find_pieces(self) -> dict[int, Tensor]:
-        pieces: dict[int, Tensor] = {}
+    def _find_pieces(self) -> dict[nn.Parameter, Tensor]:
+        pieces: dict[nn.Parameter, Tensor] = {}
         for index, group in enumerate(self._zero.bit16_groups):
             # in the partition's order, with tensors of zeros where groups are padded
             starts, at = {}, 0
@@ -159,11 +153,11 @@ class Zero12Engine(ZeroEngine):
                 if link is not None:
                     found = starts[link.hp_fragment_address.start]
                     assert found.numel() == link.hp_fragment_address.numel
-                    pieces[id(parameter)] = found
+                    pieces[parameter] = found
         return pieces
 
     def _home(self, parameter: nn.Parameter) -> tuple[Tensor, int, int]:
-        master: Tensor = self._zero.single_partition_of_fp32_groups[self._groups[id(parameter)]]
+        master: Tensor = self._zero.single_partition_of_fp32_groups[self._groups[parameter]]
         link = parameter._hp_mapping  # type: ignore[attr-defined]
         if link is None:  # no number of it is in this rank's partition
             return master, 0, 0

@@ -60,32 +60,27 @@ class Zero3Engine(ZeroEngine):
         self, model: nn.Module, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]
     ) -> torch.optim.Optimizer:
         wrapped = super().prepare_training(model, optimizer, parameters)
-        self._index = {
-            id(p): (group, k)
-            for group, members in enumerate(self._zero.fp16_groups)
-            for k, p in enumerate(members)
-        }
-        self._offsets: dict[int, int] = {}
-        for members in self._zero.fp16_groups:
+        # of each trained parameter: its group, its place there, its first number in the group's flat tensor
+        self._places: dict[nn.Parameter, tuple[int, int, int]] = {}
+        for group, members in enumerate(self._zero.fp16_groups):
             at = 0
-            for p in members:
-                self._offsets[id(p)] = at
-                at += p.ds_tensor.ds_numel
+            for k, parameter in enumerate(members):
+                self._places[parameter] = group, k, at
+                at += parameter.ds_tensor.ds_numel
         return wrapped
 
-    def _find_pieces(self) -> dict[int, Tensor]:
+    def _find_pieces(self) -> dict[nn.Parameter, Tensor]:
         pieces = {}
-        for parameter in self._parameters:
-            group, k = self._index[id(parameter)]
+        for parameter, (group, k, at) in self._places.items():
             start, stop = self.span(parameter)
             if self._zero.offload_optimizer:
                 flat = self._zero.fp32_partitioned_groups_flat[group].grad
-                pieces[id(parameter)] = flat.narrow(0, self._offsets[id(parameter)], stop - start)
+                pieces[parameter] = flat.narrow(0, at, stop - start)
             else:
-                pieces[id(parameter)] = self._zero.averaged_gradients[group][k].view(-1)[: stop - start]
+                pieces[parameter] = self._zero.averaged_gradients[group][k].view(-1)[: stop - start]
         return pieces
 
     def _home(self, parameter: nn.Parameter) -> tuple[Tensor, int, int]:
-        group, _ = self._index[id(parameter)]
+        group, _, at = self._places[parameter]
         start, stop = self.span(parameter)
-        return self._zero.fp32_partitioned_groups_flat[group], self._offsets[id(parameter)], stop - start
+        return self._zero.fp32_partitioned_groups_flat[group], at, stop - start
