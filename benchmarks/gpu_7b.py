@@ -64,31 +64,57 @@ def cases(gpus: int) -> list[tuple[str, list[str]]]:
     ]
 
 
-def run_ours(name: str, overrides: list[str]) -> dict[str, Any]:
+def run_ours(
+    name: str, overrides: list[str], *, recipe: Path = RECIPE, warm_up: int = WARM_UP, reordered: bool = False
+) -> dict[str, Any]:
+    """A run through `launch`, as a user starts it; `reordered` through reordered.py. Its figures, or its error."""
     run = WORK / "runs" / name
     shutil.rmtree(run, ignore_errors=True)
-    argv = [sys.executable, "-c", "from decompft.launcher.cli import main; main()", "launch", str(RECIPE)]
-    argv += [*overrides, "--run-dir", str(run)]
+    start = "import sys; from decompft.launcher.cli import main; sys.exit(main())"
+    argv = [sys.executable, "-c", start, "launch", str(recipe), *overrides, "--run-dir", str(run)]
+    if reordered:
+        argv = [sys.executable, str(ROOT / "benchmarks" / "reordered.py"), str(recipe), str(run), *overrides]
     began = time.perf_counter()
     done = subprocess.run(argv, capture_output=True, text=True)
+    wall = time.perf_counter() - began
     if done.returncode:
-        return {"stack": "decompft", "case": name, "error": (done.stdout + done.stderr)[-3000:]}
+        logs = "".join(p.read_text()[-3000:] for p in sorted(run.glob("logs/*/rank-*.log")))
+        return {
+            "stack": "decompft",
+            "case": name,
+            "ok": False,
+            "error": (done.stdout + done.stderr)[-3000:] + logs,
+        }
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    memory = next(e for e in map(json.loads, (run / "events.jsonl").open()) if e["event"] == "memory")
+    events = {e["event"]: e for e in map(json.loads, (run / "events.jsonl").open())}
     plan = json.loads((run / "plan.json").read_text())
-    timed = rows[WARM_UP:]
+    asked, losses = plan["recipe"], [r["loss"] for r in rows]
     return {
-        "stack": "decompft", "case": name, "adapter": plan["recipe"]["adapter"]["method"], "quantization": "nf4+dq",
-        "compute": "bfloat16", "recompute": plan["recompute"], "strategy": plan["strategy"],
-        "ranks": plan["world"]["ranks_per_node"], "micro_batch": plan["batch"]["micro_size"],
-        "accumulation": plan["batch"]["accumulation"], "sequence_length": plan["recipe"]["data"]["sequence_length"],
-        "tokens_per_s": round(statistics.median(r["tokens_per_s"] for r in timed)),
-        "peak_gib": round(memory["measured"] / 2**30, 2), "peak_in_tensors_gib": round(memory["allocated"] / 2**30, 2),
-        "forecast_gib": round(memory["forecast"] / 2**30, 2),
-        "forecast_error_percent": round(100 * (memory["forecast"] / memory["measured"] - 1), 1),
-        "losses": [r["loss"] for r in rows], "wall_s": round(time.perf_counter() - began, 1),
-        "command": f"decompft launch benchmarks/llama7b_shape.yaml {' '.join(overrides)}",
+        "stack": "decompft", "case": name, "adapter": asked["adapter"]["method"],
+        "format": asked["quantization"]["format"], "compute": asked["quantization"]["compute"],
+        "recompute": plan["recompute"], "strategy": plan["strategy"], "ranks": plan["world"]["ranks_per_node"],
+        "micro_batch": plan["batch"]["micro_size"], "accumulation": plan["batch"]["accumulation"],
+        "sequence_length": asked["data"]["sequence_length"], "losses": losses, "ok": losses[-1] < losses[0],
+        "tokens_per_s": round(statistics.median(r["tokens_per_s"] for r in rows[warm_up:])),
+        **memory(events["memory"]), "load": events["load"] | {"cache_dir": None}, "wall_s": round(wall, 1),
+        "command": command(recipe, overrides),
     }  # fmt: skip
+
+
+def memory(peak: dict[str, Any]) -> dict[str, Any]:
+    """Of the event that a run leaves, or of a PeakMemory: GiB, measured beside forecast; GPUs only."""
+    gib = 2**30
+    return {
+        "peak_gib": round(peak["measured"] / gib, 3), "forecast_gib": round(peak["forecast"] / gib, 3),
+        "forecast_error_percent": round(100 * (peak["forecast"] / peak["measured"] - 1), 1),
+        "peak_in_tensors_gib": round(peak["allocated"] / gib, 3),
+        "forecast_in_tensors_gib": round(peak["allocated_forecast"] / gib, 3),
+        "host_gib": round(peak["host"] / gib, 3), "host_forecast_gib": round(peak["host_forecast"] / gib, 3),
+    }  # fmt: skip
+
+
+def command(recipe: Path, overrides: list[str]) -> str:
+    return f"decompft launch benchmarks/{recipe.name} {' '.join(overrides)}"
 
 
 def run_peer(script: Path, case: str) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -26,9 +25,9 @@ from typing import Any
 # as the launcher sets it; before torch is imported
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-from gpu_7b import ROOT, WORK, write_text  # noqa: E402
+from gpu_7b import RECIPE as RECIPE_7B  # noqa: E402
+from gpu_7b import ROOT, WORK, command, memory, run_ours, write_text  # noqa: E402
 
-RECIPE_7B = ROOT / "benchmarks" / "llama7b_shape.yaml"
 RECIPE_70B = ROOT / "benchmarks" / "llama70b_shape.yaml"
 WARM_UP, STEPS = 5, 15
 FORMATS = ("none", "int8", "nf4", "fp4", "fp8")
@@ -75,7 +74,7 @@ def main() -> None:
             say(in_process(overrides))
     elif args.phase == "big":
         for strategy in args.only.split(","):
-            say(launch(RECIPE_70B, f"70b-{strategy}", [f"parallel.strategy={strategy}"], warm_up=2))
+            say(run_ours(f"70b-{strategy}", [f"parallel.strategy={strategy}"], recipe=RECIPE_70B, warm_up=2))
     else:
         for row in load_twice():
             say(row)
@@ -97,14 +96,11 @@ def cells() -> list[list[str]]:
 def in_process(overrides: list[str]) -> dict[str, Any]:
     """Build, three steps, measure, forget."""
     import torch
+    from trial import prepare
 
     from decompft.launcher.planner import make
     from decompft.launcher.source import load
-    from decompft.launcher.worker.build import build
-    from decompft.launcher.worker.data.batches import collate
-    from decompft.launcher.worker.data.rows import Row
     from decompft.launcher.worker.engines.choose import make_engine
-    from decompft.launcher.worker.optimizer import make_optimizer
     from decompft.launcher.worker.report import peak_memory
 
     plan = make(load(RECIPE_7B, overrides))
@@ -115,39 +111,28 @@ def in_process(overrides: list[str]) -> dict[str, Any]:
     else:
         engine.start()
         _STARTED.append(engine)
-    built = build(
-        recipe.model, recipe.quantization, recipe.adapter, engine,
-        seed=0, model_dir=None, recompute=plan.recompute == "full",
-    )  # fmt: skip
-    parameters = list(built.trained.values())
-    optimizer = make_optimizer(built.model.model, built.trained, recipe.train, engine)
-    optimizer = engine.prepare_training(built.model, optimizer, parameters)
-    length, draw, rows = recipe.data.sequence_length, torch.Generator().manual_seed(0), []
-    for _ in range(plan.batch.micro_size):
-        tokens = torch.randint(0, 256, (length,), generator=draw, dtype=torch.int32).numpy()
-        rows.append(Row(id=0, tokens=tokens, trained=tokens >= 0, doc_lengths=(length,)))
-    batch = collate(rows, 0).to(engine.device)
-    built.model.train()
+    trial = prepare(plan, engine)
     losses, seconds = [], []
     for _ in range(3):
         began = time.perf_counter()
         with engine.accumulate(last=True):
-            loss = engine.forward(built.model, batch) / batch.num_targets / engine.world_size
+            loss = trial.forward()
             engine.backward(loss)
         engine.reduce_gradients()
-        optimizer.step()
-        engine.zero_gradients(parameters)
+        trial.optimizer.step()
+        engine.zero_gradients(trial.parameters)
         losses.append(loss.item() * engine.world_size)
         seconds.append(time.perf_counter() - began)
+    tokens = plan.batch.micro_size * recipe.data.sequence_length
     row = {
         "rank": engine.rank, "format": recipe.quantization.format, "strategy": plan.strategy,
         "ranks": engine.world_size, "layers": recipe.model.config["num_hidden_layers"],
         "recompute": plan.recompute, "micro_batch": plan.batch.micro_size, "ok": losses[2] < losses[0],
-        "losses": losses, "tokens_per_s_third_step": round(len(rows) * length / seconds[2]),
-        **_memory(asdict(peak_memory(plan, engine))), "load": built.loaded.fields() | {"cache_dir": None},
-        "command": _command(RECIPE_7B, overrides),
+        "losses": losses, "tokens_per_s_third_step": round(tokens / seconds[2]),
+        **memory(asdict(peak_memory(plan, engine))), "load": trial.built.loaded.fields() | {"cache_dir": None},
+        "command": command(RECIPE_7B, overrides),
     }  # fmt: skip
-    del built, optimizer, parameters, batch, loss, engine
+    del trial, loss, engine
     gc.collect()
     torch.cuda.empty_cache()
     return row
@@ -173,7 +158,7 @@ def engine_row(name: str, micro: int, steps: int) -> dict[str, Any]:
         f"parallel.strategy={strategy}", f"parallel.gpus_per_node={gpus}", f"train.micro_batch_size={micro}",
         f"train.global_batch_size={2 * micro}", f"train.max_steps={steps}",
     ]  # fmt: skip
-    return launch(RECIPE_7B, name, overrides, reordered=name == "reordered")
+    return run_ours(name, overrides, reordered=name == "reordered")
 
 
 def summarize(folder: Path) -> None:
@@ -213,41 +198,6 @@ def difference(a: dict[str, Any], b: dict[str, Any]) -> float:
     return max(abs(x - y) / abs(x) for x, y in zip(a["losses"], b["losses"], strict=True))
 
 
-def launch(
-    recipe: Path, name: str, overrides: list[str], *, warm_up: int = WARM_UP, reordered: bool = False
-) -> dict[str, Any]:
-    run = WORK / "runs" / f"{name}-{time.time_ns()}"
-    start = "import sys; from decompft.launcher.cli import main; sys.exit(main())"
-    argv = [sys.executable, "-c", start, "launch", str(recipe), *overrides, "--run-dir", str(run)]
-    if reordered:
-        argv = [
-            sys.executable,
-            str(Path(__file__).with_name("reordered.py")),
-            str(recipe),
-            str(run),
-            *overrides,
-        ]
-    began = time.perf_counter()
-    done = subprocess.run(argv, capture_output=True, text=True)
-    wall = time.perf_counter() - began
-    if done.returncode:
-        logs = "".join(p.read_text()[-3000:] for p in sorted(run.glob("logs/*/rank-*.log")))
-        return {"case": name, "ok": False, "error": (done.stdout + done.stderr)[-2500:] + logs}
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    events = {e["event"]: e for e in map(json.loads, (run / "events.jsonl").open())}
-    plan = json.loads((run / "plan.json").read_text())
-    losses = [r["loss"] for r in rows]
-    return {
-        "case": name, "format": plan["recipe"]["quantization"]["format"], "strategy": plan["strategy"],
-        "ranks": plan["world"]["ranks_per_node"], "recompute": plan["recompute"],
-        "micro_batch": plan["batch"]["micro_size"], "accumulation": plan["batch"]["accumulation"],
-        "adapter": plan["recipe"]["adapter"]["method"], "losses": losses, "ok": losses[-1] < losses[0],
-        "tokens_per_s": round(statistics.median(r["tokens_per_s"] for r in rows[warm_up:])),
-        **_memory(events["memory"]), "load": events["load"] | {"cache_dir": None}, "wall_s": round(wall, 1),
-        "command": _command(recipe, overrides),
-    }  # fmt: skip
-
-
 def load_twice() -> Iterator[dict[str, Any]]:
     """7B from safetensors; the second start reads the cache of quantized rows."""
     from decompft.launcher.worker.tokenizers import byte_tokenizer, save_tokenizer
@@ -265,22 +215,7 @@ def load_twice() -> Iterator[dict[str, Any]]:
         ("load-cached", one),
         ("load-file-fsdp", [*two, "quantization.cache=false"]),
     ):
-        yield {**launch(RECIPE_7B, name, [*common, *overrides], warm_up=1), "write_s": round(written, 1)}
-
-
-def _memory(peak: dict[str, Any]) -> dict[str, Any]:
-    gib = 2**30
-    return {
-        "peak_gib": round(peak["measured"] / gib, 3), "forecast_gib": round(peak["forecast"] / gib, 3),
-        "forecast_error_percent": round(100 * (peak["forecast"] / peak["measured"] - 1), 1),
-        "peak_in_tensors_gib": round(peak["allocated"] / gib, 3),
-        "forecast_in_tensors_gib": round(peak["allocated_forecast"] / gib, 3),
-        "host_gib": round(peak["host"] / gib, 3), "host_forecast_gib": round(peak["host_forecast"] / gib, 3),
-    }  # fmt: skip
-
-
-def _command(recipe: Path, overrides: list[str]) -> str:
-    return f"decompft launch benchmarks/{recipe.name} {' '.join(overrides)}"
+        yield {**run_ours(name, [*common, *overrides], warm_up=1), "write_s": round(written, 1)}
 
 
 if __name__ == "__main__":

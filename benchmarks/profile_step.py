@@ -12,14 +12,12 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from trial import prepare
 
 from decompft.launcher.planner import make
 from decompft.launcher.source import load
-from decompft.launcher.worker.build import build
-from decompft.launcher.worker.data.batches import collate
-from decompft.launcher.worker.data.rows import Row
 from decompft.launcher.worker.engines.choose import make_engine
-from decompft.launcher.worker.optimizer import clip_gradients, make_optimizer
+from decompft.launcher.worker.optimizer import clip_gradients
 
 RECIPE = Path(__file__).resolve().parent / "llama7b_shape.yaml"
 STEPS = 8
@@ -27,37 +25,25 @@ STEPS = 8
 
 def main() -> None:
     plan = make(load(RECIPE, sys.argv[1:]))
-    recipe, engine = plan.recipe, make_engine(plan)
+    engine = make_engine(plan)
     engine.start()
-    built = build(
-        recipe.model, recipe.quantization, recipe.adapter, engine,
-        seed=0, model_dir=None, recompute=plan.recompute == "full",
-    )  # fmt: skip
-    parameters = list(built.trained.values())
-    optimizer = make_optimizer(built.model.model, built.trained, recipe.train, engine)
-    optimizer = engine.prepare_training(built.model, optimizer, parameters)
-    length, rows = recipe.data.sequence_length, []
-    draw = torch.Generator().manual_seed(0)
-    for _ in range(plan.batch.micro_size):
-        tokens = torch.randint(0, 256, (length,), generator=draw, dtype=torch.int32).numpy()
-        rows.append(Row(id=0, tokens=tokens, trained=tokens >= 0, doc_lengths=(length,)))
-    batch = collate(rows, 0).to(engine.device)
-    built.model.train()
+    trial = prepare(plan, engine)
+    trained = trial.built.trained
 
     def step() -> tuple[float, ...]:
         """Seconds until each part was handed to the GPU, and until the GPU was done."""
         marks = [time.perf_counter()]
         with engine.accumulate(last=True):
-            loss = engine.forward(built.model, batch) / batch.num_targets / engine.world_size
+            loss = trial.forward()
             marks.append(time.perf_counter())
             engine.backward(loss)
         marks.append(time.perf_counter())
         torch.cuda.synchronize()
         marks.append(time.perf_counter())
         engine.reduce_gradients()
-        clip_gradients([], built.trained, engine, 1.0)
-        optimizer.step()
-        engine.zero_gradients(parameters)
+        clip_gradients([], trained, engine, 1.0)
+        trial.optimizer.step()
+        engine.zero_gradients(trial.parameters)
         torch.cuda.synchronize()
         marks.append(time.perf_counter())
         return tuple(b - a for a, b in zip(marks[:-1], marks[1:], strict=True))

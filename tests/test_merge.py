@@ -105,17 +105,7 @@ def plain_logits(folder):
 @pytest.mark.parametrize("method", ["lora", "map"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merge_computes_what_base_and_adapter_compute(tmp_path, family, method):
-    base = checkpoint(tmp_path / "base", FAMILIES[family])
-    adapter = adapter_of(
-        tmp_path,
-        model={
-            "id": str(base),
-            "config": None,
-            "weights": "checkpoint",
-            "tokenizer": str(byte_folder(tmp_path)),
-        },
-        adapter={"method": method, "rank": 4, "alpha": 8.0},
-    )
+    base, adapter = trained_over(tmp_path, family, adapter={"method": method, "rank": 4, "alpha": 8.0})
     outs = {}
     for into in ("dequantized", "dense"):
         out = tmp_path / into
@@ -131,17 +121,7 @@ def test_merge_computes_what_base_and_adapter_compute(tmp_path, family, method):
     [("fp4", "llama"), ("int8", "llama"), ("fp8", "llama"), ("int8", "gpt2"), ("none", "llama")],
 )
 def test_every_format_merges_onto_what_was_trained_on(tmp_path, form, family):
-    base = checkpoint(tmp_path / "base", FAMILIES[family])
-    adapter = adapter_of(
-        tmp_path,
-        model={
-            "id": str(base),
-            "config": None,
-            "weights": "checkpoint",
-            "tokenizer": str(byte_folder(tmp_path)),
-        },
-        quantization={"format": form},
-    )
+    _, adapter = trained_over(tmp_path, family, quantization={"format": form})
     out = tmp_path / "out"
     merge(open_adapter(adapter, base=None, say=quiet), "dequantized", out, progress=quiet)
     expected = unmerged_logits(adapter, "dequantized")
@@ -152,6 +132,14 @@ def test_every_format_merges_onto_what_was_trained_on(tmp_path, form, family):
         torch.testing.assert_close(loaded.model.logits(TOKENS, None), expected, **CLOSE)
     moved = (expected - unmerged_logits(adapter, "dense")).abs().max()
     assert (moved > 1e-4) == (form != "none"), "the two bases should differ where the base is quantized"
+
+
+def trained_over(tmp_path, family, **sections):
+    """A checkpoint of a family, and an adapter that was trained over it."""
+    base = checkpoint(tmp_path / "base", FAMILIES[family])
+    tokenizer = str(byte_folder(tmp_path))
+    model = {"id": str(base), "config": None, "weights": "checkpoint", "tokenizer": tokenizer}
+    return base, adapter_of(tmp_path, model=model, **sections)
 
 
 def byte_folder(tmp_path):
