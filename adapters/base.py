@@ -1,18 +1,23 @@
-"""What every adapter is: a frozen base, trained tensors, and two scalars that weigh them."""
+"""What every adapter is: a frozen base, trained tensors, and the factors that they make of both."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from decompft.adapters.frozen.base import FrozenLinear
-from decompft.adapters.frozen.linear import frozen_linear
+from decompft.adapters.frozen.linear import Factors, frozen_linear
 from decompft.adapters.spec import ADAPTER_SPECS, AdapterConfig
+
+# facts of the base that a method's spec asks for -> a number, a vector, or what `facts_of` returned
+Facts = Mapping[str, float | Tensor]
+# (kind, k, make): what `make()` returns, or what an earlier call with the same weight, kind and k returned
+Cached = Callable[[str, int, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,34 +36,97 @@ class Settling:
 
 
 class Adapter(nn.Module):
-    """A linear layer y = p (W x) + q B (A x) + bias over a frozen W; subclasses give p and q.
+    """A linear layer y = row * W (col * x) + q up (down x) + bias over a frozen W; subclasses give the factors.
 
-    Shapes: x (..., in), W (out, in), A (rank, in), B (out, rank). Trained tensors are float32
-    whatever the compute dtype, and are parameters of this module under their registry names.
+    Shapes: x (..., in), W (out, in); the rest as in `Factors`. Trained tensors are float32 whatever
+    the compute dtype, and are parameters of this module under their registry names. Buffers under
+    their registry names do not train, but lie in the adapter's file.
     """
+
+    reads_weight = False  # `note` is shown the weight in every pass
+    note_has_slope = False  # and what it returns has a gradient, which `pull_back` carries on
 
     def __init__(self, base: FrozenLinear, config: AdapterConfig) -> None:
         super().__init__()
         self.base = base
         self.config = config
+        spec = ADAPTER_SPECS[config.method]
         # kept, because a sharded parameter may not say its whole shape
-        self.shapes = ADAPTER_SPECS[config.method].tensors(base.out_features, base.in_features, config.rank)
+        self.shapes = spec.tensors(base.out_features, base.in_features, config)
         for name, shape in self.shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
+        self.fixed_shapes = spec.buffers(base.out_features, base.in_features, config)
+        for name, shape in self.fixed_shapes.items():
+            self.register_buffer(name, torch.empty(shape, dtype=torch.float32))
+        self.num_siblings = 1  # adapters of this method in the model, this one included
+        # the part of `penalty` that one backward pass adds: 1 / (micro batches of a step, over all ranks)
+        self.penalty_share = 0.0
 
-    def scales(self, *trained: Tensor) -> tuple[Tensor | None, Tensor | float, tuple[Tensor, ...]]:
-        """p (None for 1), q, and what `scales_backward` needs; no autograd inside.
+    # -- the formula --------------------------------------------------------------------------
+
+    def factors(self, trained: tuple[Tensor, ...], fixed: tuple[Tensor, ...]) -> Factors:
+        """The factors as a differentiable function, in whatever floating dtype the tensors have.
 
         Args:
-            trained: the trained tensors in the registry's order, A and B first.
+            trained: the trained tensors in the registry's order.
+            fixed: the buffers in the registry's order, then what `note` returned.
         """
         raise NotImplementedError
 
-    def scales_backward(self, saved: tuple[Tensor, ...], dp: Tensor, dq: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the trained tensors through p and q; only for a method whose q is a tensor."""
-        raise NotImplementedError
+    def note(
+        self, trained: tuple[Tensor, ...], fixed: tuple[Tensor, ...], weight: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Small tensors that this pass needs of the weight that is used (out, in); constants to autograd.
 
-    def initial_values(self, generator: torch.Generator, facts: Mapping[str, float]) -> dict[str, Tensor]:
+        Only called where `reads_weight`. `weight` is in the compute dtype.
+        """
+        return ()
+
+    def pull_back(
+        self,
+        trained: tuple[Tensor, ...],
+        fixed: tuple[Tensor, ...],
+        found: Factors,
+        grads: Factors,
+        weight: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of the trained tensors from those of the factors, and the share of the penalty's.
+
+        The default differentiates `factors` again; a method on the fast path writes it out.
+
+        Args:
+            found: what `factors` returned in the forward pass.
+            grads: a gradient in the place of each tensor of `factors`, None for what has none.
+            weight: what `note` was shown, where `reads_weight`.
+        """
+        with torch.enable_grad():
+            leaves = tuple(t.detach().requires_grad_(True) for t in trained)
+            again = self.factors(leaves, fixed)
+            pairs = [(getattr(again, f.name), getattr(grads, f.name)) for f in fields(Factors)]
+            pairs = [(o, g) for o, g in pairs if isinstance(o, Tensor) and g is not None and o.requires_grad]
+            if self.penalty_share and (penalty := self.penalty(leaves, fixed)) is not None:
+                pairs.append((penalty, torch.full_like(penalty, self.penalty_share)))
+            outputs, slopes = zip(*pairs, strict=True)
+        return torch.autograd.grad(outputs, leaves, slopes, allow_unused=True)
+
+    def penalty(self, trained: tuple[Tensor, ...], fixed: tuple[Tensor, ...]) -> Tensor | None:
+        """This layer's part of a regulariser that is added to the loss of a step; None without one."""
+        return None
+
+    # -- the start ----------------------------------------------------------------------------
+
+    def facts_of(self, weight: Tensor, cached: Cached, generator: torch.Generator) -> dict[str, Tensor]:
+        """What the start needs of the full-precision weight (out, in), float32: thin factors of it.
+
+        Only called where the spec needs "full_weight", once, on one rank.
+
+        Args:
+            cached: through which a decomposition is made or read from disk.
+            generator: as for `initial_values`, but a stream of its own.
+        """
+        return {}
+
+    def initial_values(self, generator: torch.Generator, facts: Facts) -> dict[str, Tensor]:
         """Values of the trained tensors, and of buffers, at the start.
 
         Args:
@@ -68,9 +136,66 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
+    def derived(self) -> dict[str, Tensor]:
+        """Values of buffers that are in no file, because they follow from the config alone."""
+        return {}
+
+    @classmethod
+    def remarks(cls, layers: list[tuple[str, Adapter]]) -> list[str]:
+        """Lines for the user once the layers of this class have started."""
+        return []
+
+    @property
+    def rewrites_base(self) -> bool:
+        """Whether `base_rows` changes anything: the base is then no one else's."""
+        return False
+
+    def base_rows(self, rows: Tensor, first: int, values: Mapping[str, Tensor]) -> Tensor:
+        """Rows [first, first + n) of the full-precision weight -> those that are stored as the base.
+
+        Args:
+            values: this layer's tensors as they were at the start, or the file's.
+        """
+        return rows
+
+    # -- what others do with it ---------------------------------------------------------------
+
+    @torch.no_grad()
+    def effective(self, dense: Tensor) -> Factors:
+        """The factors of now, over the base weight `dense` (out, in)."""
+        fixed = self.fixed()
+        if self.reads_weight:
+            fixed = (*fixed, *self.note(self.trained(), fixed, dense))
+        return self.factors(self.trained(), fixed)
+
+    @torch.no_grad()
     def merged(self, dense: Tensor) -> Tensor:
         """The one weight (out, in) that equals this layer over the base weight `dense`, in float32."""
-        raise NotImplementedError
+        found, weight = self.effective(dense), dense if dense.dtype == torch.float64 else dense.float()
+        if found.row is not None:
+            weight = weight * found.row.view(-1, 1)
+        if found.col is not None:
+            weight = weight * found.col
+        if found.up is not None and found.down is not None:
+            weight = weight + found.q * (found.up @ found.down)
+        return weight
+
+    def merged_bias(self, bias: Tensor | None) -> Tensor | None:
+        """The bias (out,) that goes with the merged weight; most methods leave the base's."""
+        found = self.effective(torch.empty(0)).bias if not self.reads_weight else None
+        if found is None:
+            return bias
+        return found if bias is None else bias.float() + found
+
+    @torch.no_grad()
+    def delta(self) -> tuple[Tensor, Tensor] | None:
+        """(up, down) with W* = W + up @ down, float32; None where the base is scaled, or no low rank changes it."""
+        if self.reads_weight or self.rewrites_base:
+            return None
+        found = self.effective(torch.empty(0))
+        if found.row is not None or found.col is not None or found.bias is not None or found.relu:
+            return None
+        return None if found.up is None or found.down is None else (found.q * found.up, found.down)
 
     def on_step(self, step: int) -> None:
         """Called on all ranks before the forward passes of optimizer step `step` (from 0)."""
@@ -79,19 +204,31 @@ class Adapter(nn.Module):
         """Trained tensor -> its learning rate over the recipe's; 1 for those not named."""
         return {}
 
+    def no_decay(self) -> tuple[str, ...]:
+        """Trained matrices that weight decay must leave alone; vectors never decay."""
+        return ()
+
     def settling(self) -> dict[str, Settling]:
         """Trained tensors whose gradient is scaled down while the layer settles."""
         return {}
+
+    # -- the layer ----------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
         dropped = None
         if self.config.dropout and self.training:
             dropped = F.dropout(x, self.config.dropout)
-        return frozen_linear(x, self.base, dropped=dropped, thin=self, trained=self.trained())
+        return frozen_linear(
+            x, self.base, dropped=dropped, thin=self, trained=self.trained(), fixed=self.fixed()
+        )
 
     def trained(self) -> tuple[Tensor, ...]:
         """The trained tensors in the registry's order."""
         return tuple(self.parameters(recurse=False))
+
+    def fixed(self) -> tuple[Tensor, ...]:
+        """The buffers in the registry's order."""
+        return tuple(self.buffers(recurse=False))
 
 
 def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,42 +12,39 @@ from torch import Tensor, nn
 from decompft.adapters.base import Adapter
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.spec import ADAPTER_SPECS, AdapterConfig
-from decompft.adapters.targets import select
 
 MakeFrozen = Callable[[str, int, int, torch.dtype | None], FrozenLinear]  # name, in, out, bias dtype
 
 
 def inject(
     model: nn.Module,
-    config: AdapterConfig | None,
-    targets: str | list[str],
+    configs: Callable[[list[str]], Mapping[str, AdapterConfig]],
     heads: list[str],
     make: MakeFrozen,
 ) -> list[str]:
     """Replace the linear layers of `model` (on meta) in place, and freeze everything else.
 
     Args:
-        config: the adapter, or None to freeze only.
-        targets: as `adapter.targets` of a recipe.
+        configs: names of all linear layers but the heads -> the adapters of those that get one.
         heads: names of output heads, which are neither adapted nor replaced.
         make: builds the frozen base of a layer.
 
     Returns:
         Names of the adapted layers.
-
-    Raises:
-        TargetMismatch: a target matches nothing.
     """
     linears = {n: m for n, m in model.named_modules() if is_linear(m) and n not in heads}
-    adapted = set(select(list(linears), targets, heads)) if config else set()
+    adapted = configs(list(linears))
+    siblings = Counter(config.method for config in adapted.values())
     for name, module in linears.items():
         out_features, in_features = linear_shape(module)
         bias = module.bias.dtype if module.bias is not None else None
         base = make(name, in_features, out_features, bias)
         base.transposed = is_transposed(module)
-        model.set_submodule(
-            name, _adapter_class(config)(base, config) if config and name in adapted else base
-        )
+        model.set_submodule(name, base)
+        if (config := adapted.get(name)) is not None:
+            adapter = make_adapter(base, config)
+            adapter.num_siblings = siblings[config.method]
+            model.set_submodule(name, adapter)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for _, adapter in adapters(model):
@@ -59,6 +56,14 @@ def inject(
 def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     """The adapters of a model with their names, in the model's order."""
     return ((n, m) for n, m in model.named_modules() if isinstance(m, Adapter))
+
+
+def remarks(model: nn.Module) -> list[str]:
+    """What the methods of a model have to say about their start, a line each."""
+    classes: dict[type[Adapter], list[tuple[str, Adapter]]] = {}
+    for name, adapter in adapters(model):
+        classes.setdefault(type(adapter), []).append((name, adapter))
+    return [line for kind, layers in classes.items() for line in kind.remarks(layers)]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -77,6 +82,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return (second, first) if is_transposed(module) else (first, second)
 
 
-def _adapter_class(config: AdapterConfig) -> Any:
+def make_adapter(base: FrozenLinear, config: AdapterConfig) -> Adapter:
+    """An adapter of the config's method over a frozen layer, its tensors not set yet."""
     module, _, name = ADAPTER_SPECS[config.method].impl.partition(":")
-    return getattr(importlib.import_module(module), name)
+    made: Adapter = getattr(importlib.import_module(module), name)(base, config)
+    return made

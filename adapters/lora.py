@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from decompft.adapters.base import Adapter, kaiming_uniform
+from decompft.adapters.base import Adapter, Facts, kaiming_uniform
+from decompft.adapters.frozen.linear import Factors
 from decompft.adapters.spec import AdapterConfig
 
 
@@ -25,14 +25,22 @@ class LoraLinear(Adapter):
     A: torch.nn.Parameter
     B: torch.nn.Parameter
 
-    def scales(self, *trained: Tensor) -> tuple[Tensor | None, Tensor | float, tuple[Tensor, ...]]:
-        return None, scaling(self.config), ()
+    def factors(self, trained: tuple[Tensor, ...], fixed: tuple[Tensor, ...]) -> Factors:
+        A, B = trained
+        return Factors(up=B, down=A, q=scaling(self.config))
 
-    def initial_values(self, generator: torch.Generator, facts: Mapping[str, float]) -> dict[str, Tensor]:
+    def pull_back(
+        self,
+        trained: tuple[Tensor, ...],
+        fixed: tuple[Tensor, ...],
+        found: Factors,
+        grads: Factors,
+        weight: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        return grads.down, grads.up
+
+    def initial_values(self, generator: torch.Generator, facts: Facts) -> dict[str, Tensor]:
         return {"A": kaiming_uniform(self.shapes["A"], generator), "B": torch.zeros(self.shapes["B"])}
-
-    def merged(self, dense: Tensor) -> Tensor:
-        return dense.float() + scaling(self.config) * (self.B @ self.A)
 
     def lr_scales(self) -> dict[str, float]:
         """LoRA+ (Hayou et al., 2024, arXiv:2402.12354): B learns `lr_ratio` times as fast as A."""

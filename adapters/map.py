@@ -8,13 +8,12 @@ base, W is what is really used: the dequantized weight, and N(W) is taken of tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from decompft.adapters.base import Adapter, Settling, kaiming_uniform
+from decompft.adapters.base import Adapter, Facts, Settling, kaiming_uniform
 from decompft.adapters.frozen.base import FrozenLinear
+from decompft.adapters.frozen.linear import Factors
 from decompft.adapters.lora import scaling
 from decompft.adapters.spec import AdapterConfig
 
@@ -25,6 +24,7 @@ class MapLinear(Adapter):
     Starts at a = N(W), B = 0, b = `b_init`: the base up to eps. N(D) is s sqrt(tr((B^T B)(A A^T))),
     two rank x rank products in float32; the norm is not detached. After the first optimizer
     step the update has norm b whatever the learning rate; `b_warmup_steps` softens that.
+    `base_norm` is in the adapter's file: a merge elsewhere must divide by the norm that a was trained with.
     """
 
     A: torch.nn.Parameter
@@ -35,38 +35,50 @@ class MapLinear(Adapter):
 
     def __init__(self, base: FrozenLinear, config: AdapterConfig) -> None:
         super().__init__(base, config)
-        # in the adapter's file: a merge elsewhere must divide by the norm that a was trained with
-        self.register_buffer("base_norm", torch.empty(1, dtype=torch.float32))
         self.warmup = 1.0
         self._update_norm: Tensor | None = None
 
-    def scales(self, *trained: Tensor) -> tuple[Tensor | None, Tensor | float, tuple[Tensor, ...]]:
-        """p = a / (N(W) + eps), q = w b s / (N(D) + eps) = w b / (n + eps/s), with N(D) = s n,
+    def factors(self, trained: tuple[Tensor, ...], fixed: tuple[Tensor, ...]) -> Factors:
+        """row = a / (N(W) + eps), q = w b s / (N(D) + eps) = w b / (n + eps/s), with N(D) = s n,
         n = sqrt(tr((B^T B)(A A^T))) (METHODS 1.3, identity 1) and w the warm-up of b."""
         A, B, a, b = trained
         eps = self.config.options.eps
         AAt, BtB = A @ A.T, B.T @ B
-        n = torch.dot(AAt.view(-1), BtB.view(-1)).clamp_min_(0).sqrt_().reshape(1)
-        self._update_norm = n  # over s
-        per_b = (n + eps / scaling(self.config)).reciprocal_()
+        n = torch.dot(AAt.view(-1), BtB.view(-1)).clamp_min(0).sqrt().reshape(1)
+        self._update_norm = n.detach()  # over s
+        per_b = (n + eps / scaling(self.config)).reciprocal()
         if self.warmup != 1.0:
-            per_b *= self.warmup
-        per_a = (self.base_norm + eps).reciprocal_()
-        q = b * per_b
-        return a * per_a, q, (A, B, AAt, BtB, n, per_a, per_b, q)
+            per_b = per_b * self.warmup
+        per_a = (fixed[0] + eps).reciprocal()
+        return Factors(up=B, down=A, q=b * per_b, row=a * per_a, keep=(AAt, BtB, n, per_a, per_b))
 
-    def scales_backward(self, saved: tuple[Tensor, ...], dp: Tensor, dq: Tensor) -> tuple[Tensor | None, ...]:
+    def pull_back(
+        self,
+        trained: tuple[Tensor, ...],
+        fixed: tuple[Tensor, ...],
+        found: Factors,
+        grads: Factors,
+        weight: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
         """dn = -dq q / (n + eps/s); dB = B (A A^T) dn / n and dA = (B^T B) A dn / n.
 
         At n = 0 the norm has no slope and both are 0: dq = <B^T dy, A x> is, and 1e-30 keeps 0/0 from NaN.
         """
-        A, B, AAt, BtB, n, per_a, per_b, q = saved
-        db = dq * per_b
-        slope = (db * q).div_(n + 1e-30).mul_(-1 / self.warmup)
-        return (BtB * slope) @ A, B @ (AAt * slope), dp * per_a, db
+        A, B, _, _ = trained
+        AAt, BtB, n, per_a, per_b = found.keep
+        assert grads.row is not None and isinstance(grads.q, Tensor)
+        assert grads.up is not None and grads.down is not None
+        db = grads.q * per_b
+        slope = (db * found.q).div_(n + 1e-30).mul_(-1 / self.warmup)
+        return (
+            grads.down.addmm_(BtB * slope, A),
+            grads.up.addmm_(B, AAt * slope),
+            grads.row * per_a,
+            db,
+        )
 
-    def initial_values(self, generator: torch.Generator, facts: Mapping[str, float]) -> dict[str, Tensor]:
-        norm = torch.tensor([facts["frobenius_norm"]], dtype=torch.float32)
+    def initial_values(self, generator: torch.Generator, facts: Facts) -> dict[str, Tensor]:
+        norm = torch.tensor([float(facts["frobenius_norm"])], dtype=torch.float32)
         return {
             "A": kaiming_uniform(self.shapes["A"], generator),
             "B": torch.zeros(self.shapes["B"]),
@@ -74,12 +86,6 @@ class MapLinear(Adapter):
             "b": torch.tensor([self.config.options.b_init], dtype=torch.float32),
             "base_norm": norm,
         }
-
-    def merged(self, dense: Tensor) -> Tensor:
-        eps = self.config.options.eps
-        update = scaling(self.config) * (self.B @ self.A)
-        base = dense.float() * (self.a / (self.base_norm + eps))
-        return base + update * (self.b * self.warmup / (torch.linalg.norm(update) + eps))
 
     def on_step(self, step: int) -> None:
         steps = self.config.options.b_warmup_steps

@@ -247,10 +247,29 @@ def _add_tools(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
     merge = verb("merge", "write the base with the adapter folded in, as a plain model")
     _add_adapter(merge)
     merge.add_argument(
-        "--into", required=True, choices=("dense", "dequantized"), help="which base is merged into"
+        "--into",
+        required=True,
+        choices=("dense", "dequantized", "requantized"),
+        help="the base's own weights; what was trained on; or the first quantized again",
     )
     merge.add_argument("--out", required=True, metavar="DIR", help="a new folder")
-    merge.set_defaults(run=_tool, positional=("adapter",), flags=("into", "out", "base"))
+    merge.add_argument(
+        "--check-data",
+        metavar="FILE",
+        help="held-out records to compare on; default: the run's evaluation split",
+    )
+    merge.add_argument(
+        "--check-tokens", type=int, metavar="N", help="compare N tokens at most; default: 4096"
+    )
+    merge.add_argument("--no-check", action="store_true", help="do not compare with the unmerged model")
+    merge.set_defaults(
+        run=_tool,
+        positional=("adapter",),
+        flags=("into", "out", "base", "check_data", "check_tokens", "no_check"),
+    )
+
+    combine = verb("combine", "make one adapter, or model, of several over the same base")
+    _add_combine(combine)
 
     evaluate = verb("eval", "score an adapter on tasks")
     _add_adapter(evaluate, optional=True)
@@ -288,12 +307,64 @@ def _add_tools(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
         flags=("prompt", "base", "no_adapter", "max_new_tokens", "format"),
     )
 
-    inspect = verb("inspect", "show samples as they are trained on")
-    kinds = inspect.add_subparsers(dest="kind", metavar="data", required=True)
+    inspect = verb("inspect", "look at training samples, at weights, or at an adapter")
+    kinds = inspect.add_subparsers(dest="kind", metavar="data|weights|adapter", required=True)
     data = kinds.add_parser("data", help="samples as tokens, the trained ones marked")
     _add_recipe(data)
     data.add_argument("--num", type=int, metavar="N", help="samples to show")
     data.set_defaults(run=_inspect, positional=("kind", "recipe", "overrides"), flags=("num",))
+    weights = kinds.add_parser("weights", help="how a model's linear weights are distributed")
+    weights.add_argument("model", metavar="MODEL", help="a folder, a hub id, or a GGUF file")
+    weights.add_argument("--tuned", metavar="MODEL2", help="compare with a tuned model, or with an adapter")
+    weights.add_argument(
+        "--layers", nargs="+", metavar="PATTERN", help="only these, named as in adapter.targets"
+    )
+    _add_view(weights)
+    weights.set_defaults(
+        run=_tool, positional=("kind", "model"), flags=("tuned", "layers", "all", "json", "out")
+    )
+    adapter = kinds.add_parser("adapter", help="what an adapter learned, without its base")
+    adapter.add_argument("adapter", metavar="ADAPTER", help="an adapter folder, a run, or a checkpoint")
+    _add_view(adapter)
+    adapter.set_defaults(run=_tool, positional=("kind", "adapter"), flags=("all", "json", "out"))
+
+
+def _add_combine(combine: argparse.ArgumentParser) -> None:
+    combine.add_argument("adapters", metavar="ADAPTER", nargs="+", help="two or more, over the same base")
+    combine.add_argument(
+        "--method",
+        required=True,
+        choices=("nan", "average", "task-arithmetic", "ties", "dare"),
+        help="nan: an average with NAN's coefficients",
+    )
+    combine.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    combine.add_argument("--into", choices=("dense",), help="write a plain model instead of an adapter")
+    combine.add_argument("--rank", type=int, metavar="R", help="of the adapter that is written")
+    combine.add_argument("--coefficients", metavar="equal|nan|A,B,...", help="one a part")
+    combine.add_argument("--norm-of", choices=("task_vector", "full"), help="what NAN takes the norm of")
+    combine.add_argument("--granularity", choices=("tensor", "model"), help="NAN's coefficients, one a what")
+    combine.add_argument("--scale", metavar="X", help="times the coefficients")
+    combine.add_argument("--density", type=float, metavar="D", help="ties, dare: fraction that is kept")
+    combine.add_argument("--seed", type=int, metavar="N", help="dare: of what is dropped")
+    combine.add_argument("--base", metavar="MODEL", help="default: the model that adapter.json names")
+    combine.add_argument("--task", nargs="+", metavar="FILE", help="score parts and result on these")
+    combine.add_argument("--limit", type=int, metavar="N", help="only the first N records of a task")
+    combine.add_argument("--batch-size", type=int, metavar="N", help="sequences a forward pass at most")
+    combine.add_argument("--json", action="store_true", help="print what was done as JSON")
+    combine.set_defaults(
+        run=_tool,
+        positional=("adapters",),
+        flags=(
+            "method", "out", "into", "rank", "coefficients", "norm_of", "granularity", "scale", "density",
+            "seed", "base", "task", "limit", "batch_size", "json",
+        ),
+    )  # fmt: skip
+
+
+def _add_view(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--all", action="store_true", help="a line a layer instead of a line a kind")
+    parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
+    parser.add_argument("--out", metavar="DIR", help="write JSON, and plots as PNG and SVG, into this folder")
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:

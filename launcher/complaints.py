@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from decompft.adapters.spec import ADAPTER_SPECS
+from decompft.adapters.spec import ADAPTER_SPECS, UNSUPPORTED
 from decompft.launcher.recipe import AdapterSection, Recipe
 from decompft.launcher.yaml_tree import KeyPath
 
@@ -92,7 +92,7 @@ def _complaint(path: KeyPath, detail: Any, value: dict[str, Any]) -> Complaint:
         description = _description(path)
         hint = f"add it: {description}" if description else "add it"
         return Complaint(path=path, message="this key is required and missing", hint=hint, is_about_key=True)
-    if path == ("adapter", "method") and kind == "value_error":
+    if path[:1] == ("adapter",) and path[-1] == "method" and kind == "value_error" and found not in UNSUPPORTED:
         hint = f"{nearest(found, ADAPTER_SPECS)} known: {', '.join(ADAPTER_SPECS)}".strip()
         return Complaint(path=path, message=f"unknown method {found!r}", hint=hint)
     if kind == "value_error":
@@ -122,9 +122,9 @@ def _hint_unknown(path: KeyPath, value: dict[str, Any]) -> str:
     valid = _keys(parent, value)
     if near := nearest(key, valid):
         return near
-    if parent in (("adapter", "options"), ("adapter",)):
+    if _is_options(parent) or parent == ("adapter",):
         owners = [name for name, spec in ADAPTER_SPECS.items() if key in _fields(spec.options)]
-        method = value["adapter"].get("method", AdapterSection.model_fields["method"].default)
+        method = _method(parent, value)
         if method in owners:
             return f"it is an option of {method}: write it under adapter.options"
         if owners:
@@ -137,12 +137,24 @@ def _hint_unknown(path: KeyPath, value: dict[str, Any]) -> str:
 
 def _keys(path: KeyPath, value: dict[str, Any]) -> tuple[str, ...]:
     """The keys that may stand under a path."""
-    if path == ("adapter", "options"):
-        method = value["adapter"].get("method", AdapterSection.model_fields["method"].default)
-        return _fields(ADAPTER_SPECS[method].options)
+    if _is_options(path):
+        return _fields(ADAPTER_SPECS[_method(path, value)].options)
     section = _annotation(Recipe, path)
     models = [a for a in _branches(section) if _is_section(a)]
     return tuple(models[0].model_fields) if models else ()
+
+
+def _is_options(path: KeyPath) -> bool:
+    """Whether a path is that of a method's options: the adapter's, or an override's."""
+    return path[:1] == ("adapter",) and path[-1] == "options" and len(path) in (2, 4)
+
+
+def _method(path: KeyPath, value: dict[str, Any]) -> str:
+    """The method whose options stand, or should stand, at a path."""
+    adapter = value["adapter"]
+    own = adapter["overrides"][path[2]].get("method") if len(path) == 4 else None
+    default = AdapterSection.model_fields["method"].default
+    return str(own or adapter.get("method", default))
 
 
 def _fields(options: Any) -> tuple[str, ...]:
@@ -156,7 +168,7 @@ def _annotation(model: Any, path: KeyPath) -> Any:
     """The declared type at a path; None where the recipe declares none (inside model.config)."""
     here: Any = model
     for i, step in enumerate(path):
-        if path[:i] == ("adapter", "options"):
+        if _is_options(path[:i]):
             hints = [typing.get_type_hints(spec.options) for spec in ADAPTER_SPECS.values()]
             return next((h[str(step)] for h in hints if step in h), None)
         steps = [_inside(branch, step) for branch in _branches(here)]

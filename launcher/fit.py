@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from decompft.adapters.formats import FORMAT_SPECS
-from decompft.adapters.spec import ADAPTER_SPECS
 from decompft.launcher.forecast import forecast
+from decompft.launcher.layers import forbidden_engines
 from decompft.launcher.refusals import fits_blocks
 from decompft.launcher.strategies import Strategy
 from decompft.launcher.workload import Layout, Workload
@@ -135,7 +135,7 @@ def _offload(work: Workload, layout: Layout) -> _Changed | None:
 def _sharded(work: Workload, layout: Layout) -> Strategy | None:
     """What cuts everything over all ranks, of the library that was asked for, if the adapter runs under it."""
     name: Strategy = "zero3" if layout.spec.is_deepspeed else "fsdp"
-    return None if name in ADAPTER_SPECS[work.recipe.adapter.method].forbids_engines else name
+    return None if name in forbidden_engines(work.recipe.adapter) else name
 
 
 _Change = Callable[[Workload, Layout], _Changed | None]

@@ -10,6 +10,7 @@ with full recomputation (prototype, shared/gpu/README.md).
 
 from __future__ import annotations
 
+from decompft.adapters.spec import spec_of
 from decompft.launcher.forecast_fitted import (
     CPU_PROCESS_BYTES,
     CUDA_CONTEXT_BYTES,
@@ -88,7 +89,8 @@ def forecast(
 def checkpoint_bytes(work: Workload) -> int:
     """One checkpoint on disk: trained numbers with two float32 moments, and the adapter's own file."""
     # eight-bit moments are written as float32, so that another optimizer can go on with them
-    return work.num_trained * TRAINED_BYTES * (1 + 2) + work.num_trained * TRAINED_BYTES
+    written = work.num_trained + work.num_adapter_fixed
+    return work.num_trained * TRAINED_BYTES * 2 + 2 * written * TRAINED_BYTES
 
 
 def _activations(work: Workload, layout: Layout) -> list[Term]:
@@ -138,11 +140,15 @@ def _layer_bytes_per_token(shape: ModelShape, e: int, *, is_fused: bool) -> int:
 
 
 def _thin_bytes(work: Workload, e: int) -> tuple[int, int]:
-    """Saved by adapters for each token, of all layers and of one: A x, and with dropout its own x."""
-    total = work.recipe.adapter.rank * e * len(work.adapted)
-    if work.recipe.adapter.dropout > 0:
-        # the dropped input and a mask of bytes
-        total += sum(in_ for _, _, in_ in work.adapted) * (e + 1)
+    """Saved by adapters for each token, of all layers and of one: A x, its own x with dropout, W x under row scales."""
+    total = 0
+    for _, out, in_, config in work.adapted:
+        spec = spec_of(config)
+        total += spec.num_columns(out, in_, config) * e
+        if config.dropout > 0:
+            total += in_ * (e + 1)  # the dropped input and a mask of bytes
+        if spec.keeps_output(config):
+            total += out * e
     return total, -(-total // work.shape.num_layers)
 
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from decompft.adapters.formats import FORMAT_SPECS
-from decompft.adapters.spec import ADAPTER_SPECS
+from decompft.adapters.spec import spec_of
+from decompft.adapters.specs.base import count
 from decompft.launcher.deepspeed_config import BUCKET_NUMBERS, PERSIST_NUMBERS
 from decompft.launcher.models import ModelShape
 from decompft.launcher.plan import Term
@@ -46,6 +47,7 @@ def states(work: Workload, layout: Layout) -> list[Term]:
         ("quantization constants", base.scales, scales, whole),
         ("embeddings, head, norms, biases", base.rest, q.compute, whole),
         ("adapter", work.num_adapter_params * TRAINED_BYTES, "float32", whole),
+        ("adapter's fixed part", work.num_adapter_fixed * TRAINED_BYTES, "float32, on each rank", 1),
         ("modules trained whole", work.num_module_params * TRAINED_BYTES, "float32", whole),
         ("gradients", trained * TRAINED_BYTES, "float32, reduced in place", grads),
         ("master weights", has_master * trained * TRAINED_BYTES, "float32, of the partition", optimizer),
@@ -76,9 +78,9 @@ def gathered(work: Workload, layout: Layout) -> list[Term]:
 def pinned_rounding(work: Workload, layout: Layout) -> list[Term]:
     """What offload wastes on the host: torch rounds each pinned tensor up to a power of two."""
     waste = 0
-    for size, count in _tensor_bytes(work):
+    for size, number in _tensor_bytes(work):
         shard = -(-size // layout.shard_size)
-        waste += count * ((1 << max(0, shard - 1).bit_length()) - shard)
+        waste += number * ((1 << max(0, shard - 1).bit_length()) - shard)
     return [Term(name="pinned rounding", num_bytes=waste, note="each pinned tensor is a power of two")]
 
 
@@ -169,10 +171,6 @@ def _tensor_bytes(work: Workload) -> Iterator[tuple[int, int]]:
     for other in shape.others:
         yield other.num_params * e, shape.count(other)
     yield shape.num_head_params * e, 1
-    tensors = ADAPTER_SPECS[recipe.adapter.method].tensors
-    for _, out, in_ in work.adapted:
-        for dims in tensors(out, in_, recipe.adapter.rank).values():
-            numbers = 1
-            for dim in dims:
-                numbers *= dim
-            yield numbers * TRAINED_BYTES, 2
+    for _, out, in_, config in work.adapted:
+        for name, dims in spec_of(config).tensors(out, in_, config).items():
+            yield count({name: dims}) * TRAINED_BYTES, 2

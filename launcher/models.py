@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from decompft.adapters.spec import AdapterConfig
 from decompft.adapters.targets import TargetMismatch, select
 from decompft.launcher.errors import AdapterError
-from decompft.launcher.recipe import Recipe
+from decompft.launcher.layers import layer_configs
+from decompft.launcher.recipe import AdapterSection, Recipe
 
 LAYER = "{i}"  # stands for the layer's number in a name
 
@@ -116,18 +118,19 @@ def read_shape(recipe: Recipe) -> tuple[ModelShape, str, Path | None]:
     return shape_of(found.config, model.task, model.num_labels), found.source, found.model_dir
 
 
-def adapted_linears(shape: ModelShape, targets: str | Sequence[str]) -> list[tuple[str, int, int]]:
-    """(name, out, in) of every linear layer that `adapter.targets` selects.
+def adapted_linears(
+    shape: ModelShape, section: AdapterSection
+) -> list[tuple[str, int, int, AdapterConfig]]:
+    """(name, out, in, adapter) of every linear layer that is adapted.
 
     Raises:
         AdapterError: a target matches nothing.
     """
     sizes = {name: (part.out, part.in_) for part in shape.linears for name in shape.names(part)}
-    try:
-        chosen = select(list(sizes), targets, [shape.head.name])
-    except TargetMismatch as error:
-        raise AdapterError(f"adapter.targets: {error}", _target_hint(shape, error.target)) from error
-    return [(name, *sizes[name]) for name in chosen]
+    known = ", ".join(dict.fromkeys(x.name.rpartition(".")[2] for x in shape.linears))
+    hint = f"use all-linear, a pattern, or names of this model's linear layers: {known}"
+    chosen = layer_configs(section, list(sizes), [shape.head.name], hint=hint)
+    return [(name, *sizes[name], config) for name, config in chosen.items()]
 
 
 def trained_modules(shape: ModelShape, patterns: Sequence[str]) -> list[tuple[str, int]]:
@@ -147,10 +150,3 @@ def trained_modules(shape: ModelShape, patterns: Sequence[str]) -> list[tuple[st
             f"adapter.train_modules: {error}",
             "name a module by its last component, e.g. norm, or by a pattern",
         ) from error
-
-
-def _target_hint(shape: ModelShape, target: str) -> str:
-    if target == shape.head.name.rpartition(".")[2]:
-        return f"the output head takes no adapter; train it whole with adapter.train_modules: [{target}]"
-    known = ", ".join(dict.fromkeys(x.name.rpartition(".")[2] for x in shape.linears))
-    return f"use all-linear, a pattern, or names of this model's linear layers: {known}"

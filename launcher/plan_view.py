@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from decompft.adapters.formats import FORMAT_SPECS
+from decompft.adapters.spec import has_rank
 from decompft.launcher.fit import gib
 from decompft.launcher.plan import Plan, Term
+from decompft.launcher.recipe import Recipe
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,7 +64,7 @@ def _decisions(plan: Plan) -> list[tuple[str, str]]:
                   f"{plan.num_base_params:,} parameters"),
         ("shape from", plan.shape_source),
         ("base", f"{base}, compute {q.compute}"),
-        ("adapter", f"{recipe.adapter.method}, rank {recipe.adapter.rank}, {trained:,} trained "
+        ("adapter", f"{_methods(recipe)}, {trained:,} trained "
                     f"({trained / plan.num_base_params:.2%})"),
         ("world", f"{world.size} ranks = {world.nodes} nodes x {world.ranks_per_node}, each a {kind}"),
         ("strategy", plan.strategy_reason),
@@ -77,6 +79,14 @@ def _decisions(plan: Plan) -> list[tuple[str, str]]:
                  else "unknown: no speed was measured for this device"),
     ]  # fmt: skip
     return [(key, value) for key, value in rows if value]
+
+
+def _methods(recipe: Recipe) -> str:
+    """Methods and ranks, the overrides' too."""
+    adapter = recipe.adapter
+    configs = [adapter.config(), *(adapter.config(o) for o in adapter.overrides if not o.skip)]
+    said = dict.fromkeys(f"{c.method}, rank {c.rank}" if has_rank(c) else c.method for c in configs)
+    return " and ".join(said)
 
 
 def _mesh(plan: Plan) -> str:

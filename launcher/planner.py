@@ -8,13 +8,13 @@ slower; they are for users whose cluster is built around DeepSpeed.
 
 from __future__ import annotations
 
-from decompft.adapters.spec import ADAPTER_SPECS
 from decompft.launcher.deepspeed_config import make_config
 from decompft.launcher.epochs import steps_per_epoch
 from decompft.launcher.errors import PlanError
 from decompft.launcher.families import shape_of
 from decompft.launcher.fit import GIB, Budget, cheaper_changes, fits, gib
 from decompft.launcher.forecast import checkpoint_bytes, forecast
+from decompft.launcher.layers import forbidden_engines
 from decompft.launcher.machine import Machine, detect
 from decompft.launcher.model_source import find_config
 from decompft.launcher.models import ModelShape
@@ -158,7 +158,7 @@ def _rungs(recipe: Recipe, world: World) -> list[Rung]:
     # offload hides only a GPU's shortage: on a CPU both are the same memory
     if world.device == "cuda" or parallel.cpu_offload:
         chosen.append(("fsdp", True))
-    forbidden = ADAPTER_SPECS[recipe.adapter.method].forbids_engines
+    forbidden = forbidden_engines(recipe.adapter)
     allowed = [(s, offload) for s, offload in chosen if s not in forbidden]
     if not allowed:
         raise PlanError(

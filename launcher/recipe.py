@@ -14,12 +14,13 @@ from pydantic import (
     ConfigDict,
     Field,
     TypeAdapter,
+    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from decompft.adapters.spec import ADAPTER_SPECS
+from decompft.adapters.spec import ADAPTER_SPECS, UNSUPPORTED, AdapterConfig
 from decompft.launcher.strategies import STRATEGIES, Strategy
 
 Task = Literal["causal-lm", "sequence-classification"]
@@ -103,6 +104,41 @@ class QuantizationSection(Section):
         return self
 
 
+class AdapterOverride(Section):
+    """What differs for some of the adapted layers."""
+
+    targets: str | Names = Field(
+        description="names or patterns, as adapter.targets, of layers that those name"
+    )
+    skip: bool = Field(False, description="leave these layers without an adapter")
+    method: str | None = Field(None, description="another method; its options start from their defaults")
+    rank: int | None = Field(None, ge=1, description="another rank")
+    alpha: float | None = Field(None, gt=0, description="another scaling numerator")
+    dropout: float | None = Field(None, ge=0, lt=1, description="another dropout")
+    options: dict[str, Any] = Field({}, description="other options of the method")
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        return value if value is None else _known_method(value)
+
+    @field_validator("options")
+    @classmethod
+    def _typed(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if info.data.get("method"):  # else it is the section's, which checks it
+            _options_of(info.data["method"], value)
+        return value
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        given = self.model_fields_set - {"targets", "skip"}
+        if self.skip and given:
+            raise ValueError(f"skip leaves no adapter for {sorted(given)[0]} to change")
+        if not (self.skip or given):
+            raise ValueError("changes nothing: give skip, method, rank, alpha, dropout or options")
+        return self
+
+
 class AdapterSection(Section):
     """The trainable part."""
 
@@ -119,13 +155,14 @@ class AdapterSection(Section):
         [], description="further modules trained whole in float32: names or patterns, e.g. [norm]"
     )
     options: dict[str, Any] = Field({}, description="the method's own options")
+    overrides: list[AdapterOverride] = Field(
+        [], description="for some of the layers another method, rank or options, or none; a later one wins"
+    )
 
     @field_validator("method")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in ADAPTER_SPECS:
-            raise ValueError(f"unknown method {value!r}")
-        return value
+        return _known_method(value)
 
     @field_validator("options")
     @classmethod
@@ -134,9 +171,46 @@ class AdapterSection(Section):
             _options_of(info.data["method"], value)
         return value
 
+    @model_validator(mode="after")
+    def _overrides_fit(self) -> Self:
+        for number, override in enumerate(self.overrides):
+            if override.skip or override.method:  # with a method of its own it has been checked
+                continue
+            try:
+                self.config(override)
+            except ValidationError as error:
+                first = error.errors()[0]
+                key = ".".join(map(str, first["loc"]))
+                raise ValueError(
+                    f"overrides[{number}].options.{key}: {first['msg']} (for method {self.method})"
+                ) from error
+        return self
+
     def typed_options(self) -> Any:
         """The options as the method's own dataclass, defaults filled in."""
         return _options_of(self.method, self.options)
+
+    def config(self, override: AdapterOverride | None = None) -> AdapterConfig:
+        """The adapter of a layer, without targets."""
+        if override is None:
+            override = AdapterOverride.model_construct(targets="all-linear")
+        method = override.method or self.method
+        kept = self.options if method == self.method else {}
+        return AdapterConfig(
+            method=method,
+            rank=override.rank or self.rank,
+            alpha=override.alpha or self.alpha,
+            dropout=self.dropout if override.dropout is None else override.dropout,
+            options=_options_of(method, kept | override.options),
+        )
+
+
+def _known_method(name: str) -> str:
+    if name in UNSUPPORTED:
+        raise ValueError(f"{name} is not supported: {UNSUPPORTED[name]}")
+    if name not in ADAPTER_SPECS:
+        raise ValueError(f"unknown method {name!r}")
+    return name
 
 
 def _options_of(method: str, options: dict[str, Any]) -> Any:

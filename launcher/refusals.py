@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 
 from decompft.adapters.formats import FORMAT_SPECS
-from decompft.adapters.spec import ADAPTER_SPECS
+from decompft.adapters.spec import has_rank
 from decompft.launcher.errors import PlanError
+from decompft.launcher.layers import forbidden_engines
 from decompft.launcher.machine import Machine
 from decompft.launcher.models import LAYER, ModelShape
 from decompft.launcher.plan import World
@@ -42,10 +43,10 @@ def refuse_strategy(recipe: Recipe, strategy: Strategy) -> None:
     Raises:
         PlanError: with strategies that do.
     """
-    spec = ADAPTER_SPECS[recipe.adapter.method]
-    if strategy in spec.forbids_engines:
+    forbidden = forbidden_engines(recipe.adapter)
+    if strategy in forbidden:
         raise PlanError(
-            f"adapter.method: {spec.name} does not run under {strategy}",
+            f"adapter.method: {forbidden[strategy]} does not run under {strategy}",
             f"use parallel.strategy: {_either(allowed_strategies(recipe, strategy))}",
         )
     if recipe.train.optimizer == "adamw8bit" and STRATEGIES[strategy].is_deepspeed:
@@ -58,7 +59,7 @@ def refuse_strategy(recipe: Recipe, strategy: Strategy) -> None:
 
 def allowed_strategies(recipe: Recipe, near: Strategy) -> list[str]:
     """What the adapter runs under, those that shard what `near` shards first."""
-    forbidden = ADAPTER_SPECS[recipe.adapter.method].forbids_engines
+    forbidden = forbidden_engines(recipe.adapter)
     able = [s for s in STRATEGIES.values() if s.name not in forbidden and s.name != "single"]
     able.sort(key=lambda s: (s.shards_base != STRATEGIES[near].shards_base, s.is_deepspeed))
     return [s.name for s in able[:2]] or ["single"]
@@ -111,10 +112,10 @@ def refuse_shape(work: Workload) -> None:
     Raises:
         PlanError: with the layer, and what it can take.
     """
-    recipe, rank = work.recipe, work.recipe.adapter.rank
-    name, out, in_ = min(work.adapted, key=lambda x: min(x[1], x[2]))
-    last = name.rpartition(".")[2]
-    if rank > min(out, in_):
+    recipe = work.recipe
+    name, out, in_, config = min(work.adapted, key=lambda x: min(x[1], x[2]) - x[3].rank)
+    rank, last = config.rank, name.rpartition(".")[2]
+    if has_rank(config) and rank > min(out, in_):
         raise PlanError(
             f"adapter.rank: {rank} is larger than the smallest target ({min(out, in_)}, {name})",
             f"use rank <= {min(out, in_)}, or leave {last} out of adapter.targets",

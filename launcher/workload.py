@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from decompft.adapters.formats import FORMAT_SPECS
-from decompft.adapters.spec import ADAPTER_SPECS
+from decompft.adapters.spec import AdapterConfig, spec_of
+from decompft.adapters.specs.base import count
 from decompft.launcher.models import LinearShape, ModelShape, adapted_linears, trained_modules
 from decompft.launcher.plan import Device
 from decompft.launcher.recipe import Recipe
@@ -54,8 +55,9 @@ class Workload:
 
     shape: ModelShape
     recipe: Recipe
-    adapted: tuple[tuple[str, int, int], ...]  # (name, out, in)
+    adapted: tuple[tuple[str, int, int, AdapterConfig], ...]  # (name, out, in, adapter)
     num_adapter_params: int
+    num_adapter_fixed: int  # numbers of adapters that do not train: norms, thin factors of the base
     num_module_params: int  # of modules trained whole
 
     @property
@@ -73,13 +75,13 @@ def workload(shape: ModelShape, recipe: Recipe) -> Workload:
     if shape.task == "sequence-classification":
         # no checkpoint has this head: it starts random and must learn
         modules[shape.head.name] = shape.head.num_weights + shape.head.num_biases
-    adapted = tuple(adapted_linears(shape, recipe.adapter.targets))
-    count = ADAPTER_SPECS[recipe.adapter.method].num_params
+    adapted = tuple(adapted_linears(shape, recipe.adapter))
     return Workload(
         shape=shape,
         recipe=recipe,
         adapted=adapted,
-        num_adapter_params=sum(count(out, in_, recipe.adapter.rank) for _, out, in_ in adapted),
+        num_adapter_params=sum(spec_of(c).num_params(out, in_, c) for _, out, in_, c in adapted),
+        num_adapter_fixed=sum(count(spec_of(c).buffers(out, in_, c)) for _, out, in_, c in adapted),
         num_module_params=sum(modules.values()),
     )
 

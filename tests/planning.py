@@ -6,6 +6,7 @@ from typing import Any
 
 from decompft.launcher import planner
 from decompft.launcher.machine import Machine
+from decompft.launcher.models import read_shape as read_shape
 from decompft.launcher.plan import Plan
 from decompft.launcher.recipe import Recipe
 

@@ -12,8 +12,8 @@ from decompft.adapters.frozen.dense import DenseLinear
 from decompft.adapters.frozen.fourbit import Fp4Linear, Nf4Linear
 from decompft.adapters.frozen.fp8 import Fp8Linear
 from decompft.adapters.frozen.int8 import Int8Linear
-from decompft.adapters.inject import _adapter_class
-from decompft.adapters.spec import ADAPTER_SPECS, AdapterConfig
+from decompft.adapters.inject import make_adapter as adapter_of
+from decompft.adapters.spec import ADAPTER_SPECS, AdapterConfig, spec_of
 
 OUT, IN, RANK = 24, 128, 4
 BASES = {
@@ -28,9 +28,25 @@ BASES = {
     "int8-outliers": lambda: Int8Linear(IN, OUT, outlier_threshold=2.0, bias_dtype=torch.float32),
     "fp8": lambda: Fp8Linear(IN, OUT, bias_dtype=torch.float32),
 }
-CASES = [(m, b) for m in ADAPTER_SPECS for b in BASES]
+# every method at its defaults, and those options that change its formula: name -> (method, options)
+VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+    **{name: (name, {}) for name in ADAPTER_SPECS},
+    "rslora": ("lora", {"scaling": "rslora"}),
+}
+CASES = [(v, b) for v in VARIANTS for b in BASES]
 # all but the base that rounds its input, too: its product is no product with one weight
-EXACT = [(m, b) for m, b in CASES if b != "int8-outliers"]
+EXACT = [(v, b) for v, b in CASES if b != "int8-outliers"]
+# these do not start as their base, but near it: their own tests say how near
+STARTS_ELSEWHERE: set[str] = set()
+# no weight (out, in) is what they compute
+NOT_MERGEABLE = {v for v, (m, _) in VARIANTS.items() if not ADAPTER_SPECS[m].mergeable}
+# the update is not up (down x): dropout and gradients have tests of their own
+OWN_FORWARD: set[str] = set()
+
+
+def has_thin_branch(variant: str) -> bool:
+    config = config_of(variant)
+    return spec_of(config).num_columns(OUT, IN, config) > 0
 
 
 def make_base(name: str, weight: torch.Tensor) -> FrozenLinear:
@@ -43,16 +59,39 @@ def make_base(name: str, weight: torch.Tensor) -> FrozenLinear:
     return base
 
 
-def make_adapter(method: str, base: FrozenLinear, *, dropout: float = 0.0, **options: object) -> Adapter:
-    spec = ADAPTER_SPECS[method]
-    config = AdapterConfig(
-        method=method, rank=RANK, alpha=8.0, dropout=dropout, options=spec.options(**options)
-    )
-    adapter: Adapter = _adapter_class(config)(base, config)
-    norm = torch.linalg.norm(base.dense(torch.float64)).item()
-    generator = torch.Generator().manual_seed(0)
+def config_of(variant: str, *, dropout: float = 0.0, **options: object) -> AdapterConfig:
+    method, chosen = VARIANTS[variant]
+    made = ADAPTER_SPECS[method].options(**chosen, **options)
+    return AdapterConfig(method=method, rank=RANK, alpha=8.0, dropout=dropout, options=made)
+
+
+def make_adapter(variant: str, base: FrozenLinear, *, dropout: float = 0.0, **options: object) -> Adapter:
+    return start(adapter_of(base, config_of(variant, dropout=dropout, **options)))
+
+
+def start(adapter: Adapter, weight: torch.Tensor | None = None) -> Adapter:
+    """As loading does it: facts of the weight that is used, factors of the full-precision one.
+
+    Args:
+        weight: the full-precision one; default the one that is used.
+    """
+    used = adapter.base.dense(torch.float64)
+    full = used.float() if weight is None else weight
+    facts = {
+        "frobenius_norm": torch.linalg.norm(used).item(),
+        "row_norms": torch.linalg.norm(used, dim=1).float(),
+        "column_norms": torch.linalg.norm(used, dim=0).float(),
+        "zero_fraction": (used == 0).double().mean().item(),
+    }
+    if "full_weight" in spec_of(adapter.config).needs(adapter.config):
+        facts |= adapter.facts_of(full, lambda kind, k, make: make(), torch.Generator().manual_seed(7))
+    values = adapter.initial_values(torch.Generator().manual_seed(0), facts)
     with torch.no_grad():
-        for name, value in adapter.initial_values(generator, {"frobenius_norm": norm}).items():
+        if adapter.rewrites_base:
+            rows = adapter.base.pack(adapter.base_rows(full, 0, values))
+            for parameter, packed in zip(adapter.base.storage(), rows, strict=True):
+                parameter.copy_(packed)
+        for name, value in (values | adapter.derived()).items():
             getattr(adapter, name).copy_(value)
     return adapter
 
@@ -80,61 +119,83 @@ def test_every_format_is_here():
     assert here == {spec.impl for spec in FORMAT_SPECS.values()}
 
 
-@pytest.mark.parametrize(("method", "base_name"), CASES)
-def test_starts_as_its_base(method, base_name, weight, x):
+def plain(
+    adapter: Adapter, x: torch.Tensor, dense: torch.Tensor, dropped: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The layer in plain operations that autograd sees, in the dtype of `x`, over the weight `dense`."""
+    fixed = adapter.fixed()
+    if adapter.reads_weight:
+        noted = adapter.note(adapter.trained(), fixed, dense)
+        fixed = (*fixed, *(noted if adapter.note_has_slope else (n.detach() for n in noted)))
+    f = adapter.factors(adapter.trained(), fixed)
+    y = (x if f.col is None else x * f.col) @ dense.T
+    y = y if f.row is None else y * f.row
+    if f.up is not None and f.down is not None:
+        h = (x if dropped is None else dropped) @ f.down.T
+        y = y + f.q * ((h.relu() if f.relu else h) @ f.up.T)
+    for bias in (adapter.base.bias, f.bias):
+        y = y if bias is None else y + bias.to(x.dtype)
+    return y
+
+
+@pytest.mark.parametrize(("variant", "base_name"), [c for c in CASES if c[0] not in STARTS_ELSEWHERE])
+def test_starts_as_its_base(variant, base_name, weight, x):
     base = make_base(base_name, weight)
-    adapter = make_adapter(method, base)
+    adapter = make_adapter(variant, base)
     # MAP divides by N(W) + eps: equal up to eps / N(W)
     assert torch.allclose(adapter(x), base(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("method", "base_name"), CASES)
-def test_only_the_specs_tensors_train(method, base_name, weight, x):
-    adapter = trained_away_from_start(make_adapter(method, make_base(base_name, weight)))
+@pytest.mark.parametrize(("variant", "base_name"), CASES)
+def test_only_the_specs_tensors_train(variant, base_name, weight, x):
+    adapter = trained_away_from_start(make_adapter(variant, make_base(base_name, weight)))
     adapter(x).square().sum().backward()
     with_gradient = {n for n, p in adapter.named_parameters() if p.grad is not None}
-    assert with_gradient == set(ADAPTER_SPECS[method].tensors(OUT, IN, RANK))
+    assert with_gradient == set(spec_of(adapter.config).tensors(OUT, IN, adapter.config))
 
 
-@pytest.mark.parametrize("method", ADAPTER_SPECS)
-def test_parameter_count_is_the_specs(method, weight):
-    adapter = make_adapter(method, make_base("dense-fp32", weight))
-    count = sum(p.numel() for p in adapter.parameters(recurse=False))
-    assert count == ADAPTER_SPECS[method].num_params(OUT, IN, RANK)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tensors_are_the_specs(variant, weight):
+    adapter = make_adapter(variant, make_base("dense-fp32", weight))
+    spec = spec_of(adapter.config)
+    assert sum(p.numel() for p in adapter.trained()) == spec.num_params(OUT, IN, adapter.config)
+    shapes = {n: tuple(b.shape) for n, b in adapter.named_buffers(recurse=False)}
+    assert shapes.items() >= spec.buffers(OUT, IN, adapter.config).items()
+    kept = {n: tuple(t.shape) for n, t in adapter.state_dict().items() if not n.startswith("base.")}
+    assert kept == {**spec.tensors(OUT, IN, adapter.config), **spec.buffers(OUT, IN, adapter.config)}
 
 
-@pytest.mark.parametrize("method", ADAPTER_SPECS)
-def test_only_the_specs_zeros_have_no_slope_at_the_start(method, weight, x):
-    adapter = make_adapter(method, make_base("nf4", weight))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_only_the_specs_zeros_have_no_slope_at_the_start(variant, weight, x):
+    adapter = make_adapter(variant, make_base("nf4", weight))
     adapter(x).sin().sum().backward()
     zero = {n for n, p in adapter.named_parameters(recurse=False) if not p.grad.any()}
-    assert zero == set(ADAPTER_SPECS[method].zero_grad_at_start)
+    assert zero == set(spec_of(adapter.config).zero_grad_at_start(adapter.config))
 
 
-@pytest.mark.parametrize(("method", "base_name"), EXACT)
-def test_merged_weight_reproduces_the_forward(method, base_name, weight, x):
-    adapter = trained_away_from_start(make_adapter(method, make_base(base_name, weight)))
+@pytest.mark.parametrize(("variant", "base_name"), [c for c in EXACT if c[0] not in NOT_MERGEABLE])
+def test_merged_weight_reproduces_the_forward(variant, base_name, weight, x):
+    adapter = trained_away_from_start(make_adapter(variant, make_base(base_name, weight)))
     merged = adapter.merged(adapter.base.dense(torch.float32))
-    y = torch.nn.functional.linear(x, merged, adapter.base.bias)
+    y = torch.nn.functional.linear(x, merged, adapter.merged_bias(adapter.base.bias))
     assert torch.allclose(adapter(x), y, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("method", "base_name"), CASES)
-def test_gradients_match_finite_differences(method, base_name, weight, x):
-    """At B != 0, against central differences of the same formula in float64."""
-    adapter = trained_away_from_start(make_adapter(method, make_base(base_name, weight)))
+@pytest.mark.parametrize(("variant", "base_name"), [c for c in CASES if c[0] not in OWN_FORWARD])
+def test_gradients_match_finite_differences(variant, base_name, weight, x):
+    """Away from the start, against central differences of the same formula in float64."""
+    adapter = trained_away_from_start(make_adapter(variant, make_base(base_name, weight)))
     probe = torch.randn(3, 5, OUT, generator=torch.Generator().manual_seed(4))
     x = x.requires_grad_(True)
     (adapter(x) * probe).sum().backward()
     twin = copy.deepcopy(adapter).double()
     dense = adapter.base.dense(torch.float64)
-    bias = 0 if adapter.base.bias is None else adapter.base.bias.double()
+    if twin.reads_weight and not twin.note_has_slope:  # constants of the pass stay what they were
+        noted = twin.note(twin.trained(), twin.fixed(), dense)
+        twin.note = lambda *_: noted
 
     def value(t: torch.Tensor) -> torch.Tensor:
-        p, q, _ = twin.scales(*twin.trained())
-        p = 1.0 if p is None else p
-        y = p * (t @ dense.T) + q * ((t @ twin.A.T) @ twin.B.T) + bias
-        return (y * probe.double()).sum()
+        return (plain(twin, t, dense) * probe.double()).sum()
 
     step = 1e-5
     with torch.no_grad():
@@ -149,16 +210,16 @@ def test_gradients_match_finite_differences(method, base_name, weight, x):
                 flat[index] = before
                 slope = (up - down) / (2 * step)
                 found = getattr(adapter, name).grad.view(-1)[index]
-                assert torch.allclose(found.double(), slope, rtol=2e-4, atol=2e-3), name
+                assert torch.allclose(found.double(), slope, rtol=3e-4, atol=2e-3), name
     exact = torch.autograd.grad(value(x64 := x.detach().double().requires_grad_(True)), x64)[0]
-    assert torch.allclose(x.grad.double(), exact, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(x.grad.double(), exact, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("method", "base_name"), [(m, b) for m, b in EXACT if not b.startswith("dense")])
-def test_quantizing_the_base_costs_what_the_quantizer_costs(method, base_name, weight, x):
+@pytest.mark.parametrize(("variant", "base_name"), [c for c in EXACT if not c[1].startswith("dense")])
+def test_quantizing_the_base_costs_what_the_quantizer_costs(variant, base_name, weight, x):
     """The adapter over the quantized base is the adapter over the dequantized weight, nothing worse."""
     quantized = make_base(base_name, weight)
-    over_packed = trained_away_from_start(make_adapter(method, quantized))
+    over_packed = trained_away_from_start(make_adapter(variant, quantized))
     dequantized = make_base("dense-fp32", quantized.dense(torch.float32))
     dequantized.bias = quantized.bias
     over_dense = copy.deepcopy(over_packed)
@@ -166,21 +227,20 @@ def test_quantizing_the_base_costs_what_the_quantizer_costs(method, base_name, w
     assert torch.allclose(over_packed(x), over_dense(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("method", "base_name"), CASES)
-def test_state_round_trip(method, base_name, weight, x):
-    adapter = trained_away_from_start(make_adapter(method, make_base(base_name, weight)))
-    other = make_adapter(method, make_base(base_name, torch.zeros_like(weight) + 1))
+@pytest.mark.parametrize(("variant", "base_name"), CASES)
+def test_state_round_trip(variant, base_name, weight, x):
+    adapter = trained_away_from_start(make_adapter(variant, make_base(base_name, weight)))
+    other = make_adapter(variant, make_base(base_name, torch.zeros_like(weight) + 1))
     other.load_state_dict(adapter.state_dict())
     assert torch.equal(adapter(x), other(x))
 
 
-@pytest.mark.parametrize("method", ADAPTER_SPECS)
-def test_dropout_acts_on_the_thin_branch_only(method, weight, x):
-    """At the start the update is 0, so that whatever is dropped the layer still equals its base."""
-    base = make_base("nf4", weight)
-    adapter = make_adapter(method, base, dropout=0.5).train()
-    assert torch.allclose(adapter(x), base(x), rtol=1e-5, atol=1e-5)
-    trained_away_from_start(adapter)
+THIN = [v for v in VARIANTS if v not in OWN_FORWARD and has_thin_branch(v)]
+
+
+@pytest.mark.parametrize("variant", THIN)
+def test_dropout_acts_on_the_thin_branch_only(variant, weight, x):
+    adapter = trained_away_from_start(make_adapter(variant, make_base("nf4", weight), dropout=0.5)).train()
     torch.manual_seed(0)
     first = adapter(x)
     assert not torch.allclose(first, adapter(x))
@@ -188,10 +248,19 @@ def test_dropout_acts_on_the_thin_branch_only(method, weight, x):
     assert torch.equal(adapter(x), adapter(x))
 
 
-@pytest.mark.parametrize("method", ADAPTER_SPECS)
-def test_dropout_gradient_uses_the_dropped_input(method, weight, x):
+@pytest.mark.parametrize("variant", [v for v in THIN if v not in STARTS_ELSEWHERE])
+def test_dropout_leaves_the_start_alone(variant, weight, x):
+    """At the start the update is 0, so that whatever is dropped the layer still equals its base."""
+    base = make_base("nf4", weight)
+    adapter = make_adapter(variant, base, dropout=0.5).train()
+    assert torch.allclose(adapter(x), base(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in OWN_FORWARD])
+def test_gradients_are_those_of_plain_operations(variant, weight, x):
+    """Under dropout: the thin branch's gradient uses the dropped input."""
     adapter = trained_away_from_start(
-        make_adapter(method, make_base("dense-fp32", weight), dropout=0.5)
+        make_adapter(variant, make_base("dense-fp32", weight), dropout=0.5)
     ).train()
     torch.manual_seed(5)
     adapter(x).square().sum().backward()
@@ -199,23 +268,20 @@ def test_dropout_gradient_uses_the_dropped_input(method, weight, x):
     dropped = torch.nn.functional.dropout(x, 0.5)
     twin = copy.deepcopy(adapter)
     twin.zero_grad()
-    p, q, _ = twin.scales(*twin.trained())  # the same expression in plain autograd
-    y = (1.0 if p is None else p) * (x @ adapter.base.dense(torch.float32).T) + q * (
-        (dropped @ twin.A.T) @ twin.B.T
-    )
-    (y + adapter.base.bias).square().sum().backward()
+    plain(twin, x, adapter.base.dense(torch.float32), dropped).square().sum().backward()
     for name, parameter in twin.named_parameters(recurse=False):
         assert torch.allclose(getattr(adapter, name).grad, parameter.grad, rtol=1e-3, atol=1e-3), name
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("base_name", BASES)
-def test_no_dense_gradient_and_no_saved_dense_weight(base_name, weight, x):
-    """What autograd keeps for one layer is x, the thin product and the packed storage itself."""
-    adapter = trained_away_from_start(make_adapter("map", make_base(base_name, weight)))
+def test_no_dense_weight_is_saved(base_name, variant, weight, x):
+    """What autograd keeps for one layer is x, thin products and the packed storage itself."""
+    adapter = trained_away_from_start(make_adapter(variant, make_base(base_name, weight)))
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         adapter(x.requires_grad_(True))
-    own = {t.data_ptr() for t in (*adapter.base.storage(), *adapter.parameters())}
+    own = {t.data_ptr() for t in (*adapter.base.storage(), *adapter.parameters(), *adapter.buffers())}
     dense = [
         t for t in saved if t.numel() >= OUT * IN and t.data_ptr() not in own and t.data_ptr() != x.data_ptr()
     ]

@@ -1,8 +1,10 @@
 """MAP against its equation, written out again in float64 (METHODS 2.1)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from test_adapter_contract import IN, OUT, RANK, make_adapter, make_base, trained_away_from_start
+from test_adapter_contract import IN, OUT, RANK, config_of, make_adapter, make_base, trained_away_from_start
 
 from decompft.adapters.spec import ADAPTER_SPECS
 
@@ -128,11 +130,13 @@ def test_warmup_of_b_is_off_by_default_and_linear_when_on(weight, x):
 
 
 def test_parameter_counts_of_the_papers():
-    count = ADAPTER_SPECS["map"].num_params
+    def count(out: int, in_: int, rank: int, method: str = "map") -> int:
+        config = replace(config_of(method), rank=rank)
+        return ADAPTER_SPECS[method].num_params(out, in_, config)
+
     # DeBERTaV3-base, 72 matrices, r=2 (METHODS 2.1 iv): 12 layers of q, k, v, o, up, down
     total = 12 * (4 * count(768, 768, 2) + count(3072, 768, 2) + count(768, 3072, 2))
     assert total == 331_920
     # LLaMA-7B q, k, v, up, down: 160 matrices, 320 scalars more than LoRA
     shapes = [(4096, 4096)] * 3 + [(11008, 4096), (4096, 11008)]
-    lora = ADAPTER_SPECS["lora"].num_params
-    assert 32 * sum(count(o, i, 16) - lora(o, i, 16) for o, i in shapes) == 320
+    assert 32 * sum(count(o, i, 16) - count(o, i, 16, "lora") for o, i in shapes) == 320

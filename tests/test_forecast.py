@@ -128,7 +128,8 @@ def test_dense_base_has_its_storage_dtype(dtype: str, compute: str, size: int) -
 @pytest.mark.parametrize("method", sorted(ADAPTER_SPECS))
 def test_trained_terms_follow_the_spec(method: str) -> None:
     w = work(adapter={"method": method, "rank": 8, "targets": ["q_proj", "k_proj"]})
-    params = 2 * sum(ADAPTER_SPECS[method].num_params(out, 64, 8) for out in (64, 32))
+    config = w.recipe.adapter.config()
+    params = 2 * sum(ADAPTER_SPECS[method].num_params(out, 64, config) for out in (64, 32))
     got = run(w)
     assert w.num_adapter_params == params
     assert (got["adapter"], got["gradients"], got["optimizer"]) == (4 * params, 4 * params, 8 * params)
@@ -369,7 +370,9 @@ def test_offload_pins_powers_of_two() -> None:
 
 def test_a_checkpoint_is_weights_moments_and_the_adapters_file() -> None:
     w = work(adapter={"train_modules": ["lm_head"]})
-    assert checkpoint_bytes(w) == 16 * (w.num_adapter_params + 256 * 64)
+    fixed = w.num_adapter_fixed  # the state and the adapter's own file each hold them, once
+    assert fixed == 14  # a norm for each of two layers' seven matrices
+    assert checkpoint_bytes(w) == 16 * (w.num_adapter_params + 256 * 64) + 2 * 4 * fixed
 
 
 def test_all_linears_but_the_head_are_quantized() -> None:

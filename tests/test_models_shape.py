@@ -14,7 +14,7 @@ from decompft.adapters.targets import TargetMismatch, select
 from decompft.launcher.errors import AdapterError, ModelError
 from decompft.launcher.families import model_types, shape_of
 from decompft.launcher.models import ModelShape, adapted_linears, read_shape, trained_modules
-from decompft.launcher.recipe import Recipe
+from decompft.launcher.recipe import AdapterSection, Recipe
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 100}
 GPT2_SMALL = {"n_embd": 64, "n_head": 4, "vocab_size": 100}
@@ -261,6 +261,10 @@ def llama() -> ModelShape:
     return shape_of(config, "causal-lm", 2)
 
 
+def adapted(shape: ModelShape, targets: str | list[str]) -> list[tuple[str, int, int]]:
+    return [(name, out, in_) for name, out, in_, _ in adapted_linears(shape, AdapterSection(targets=targets))]
+
+
 @pytest.mark.parametrize(
     "targets, count, holds",
     [
@@ -277,13 +281,13 @@ def llama() -> ModelShape:
 def test_targets_select(
     llama: ModelShape, targets: str | list[str], count: int, holds: Callable[[str], bool]
 ) -> None:
-    chosen = adapted_linears(llama, targets)
+    chosen = adapted(llama, targets)
     assert len(chosen) == len({name for name, _, _ in chosen}) == count
     assert all(holds(name) for name, _, _ in chosen)
 
 
 def test_adapted_linears_carry_their_sizes(llama: ModelShape) -> None:
-    assert adapted_linears(llama, "model.layers.3.*.k_proj") == [("model.layers.3.self_attn.k_proj", 32, 64)]
+    assert adapted(llama, "model.layers.3.*.k_proj") == [("model.layers.3.self_attn.k_proj", 32, 64)]
 
 
 @pytest.mark.parametrize(
@@ -291,17 +295,17 @@ def test_adapted_linears_carry_their_sizes(llama: ModelShape) -> None:
 )
 def test_target_without_a_match_names_near_misses(llama: ModelShape, targets: str, near: str) -> None:
     with pytest.raises(AdapterError, match=near):
-        adapted_linears(llama, targets)
+        adapted(llama, targets)
 
 
 def test_one_good_target_does_not_hide_a_bad_one(llama: ModelShape) -> None:
     with pytest.raises(AdapterError, match="k_porj"):
-        adapted_linears(llama, ["q_proj", "k_porj"])
+        adapted(llama, ["q_proj", "k_porj"])
 
 
 def test_head_takes_no_adapter(llama: ModelShape) -> None:
     with pytest.raises(AdapterError) as error:
-        adapted_linears(llama, "lm_head")
+        adapted(llama, "lm_head")
     assert "train_modules" in error.value.hint
 
 
@@ -314,7 +318,7 @@ def test_trained_modules_reach_norms_embeddings_and_head(llama: ModelShape) -> N
 
 def test_pooler_of_bert_is_a_target_and_its_classifier_is_not() -> None:
     shape = shape_of({"model_type": "bert", **SMALL}, "sequence-classification", 3)
-    names = [name for name, _, _ in adapted_linears(shape, "all-linear")]
+    names = [name for name, _, _ in adapted(shape, "all-linear")]
     assert "bert.pooler.dense" in names and "classifier" not in names
 
 

@@ -127,5 +127,5 @@ def test_adapter_file_describes_itself(tmp_path):
     description = json.loads((run.path / "adapter" / "adapter.json").read_text())
     assert description["adapter"]["method"] == "map"
     assert description["adapter"]["options"]["eps"] == 1e-6
-    assert description["formula"]["is_reading"] is False
+    assert description["formulas"]["map"]["is_reading"] is False
     assert len(description["base"]["sha256"]) == 64

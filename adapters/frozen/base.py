@@ -38,9 +38,19 @@ class FrozenLinear(nn.Module):
         """Storage tensors with n rows -> dense (n, in) in `dtype`, times the scalar `scale` if given."""
         raise NotImplementedError
 
-    def product(self, x_TI: Tensor, storage: tuple[Tensor, ...], scale: Tensor | None) -> Tensor:
-        """x (tokens, in) -> scale W x (tokens, out) in x's dtype, in memory of its own; not seen by autograd."""
-        return x_TI @ self.unpack(storage, x_TI.dtype, scale).T
+    def product(
+        self, x_TI: Tensor, storage: tuple[Tensor, ...], scale: Tensor | None, weight: Tensor | None = None
+    ) -> Tensor:
+        """x (tokens, in) -> scale W x (tokens, out) in x's dtype, in memory of its own; not seen by autograd.
+
+        Args:
+            scale: (1,), or None for 1.
+            weight: W unpacked already, in x's dtype.
+        """
+        if weight is None:
+            return x_TI @ self.unpack(storage, x_TI.dtype, scale).T
+        y_TO = x_TI @ weight.T
+        return y_TO if scale is None else y_TO.mul_(scale)
 
     def storage(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, name) for name in self.storage_names())

@@ -1,22 +1,23 @@
-"""One autograd node for a frozen linear, the thin product of its adapter, and the scalars that weigh them.
+"""One autograd node for a frozen linear and all that an adapter adds to it.
 
-y = p (W x) + q B (A x_d) + bias
+y = row * (W (col * x)) + q up h + bias + added,    h = down x_d, or relu(down x_d)
 
-Shapes, with the tokens of all leading dimensions as T: x, x_d (T, in), W (out, in), A (rank, in),
-B (out, rank), y (T, out); p and q are scalars (1,) in float32 that may depend on A, B and further
-trained tensors (`Thin`). x_d is x, or x after dropout.
+Shapes, with the tokens of all leading dimensions as T: x, x_d (T, in), W (out, in), y (T, out), and `Factors`.
+x_d is x, or x after dropout. The factors are functions of the adapter's trained tensors (`Thin`); they are
+computed inside, and their gradients carried back to those tensors, because what costs is the number of
+launches and of autograd nodes, of which a model has one per linear layer.
 
-Saved for backward: x, x_d, A x_d (T, rank) and the packed weight, which is dequantized again.
-No gradient of W is made. A format may round x inside its product (int8 with an outlier threshold):
-the backward pass is that of the dequantized weight all the same. Gradients of the scalars need no
-further pass over the weight: dp = <dy, W x> = <W^T dy, x>, and W^T dy is computed for dx anyway;
-dq = <B^T dy, A x_d>.
-Scalars and factors live in one node because their arithmetic is rank x rank: what costs is the
-number of launches and of autograd nodes, of which a model has one per linear layer.
+Saved for backward: x, x_d, h (T, k), the trained tensors, and the packed weight, which is dequantized again;
+W (col * x) only where `row` is a vector, whose gradient needs it. No gradient of W is made. A format may
+round x inside its product (int8 with an outlier threshold): the backward pass is that of the dequantized
+weight all the same. The gradient of a scalar `row` needs no further pass over the weight:
+d row = <dy, W x> = <W^T dy, x>, and W^T dy is computed for dx anyway. d q = <up^T dy, h>.
+Vectors scale in float32: rounded to bfloat16, a scale would bend its whole row, and hide what it has learned.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -27,16 +28,39 @@ from decompft.adapters.frozen.base import FrozenLinear
 Grads = tuple[Tensor | None, ...]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Factors:
+    """W* = diag(row) W diag(col) + q up down; None stands for what is not there."""
+
+    up: Tensor | None = None  # (out, k)
+    down: Tensor | None = None  # (k, in)
+    q: Tensor | float = 1.0  # a number, or (1,)
+    row: Tensor | None = None  # (1,) or (out,)
+    col: Tensor | None = None  # (in,)
+    bias: Tensor | None = None  # (out,), added to the base's
+    relu: bool = False  # between down and up: then there is no W*
+    keep: tuple[Tensor, ...] = ()  # for `pull_back` of the same pass
+
+
 class Thin(Protocol):
-    """What an adapter gives the node: its scalars, and how their gradients reach the trained tensors."""
+    """What an adapter gives the node; see decompft.adapters.base.Adapter."""
 
-    def scales(self, *trained: Tensor) -> tuple[Tensor | None, Tensor | float, tuple[Tensor, ...]]:
-        """p (None: 1, and not trained), q, and what `scales_backward` needs."""
-        ...
+    reads_weight: bool
 
-    def scales_backward(self, saved: tuple[Tensor, ...], dp: Tensor, dq: Tensor) -> Grads:
-        """Gradients of all trained tensors through p and q; not called where q is a float."""
-        ...
+    def factors(self, trained: tuple[Tensor, ...], fixed: tuple[Tensor, ...]) -> Factors: ...
+
+    def note(
+        self, trained: tuple[Tensor, ...], fixed: tuple[Tensor, ...], weight: Tensor
+    ) -> tuple[Tensor, ...]: ...
+
+    def pull_back(
+        self,
+        trained: tuple[Tensor, ...],
+        fixed: tuple[Tensor, ...],
+        found: Factors,
+        grads: Factors,
+        weight: Tensor | None,
+    ) -> Grads: ...
 
 
 def frozen_linear(
@@ -46,15 +70,19 @@ def frozen_linear(
     dropped: Tensor | None = None,
     thin: Thin | None = None,
     trained: tuple[Tensor, ...] = (),
+    fixed: tuple[Tensor, ...] = (),
 ) -> Tensor:
     """x (..., in) -> y (..., out) as in the module docstring.
 
     Args:
         dropped: x after dropout, for the thin branch only; default x itself.
         thin: None for the bare base.
-        trained: A, B and what else `thin` scales with, float32.
+        trained: what `thin` makes its factors of, float32.
+        fixed: its buffers.
     """
-    return _FrozenLinear.apply(x, dropped, base, thin, len(trained), *trained, *base.storage())
+    storage = base.storage()
+    counts = (len(trained), len(fixed), len(storage))
+    return _FrozenLinear.apply(x, dropped, base, thin, counts, *trained, *fixed, *storage)
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -65,59 +93,144 @@ class _FrozenLinear(torch.autograd.Function):
         dropped: Tensor | None,
         base: FrozenLinear,
         thin: Thin | None,
-        num_trained: int,
+        counts: tuple[int, int, int],
         *tensors: Tensor,
     ) -> Tensor:
-        trained, storage = tensors[:num_trained], tensors[num_trained:]
-        p, q, scales = (None, 1.0, ()) if thin is None else thin.scales(*trained)
+        trained, fixed, storage = _split(tensors, counts)
         x_TI = x.reshape(-1, base.in_features)
-        y_TO = base.product(x_TI, storage, p)
+        weight: Tensor | None = None
+        noted: tuple[Tensor, ...] = ()
+        if thin is not None and thin.reads_weight:
+            weight = base.unpack(storage, x.dtype)
+            noted = thin.note(trained, fixed, weight)
+        f = Factors() if thin is None else thin.factors(trained, (*fixed, *noted))
+        is_vector = f.row is not None and f.row.numel() > 1
+        scale = None if is_vector else f.row
+        y_TO = base.product(_times(x_TI, f.col), storage, scale, weight)
+        y0_TO = None
+        if is_vector:
+            y0_TO, y_TO = y_TO, _times(y_TO, f.row)
         h_TR = None
-        if thin is not None:
-            A, B = trained[:2]
+        if f.up is not None and f.down is not None:
             d_TI = x_TI if dropped is None else dropped.reshape(-1, base.in_features)
-            h_TR = d_TI @ A.to(x.dtype).T
-            y_TO.addmm_((h_TR * q).to(x.dtype), B.to(x.dtype).T)
+            h_TR = d_TI @ f.down.to(x.dtype).T
+            if f.relu:
+                h_TR.relu_()
+            hq_TR = h_TR if isinstance(f.q, float) and f.q == 1.0 else (h_TR * f.q).to(x.dtype)
+            y_TO.addmm_(hq_TR, f.up.to(x.dtype).T)
         if base.bias is not None:
             y_TO += base.bias.to(x.dtype)
-        q_tensor, ctx.q = (q, None) if isinstance(q, Tensor) else (None, q)
-        ctx.save_for_backward(x, dropped, h_TR, p, q_tensor, *trained, *storage, *scales)
-        ctx.base, ctx.thin, ctx.counts = base, thin, (num_trained, len(storage))
+        if f.bias is not None:
+            y_TO += f.bias.to(x.dtype)
+        q, ctx.q = (f.q, 1.0) if isinstance(f.q, Tensor) else (None, f.q)
+        found = (f.up, f.down, q, f.row, f.col, f.bias)
+        ctx.save_for_backward(x, dropped, h_TR, y0_TO, *found, *trained, *fixed, *storage, *noted, *f.keep)
+        ctx.base, ctx.thin, ctx.relu, ctx.counts = base, thin, f.relu, (*counts, len(noted), len(f.keep))
         return y_TO.view(*x.shape[:-1], base.out_features)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Grads:
         (dy,) = grads
-        x, dropped, h_TR, p, q_tensor, *rest = ctx.saved_tensors
-        num_trained, num_storage = ctx.counts
-        trained, rest = rest[:num_trained], rest[num_trained:]
-        storage, scales = tuple(rest[:num_storage]), tuple(rest[num_storage:])
+        x, dropped, h_TR, y0_TO, up, down, q, row, col, bias, *rest = ctx.saved_tensors
+        trained, fixed, storage, noted, keep = _split(rest, ctx.counts)
         base: FrozenLinear = ctx.base
-        dtype = dy.dtype
+        thin: Thin | None = ctx.thin
+        q = ctx.q if q is None else q
+        f = Factors(up=up, down=down, q=q, row=row, col=col, bias=bias, relu=ctx.relu, keep=keep)
         g_TO = dy.reshape(-1, base.out_features)
-        dx_TI = dd_TI = None
-        d_trained: Grads = (None,) * num_trained
-        if ctx.needs_input_grad[0] or p is not None:
-            dx_TI = g_TO @ base.unpack(storage, dtype, p)  # p W^T dy
-        if num_trained:
-            A, B = trained[:2]
-            x_TI = x.reshape(-1, base.in_features)
-            d_TI = x_TI if dropped is None else dropped.reshape(-1, base.in_features)
-            gB_TR = g_TO @ B.to(dtype)
-            q = ctx.q if q_tensor is None else q_tensor
-            gBq_TR = (gB_TR * q).to(dtype)
-            dA, dB = (gBq_TR.T @ d_TI).float(), (g_TO.T @ (h_TR * q).to(dtype)).float()
-            d_trained = (dA, dB)
-            if q_tensor is not None:
-                # products are rounded once to the compute dtype, then summed in float32. dx holds
-                # p W^T dy: at p == 0 exactly the quotient is NaN and stops the run, in words
-                dp = torch.sum(x_TI * dx_TI, dtype=torch.float32) / p
-                dq = torch.sum(gB_TR * h_TR, dtype=torch.float32)
-                through = ctx.thin.scales_backward(scales, dp, dq)
-                d_trained = (dA.add_(through[0]), dB.add_(through[1]), *through[2:])
-            if dropped is not None and ctx.needs_input_grad[1]:
-                dd_TI = (gBq_TR @ A.to(dtype)).view(dropped.shape)
-            elif ctx.needs_input_grad[0] and dx_TI is not None:
-                dx_TI.addmm_(gBq_TR, A.to(dtype))
-        dx = dx_TI.view(x.shape) if ctx.needs_input_grad[0] and dx_TI is not None else None
-        return (dx, dd_TI, None, None, None, *d_trained, *(None for _ in storage))
+        needs_dx = ctx.needs_input_grad[0]
+        dx, weight, row, col = _through_base(g_TO, x, base, storage, f, y0_TO, needs_dx, _reads(thin))
+        d_trained: Grads = ()
+        dd = None
+        if thin is not None:
+            up, down, q, dd = _through_thin(g_TO, x, dropped, h_TR, f, dx, ctx.needs_input_grad[1])
+            bias = None if f.bias is None else g_TO.sum(0, dtype=torch.float32)
+            found = Factors(up=up, down=down, q=q, row=row, col=col, bias=bias)  # type: ignore[arg-type]
+            d_trained = thin.pull_back(trained, (*fixed, *noted), f, found, weight)
+        d_x = dx.view(x.shape) if needs_dx and dx is not None else None
+        d_dropped = None if dd is None or dropped is None else dd.view(dropped.shape)
+        return (d_x, d_dropped, None, None, None, *d_trained, *[None] * (ctx.counts[1] + ctx.counts[2]))
+
+
+def _through_base(
+    g_TO: Tensor,
+    x: Tensor,
+    base: FrozenLinear,
+    storage: tuple[Tensor, ...],
+    f: Factors,
+    y0_TO: Tensor | None,
+    needs_dx: bool,
+    reads_weight: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dx (T, in) of the base's product, the weight if it was asked for, and the gradients of row and col."""
+    row = col = None
+    scale = f.row if f.row is not None and f.row.numel() == 1 else None
+    if y0_TO is not None:
+        row = torch.sum(g_TO * y0_TO, 0, dtype=torch.float32)
+        g_TO = _times(g_TO, f.row)
+    weight = base.unpack(storage, g_TO.dtype, None if reads_weight else scale) if (
+        needs_dx or scale is not None or f.col is not None or reads_weight) else None  # fmt: skip
+    if weight is None:
+        return None, None, row, col
+    if reads_weight and scale is not None:
+        g_TO = _times(g_TO, scale)
+    dx_TI = g_TO @ weight
+    x_TI = x.reshape(-1, base.in_features)
+    if f.col is not None:
+        col = torch.sum(x_TI * dx_TI, 0, dtype=torch.float32)
+        dx_TI.mul_(f.col)
+    if scale is not None:
+        # products are rounded once to the compute dtype, then summed in float32. dx holds
+        # row W^T dy: at row == 0 exactly the quotient is NaN and stops the run, in words
+        row = (torch.sum(x_TI * dx_TI, dtype=torch.float32) / scale).reshape(1)
+    return dx_TI, weight if reads_weight else None, row, col
+
+
+def _through_thin(
+    g_TO: Tensor,
+    x: Tensor,
+    dropped: Tensor | None,
+    h_TR: Tensor | None,
+    f: Factors,
+    dx_TI: Tensor | None,
+    needs_dropped: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of up, down, q and x_d; that of x_d is added to dx where it is x itself."""
+    if h_TR is None or f.up is None or f.down is None:
+        return None, None, None, None
+    dtype = g_TO.dtype
+    d = x if dropped is None else dropped
+    d_TI = d.reshape(-1, f.down.shape[1])
+    gu_TR = g_TO @ f.up.to(dtype)
+    is_one = isinstance(f.q, float) and f.q == 1.0
+    gq_TR = gu_TR if is_one else (gu_TR * f.q).to(dtype)
+    if f.relu:
+        gq_TR = gq_TR * (h_TR > 0)
+    hq_TR = h_TR if is_one else (h_TR * f.q).to(dtype)
+    down, up = (gq_TR.T @ d_TI).float(), (g_TO.T @ hq_TR).float()
+    q = torch.sum(gu_TR * h_TR, dtype=torch.float32).reshape(1) if isinstance(f.q, Tensor) else None
+    dd_TI = None
+    if dropped is not None:
+        dd_TI = gq_TR @ f.down.to(dtype) if needs_dropped else None
+    elif dx_TI is not None:
+        dx_TI.addmm_(gq_TR, f.down.to(dtype))
+    return up, down, q, dd_TI
+
+
+def _times(x: Tensor, scale: Tensor | None) -> Tensor:
+    """x * scale in float32, rounded once to x's dtype; x itself without a scale."""
+    if scale is None:
+        return x
+    return torch.mul(x, scale, out=torch.empty_like(x)) if x.dtype != torch.float64 else x * scale
+
+
+def _reads(thin: Thin | None) -> bool:
+    return thin is not None and thin.reads_weight
+
+
+def _split(tensors: Any, counts: tuple[int, ...]) -> tuple[tuple[Tensor, ...], ...]:
+    parts, at = [], 0
+    for count in counts:
+        parts.append(tuple(tensors[at : at + count]))
+        at += count
+    return tuple(parts)

@@ -16,9 +16,10 @@ from decompft.adapters.base import Adapter
 from decompft.adapters.formats import FORMAT_SPECS
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.inject import MakeFrozen, adapters, inject
-from decompft.adapters.spec import ADAPTER_SPECS, AdapterConfig
+from decompft.adapters.spec import AdapterConfig
 from decompft.adapters.targets import TargetMismatch, select
 from decompft.launcher.errors import AdapterError
+from decompft.launcher.layers import layer_configs
 from decompft.launcher.quantized_checkpoint import is_quantized, stored_in
 from decompft.launcher.recipe import AdapterSection, ModelSection, QuantizationSection
 from decompft.launcher.tensor_names import find_key
@@ -35,6 +36,7 @@ from decompft.launcher.worker.model import (
 )  # fmt: skip
 from decompft.launcher.worker.packed_cache import packed_cache_dir
 from decompft.launcher.worker.quantized_source import BitsAndBytesSource
+from decompft.launcher.worker.spectrum_cache import spectra_dir
 from decompft.launcher.worker.tensors import RandomSource, SafetensorsSource, TensorSource
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -75,7 +77,9 @@ def build(
     model_dir: Path | None,
     recompute: bool,
     base_hash: str | None = None,
+    known: Callable[[str], Tensor] | None = None,
     progress: Progress = lambda done, total: None,
+    factor_progress: Progress = lambda done, total: None,
 ) -> Built:
     """Build a model on `engine` from three sections of a recipe, or of an adapter.json.
 
@@ -85,6 +89,9 @@ def build(
         model_dir: folder of the checkpoint; None for a model made from config.
         recompute: activation checkpointing of every block.
         base_hash: sha256 of the checkpoint's `identity`, under which quantized rows are kept; None keeps none.
+        known: an adapter tensor by its name, where the adapters exist already: none is started anew.
+        progress: bytes of the base that are in place, and in all.
+        factor_progress: matrices whose factors were made for the adapters' start, and in all.
 
     Raises:
         ModelError, AdapterError: model and checkpoint, or targets and model, do not fit.
@@ -103,6 +110,8 @@ def build(
     loaded = load_base(
         hf, source, engine, prefix=hf.base_model_prefix, new=new, seed=seed, progress=progress,
         cache_dir=_cache_dir(source, base_hash, outline.quantization, engine.device),
+        spectra_dir=spectra_dir() if base_hash is not None else None, known=known,
+        factor_progress=factor_progress,
     )  # fmt: skip
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers())), "a tensor was left on meta"
     trained = {n: p for n, p in hf.named_parameters() if p.requires_grad}
@@ -167,16 +176,6 @@ def trained_targets(hf: Any) -> dict[str, Tensor]:
     return {n: p for n, p in hf.named_parameters() if p.requires_grad} | _buffers(hf)
 
 
-def adapter_config(section: AdapterSection) -> AdapterConfig:
-    return AdapterConfig(
-        method=section.method,
-        rank=section.rank,
-        alpha=section.alpha,
-        dropout=section.dropout,
-        options=section.typed_options(),
-    )
-
-
 def frozen_maker(quantization: QuantizationSection, dense: torch.dtype) -> MakeFrozen:
     """How a linear layer of the base is stored.
 
@@ -236,15 +235,12 @@ def _cache_dir(
 
 
 def _inject(hf: Any, adapter: AdapterSection | None, heads: list[str], make: MakeFrozen) -> list[str]:
-    config = None if adapter is None else adapter_config(adapter)
-    targets = "all-linear" if adapter is None else adapter.targets
-    try:
-        with torch.device("meta"):
-            return inject(hf, config, targets, heads, make)
-    except TargetMismatch as error:
-        raise AdapterError(
-            f"adapter.targets: {error}", "see the layers with: decompft plan RECIPE --json"
-        ) from error
+    def configs(names: list[str]) -> dict[str, AdapterConfig]:
+        hint = "see the layers with: decompft plan RECIPE --json"
+        return {} if adapter is None else layer_configs(adapter, names, heads, hint=hint)
+
+    with torch.device("meta"):
+        return inject(hf, configs, heads, make)
 
 
 def _train_whole(hf: Any, patterns: list[str], heads: set[str], compute: torch.dtype) -> set[str]:
@@ -312,16 +308,14 @@ def _use_liger(hf: Any, engine: Engine) -> str:
 
 
 def _buffers(hf: Any) -> dict[str, Tensor]:
-    return {f"{n}.{b}": t for n, a in adapters(hf) for b, t in a.named_buffers(recurse=False)}
+    return {f"{n}.{b}": a.get_buffer(b) for n, a in adapters(hf) for b in a.fixed_shapes}
 
 
 def _expected(hf: Any, whole: set[str]) -> set[str]:
     names = {
         f"{n}.{t}"
         for n, a in adapters(hf)
-        for t in ADAPTER_SPECS[a.config.method].tensors(
-            a.base.out_features, a.base.in_features, a.config.rank
-        )
+        for t in a.shapes
     }
     for module in whole:
         names |= {f"{module}.{p}" for p, _ in hf.get_submodule(module).named_parameters(recurse=False)}

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from decompft.adapters.spec import ADAPTER_SPECS
+from decompft.adapters.spec import ADAPTER_SPECS, AdapterSpec
 from decompft.launcher.plan import Plan
 from decompft.launcher.worker.prepared import Prepared
 
@@ -14,14 +14,14 @@ from decompft.launcher.worker.prepared import Prepared
 def describe(plan: Plan, prepared: Prepared) -> dict[str, Any]:
     """Method, options, targets, the base's identity and the versions; JSON."""
     recipe = plan.recipe
-    spec = ADAPTER_SPECS[recipe.adapter.method]
+    methods = dict.fromkeys([recipe.adapter.method, *(o.method for o in recipe.adapter.overrides if o.method)])
     return {
         "name": plan.name,
         "adapter": {
             **recipe.adapter.model_dump(mode="json"),
             "options": asdict(recipe.adapter.typed_options()),
         },
-        "formula": {"title": spec.title, "source": spec.source, "is_reading": spec.is_reading},
+        "formulas": {name: _formula(ADAPTER_SPECS[name]) for name in methods},
         "model": recipe.model.model_dump(mode="json"),
         "quantization": recipe.quantization.model_dump(mode="json"),
         "seed": recipe.train.seed,
@@ -29,6 +29,10 @@ def describe(plan: Plan, prepared: Prepared) -> dict[str, Any]:
         "data_formats": sorted({s.format for s in recipe.data.train}),
         "versions": {name: _version(name) for name in ("decompft", "torch", "transformers", "bitsandbytes")},
     }
+
+
+def _formula(spec: AdapterSpec) -> dict[str, Any]:
+    return {"title": spec.title, "source": spec.source, "is_reading": spec.is_reading}
 
 
 def _version(package: str) -> str | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from decompft.adapters.inject import adapters
-from decompft.launcher.errors import AdapterError, UserError
+from decompft.launcher.errors import AdapterError, CheckpointError, UserError
 from decompft.launcher.quantized_checkpoint import read_config_json, stored_format
 from decompft.launcher.recipe import AdapterSection, DType, ModelSection, QuantizationSection
 from decompft.launcher.worker.build import build, trained_targets
@@ -49,6 +49,19 @@ class Adapter:
             if place.is_dir():
                 return load_tokenizer(self.model.model_copy(update={"tokenizer": None}), place)
         return load_tokenizer(self.model, self.model_dir)
+
+    def tensor(self, name: str) -> Tensor:
+        """One of its tensors.
+
+        Raises:
+            CheckpointError: it has none of this name.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(
+                f"{self.folder}: the adapter does not fit this model: it holds no {name}",
+                "name its own base with --base",
+            )
+        return self.tensors[name]
 
     def settle(self, model: torch.nn.Module) -> None:
         """Bring what depends on the step (a magnitude's warm-up) to where training left it."""
@@ -93,7 +106,8 @@ def load(
     found = open_adapter(folder, base=base, say=say)
     built = build(
         found.model, found.quantization, found.adapter if use_adapter else None, engine,
-        seed=found.seed, model_dir=found.model_dir, recompute=False, base_hash=found.base_hash, progress=progress,
+        seed=found.seed, model_dir=found.model_dir, recompute=False, base_hash=found.base_hash,
+        known=found.tensor, progress=progress,
     )  # fmt: skip
     if use_adapter:
         place_adapter(trained_targets(built.model.model), found.tensors, engine)

@@ -16,15 +16,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from decompft.adapters.base import Adapter
+from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.inject import adapters
-from decompft.adapters.spec import ADAPTER_SPECS
 from decompft.launcher.errors import ModelError
 from decompft.launcher.worker.engines.base import Engine, full_shape
+from decompft.launcher.worker.facts import Measures, Values, factors_of_weights
 from decompft.launcher.worker.loaded import Loaded
 from decompft.launcher.worker.matching import Want, match_tensors
 from decompft.launcher.worker.packed_cache import PackedCache
 from decompft.launcher.worker.reading import AnonymousPeak, num_readers, read_ahead, row_chunks
+from decompft.launcher.worker.spectrum_cache import SpectrumCache
 from decompft.launcher.worker.tensors import SafetensorsSource, TensorSource
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -52,14 +53,20 @@ def load_base(
     seed: int,
     progress: Progress,
     cache_dir: Path | None = None,
+    spectra_dir: Path | None = None,
+    known: Callable[[str], Tensor] | None = None,
+    factor_progress: Progress = lambda done, total: None,
 ) -> Loaded:
-    """Fill every parameter of the base, then start the adapters from what they need of it.
+    """Fill every parameter of the base, and start the adapters from what they need of it.
 
     Args:
         prefix: transformers' `base_model_prefix`; a checkpoint may leave it out or add it.
         new: names of tensors that a checkpoint need not have (a classification head).
         seed: of adapters and new tensors; with the tensor's name it fixes the values.
         cache_dir: where packed rows are kept; None keeps none.
+        spectra_dir: where factors of weights are kept; None keeps none.
+        known: an adapter tensor by its name, where the adapters have been started before: no factor is made again.
+        factor_progress: takes matrices whose factors were made, and how many there are.
 
     Raises:
         ModelError: as `match_tensors`, or tied tensors differ.
@@ -73,13 +80,14 @@ def load_base(
         cache = PackedCache(cache_dir, source, writes=is_cut or engine.local_rank == 0)
     try:
         with AnonymousPeak() as memory, torch.no_grad():
-            squares = _stream(model, wants, source, cache, engine, progress)
+            starts = _Starts(model, wants, source, engine, seed, known, spectra_dir, factor_progress)
+            facts = _stream(model, wants, source, cache, engine, starts, progress)
             for name, parameter in missing.items():
                 values = torch.empty(full_shape(parameter)).normal_(
                     0.0, 0.02, generator=generator_for(seed, name)
                 )
                 engine.place(parameter, torch.zeros_like(values) if values.dim() == 1 else values)
-            _start_adapters(model, squares, engine, seed)
+            starts.finish(facts)
             if cache is not None:
                 cache.finish()
     except BaseException:
@@ -102,32 +110,32 @@ def _stream(
     source: TensorSource,
     cache: PackedCache | None,
     engine: Engine,
+    starts: _Starts,
     progress: Progress,
-) -> dict[str, Tensor]:
-    """Read, pack and place everything; returns sums of squares (float64) for the adapters that need them."""
-    measured = {id(a.base): n for n, a in adapters(model) if "frobenius_norm" in _needs(a)}
-    squares = {n: torch.zeros((), dtype=torch.float64, device=engine.device) for n in measured.values()}
+) -> dict[str, Values]:
+    """Read, pack and place everything; returns what adapters need to know of it, by their names."""
+    measures = Measures(model, engine)
     # progress counts the base as it will be stored
     total = sum(_row_bytes(want) * (last - first) for want, first, last in _ranges(wants, engine))
     done = 0
-    for chunk in _read(wants, source, cache, engine):
+    for chunk in _read(wants, source, cache, engine, starts):
         want = chunk.want
         values = tuple(v.to(engine.device) for v in chunk.values)
         if want.layer is not None and not chunk.is_packed:
-            values = want.layer.pack(values[0])
+            values = want.layer.pack(starts.base_rows(want.layer, values[0], chunk.first))
         for parameter, rows in zip(want.parameters, values, strict=True):
             engine.place(parameter, rows, chunk.first)
         if cache is not None and chunk.is_new:
             cache.add(want.key, want.parameters, chunk.first, values)
-        if id(want.layer) in measured:
-            squares[measured[id(want.layer)]] += _squares(chunk, values, engine)
+        if want.layer is not None:
+            measures.add(want.layer, want.parameters[0], chunk.first, values)
         done += _row_bytes(want) * (chunk.last - chunk.first)
         progress(done, total)
-    return squares
+    return measures.finish()
 
 
 def _read(
-    wants: list[Want], source: TensorSource, cache: PackedCache | None, engine: Engine
+    wants: list[Want], source: TensorSource, cache: PackedCache | None, engine: Engine, starts: _Starts
 ) -> Iterator[_Chunk]:
     def read(chunk: _Chunk, buffer: Tensor | None) -> _Chunk:
         want, first, last = chunk.want, chunk.first, chunk.last
@@ -135,7 +143,8 @@ def _read(
             return _filled(
                 chunk, source.packed(want.key, want.layer, first, last, buffer=buffer), is_packed=True
             )
-        if cache is not None and want.layer is not None:
+        may_cache = want.layer is not None and not starts.rewrites(want.layer)
+        if cache is not None and may_cache:
             found = cache.find(want.key, want.parameters, first, last, buffer=buffer)
             if found is not None:
                 return _filled(chunk, found, is_packed=True)
@@ -145,7 +154,7 @@ def _read(
                 f"the model's config ties {want.key} and {want.twin}, but the checkpoint has other values for each",
                 "set tie_word_embeddings: false in the model's config.json",
             )
-        return _filled(chunk, (rows,), is_new=want.layer is not None)
+        return _filled(chunk, (rows,), is_new=may_cache)
 
     chunks = [
         _Chunk(want=want, first=a, last=b)
@@ -188,20 +197,6 @@ def _source_row_bytes(want: Want, source: TensorSource) -> int:
     return width * source.dtype(want.key).itemsize
 
 
-def _squares(chunk: _Chunk, packed: tuple[Tensor, ...], engine: Engine) -> Tensor:
-    """Sum of squares (float64) of the numbers of these rows that live here, as they will be used."""
-    layer, codes = chunk.want.layer, chunk.want.parameters[0]
-    assert layer is not None
-    used = layer.unpack(packed, torch.float32)
-    # of a row that two ranks share, each counts its own part, cut where the codes are cut
-    width = layer.in_features
-    start, stop = (s * width // full_shape(codes)[1] - chunk.first * width for s in engine.span(codes))
-    flat = used.view(-1)
-    flat[: max(0, start)] = 0
-    flat[max(0, stop) :] = 0
-    return torch.sum(torch.linalg.vecdot(used, used), dtype=torch.float64)
-
-
 def _loaded(
     model: nn.Module,
     wants: list[Want],
@@ -241,15 +236,57 @@ def _loaded(
     )
 
 
-def _start_adapters(model: nn.Module, squares: dict[str, Tensor], engine: Engine, seed: int) -> None:
-    names = sorted(squares)
-    sums = engine.sum_base(torch.stack([squares[n] for n in names])) if names else torch.empty(0)
-    norms = dict(zip(names, sums.sqrt().tolist(), strict=True))
-    for name, adapter in adapters(model):
-        facts = {"frobenius_norm": norms[name]} if name in norms else {}
-        for own, value in adapter.initial_values(generator_for(seed, name), facts).items():
-            engine.place(getattr(adapter, own), value)
+class _Starts:
+    """The adapters' first values: before the stream of those that rewrite the base, after it of the others."""
 
+    def __init__(
+        self,
+        model: nn.Module,
+        wants: list[Want],
+        source: TensorSource,
+        engine: Engine,
+        seed: int,
+        known: Callable[[str], Tensor] | None,
+        spectra_dir: Path | None,
+        progress: Progress,
+    ) -> None:
+        self._engine, self._seed, self._known = engine, seed, known
+        self._layers = dict(adapters(model))
+        self._values: dict[str, dict[str, Tensor]] = {}
+        self._factors: dict[str, Values] = {}
+        if known is None:
+            self._factors = factors_of_weights(
+                model, wants, source, engine, SpectrumCache(spectra_dir),
+                lambda name: generator_for(seed, name), progress,
+            )  # fmt: skip
+        self._rewriting = {id(a.base): n for n, a in self._layers.items() if a.rewrites_base}
+        for name in self._rewriting.values():
+            self._values[name] = self._start(name, {})
 
-def _needs(adapter: Adapter) -> tuple[str, ...]:
-    return ADAPTER_SPECS[adapter.config.method].needs
+    def rewrites(self, layer: FrozenLinear) -> bool:
+        """Whether a base is no one else's, so that its rows are not to be cached."""
+        return id(layer) in self._rewriting
+
+    def base_rows(self, layer: FrozenLinear, rows: Tensor, first: int) -> Tensor:
+        """Rows of the checkpoint's weight from `first` on -> those that are stored."""
+        name = self._rewriting.get(id(layer))
+        if name is None:
+            return rows
+        return self._layers[name].base_rows(rows, first, self._values[name])
+
+    def finish(self, facts: dict[str, Values]) -> None:
+        """Place every adapter's tensors.
+
+        Args:
+            facts: measured while the base streamed by.
+        """
+        for name, adapter in self._layers.items():
+            values = self._values.pop(name, None) or self._start(name, facts.get(name, {}))
+            for own, value in (values | adapter.derived()).items():
+                self._engine.place(getattr(adapter, own), value)
+
+    def _start(self, name: str, facts: Values) -> dict[str, Tensor]:
+        adapter = self._layers[name]
+        if self._known is not None:
+            return {t: self._known(f"{name}.{t}") for t in (*adapter.shapes, *adapter.fixed_shapes)}
+        return adapter.initial_values(generator_for(self._seed, name), self._factors.get(name, {}) | facts)

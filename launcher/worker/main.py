@@ -78,6 +78,7 @@ def run_rank(this: Rank) -> Outcome:
     # torch and transformers: seconds of import, and only now is it known that the plan can be read
     import torch
 
+    from decompft.adapters.inject import remarks
     from decompft.launcher.worker.build import build, count_trained
     from decompft.launcher.worker.checkpoint import open_checkpoint, save_adapter
     from decompft.launcher.worker.data.feed import open_eval, open_train
@@ -108,6 +109,8 @@ def run_rank(this: Rank) -> Outcome:
         recipe.model, recipe.quantization, recipe.adapter, engine, seed=recipe.train.seed,
         model_dir=prepared.model_dir, recompute=plan.recompute == "full",
         base_hash=prepared.identity["sha256"], progress=_loading(this),
+        known=None if resume is None else lambda name: resume.read(name, "param"),
+        factor_progress=_loading(this, "factors of weights"),
     )  # fmt: skip
     with Metrics(
         this.run.path, rank=engine.rank, incarnation=this.incarnation, logging=recipe.logging,
@@ -119,6 +122,8 @@ def run_rank(this: Rank) -> Outcome:
             f"{count_trained(built.trained):,} trained numbers; kernels: {built.kernels}; "
             f"ready after {time.perf_counter() - began:.1f} s"
         )
+        for remark in remarks(built.model.model):
+            metrics.message(remark)
         outcome = train(
             plan, built, engine, data, held_out, this.run, incarnation=this.incarnation,
             resume=resume, metrics=metrics, adapter_json=adapter_json,
@@ -163,15 +168,20 @@ def _same_base(saved: dict[str, Any], now: dict[str, Any], path: Path | None) ->
         )
 
 
-def _loading(this: Rank) -> Any:
-    """Progress of the base's loading on rank 0: a line every tenth, and nothing for what takes no time."""
+def _loading(this: Rank, what: str = "") -> Any:
+    """Progress on rank 0: a line every tenth, and nothing for what takes no time.
+
+    Args:
+        what: that is counted, one by one; default the bytes of the base.
+    """
     began, shown = time.monotonic(), [0]
 
     def progress(done: int, total: int) -> None:
         tenth = 10 * done // max(total, 1)
         if this.rank == 0 and tenth > shown[0] and time.monotonic() - began > 2:
             shown[0] = tenth
-            _show(f"loading the base: {10 * tenth} % of {size_text(total)}", this.stream)
+            line = f"{what}: {done} of {total}" if what else f"loading the base: {10 * tenth} % of {size_text(total)}"
+            _show(line, this.stream)
 
     return progress
 

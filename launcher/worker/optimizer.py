@@ -19,9 +19,11 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW in groups of equal learning-rate scale; scalars, norms and biases are never decayed."""
     scales = {f"{n}.{t}": s for n, a in adapters(model) for t, s in a.lr_scales().items()}
+    kept = {f"{n}.{t}" for n, a in adapters(model) for t in a.no_decay()}
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in trained.items():
-        groups.setdefault((scales.get(name, 1.0), len(full_shape(parameter)) > 1), []).append(parameter)
+        decays = len(full_shape(parameter)) > 1 and name not in kept
+        groups.setdefault((scales.get(name, 1.0), decays), []).append(parameter)
     params = [
         {
             "params": members,

@@ -32,7 +32,7 @@ def prove_gradients(built: Built, engine: Engine, step: int) -> None:
         excused = {
             f"{n}.{t}"
             for n, a in adapters(built.model.model)
-            for t in ADAPTER_SPECS[a.config.method].zero_grad_at_start
+            for t in ADAPTER_SPECS[a.config.method].zero_grad_at_start(a.config)
         } | {n for n, p in built.trained.items() if math.prod(full_shape(p)) == 1}
     # counted, not squared: the square of a small number is 0; NaN counts
     counts = torch.stack(

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load as parse
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 
@@ -201,6 +203,22 @@ class Engine:
             value = value.to(self.device)
             dist.all_reduce(value, group=group)
         return value
+
+    def broadcast(self, tensors: Mapping[str, Tensor] | None, source: int) -> dict[str, Tensor]:
+        """What rank `source` gives, on every rank's CPU; the others give None."""
+        if self.world_size == 1:
+            assert tensors is not None
+            return {n: t.detach().cpu() for n, t in tensors.items()}
+        content = b""
+        if tensors is not None:
+            content = serialize({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
+        size = torch.tensor([len(content)])
+        dist.broadcast(size, source, group=self._cpu_group)
+        raw = torch.empty(int(size), dtype=torch.uint8)
+        if tensors is not None:
+            raw = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        dist.broadcast(raw, source, group=self._cpu_group)
+        return parse(raw.numpy().tobytes())
 
     def any_rank(self, flag: bool) -> bool:
         return self.sum_ranks([float(flag)])[0] > 0

@@ -1,0 +1,98 @@
+"""What the launcher must know of a method without importing it, and how its options are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterConfig:
+    """One method as a recipe sets it for a layer, with the method's own typed options."""
+
+    method: str
+    rank: int
+    alpha: float
+    dropout: float
+    options: Any  # an instance of ADAPTER_SPECS[method].options
+
+
+def _nothing(out: int, in_: int, config: AdapterConfig) -> Shapes:
+    return {}
+
+
+def _none(config: AdapterConfig) -> tuple[str, ...]:
+    return ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterSpec:
+    """One method. Functions of (out_features, in_features, config), because options change shapes."""
+
+    name: str  # the key in a recipe
+    title: str  # one line for tables: the formula
+    source: str  # paper and equation
+    impl: str  # "package.module:Class", resolved on a rank
+    options: type[Any]  # frozen dataclass of the method's own options
+    tensors: Callable[
+        [int, int, AdapterConfig], Shapes
+    ]  # trained tensor -> shape; A and B first if there are any
+    # what does not train but belongs in the adapter's file: norms, thin factors of the base, the phase
+    buffers: Callable[[int, int, AdapterConfig], Shapes] = _nothing
+    # facts taken of the base while it is loaded: "frobenius_norm", "row_norms", "column_norms", "zero_fraction" of the
+    # weight that is used, "full_weight": `Adapter.facts_of` is shown the full-precision weight
+    needs: Callable[[AdapterConfig], tuple[str, ...]] = _none
+    # trained tensors whose gradient is exactly 0 at step 1
+    zero_grad_at_start: Callable[[AdapterConfig], tuple[str, ...]] = _none
+    # columns of `Factors.up`, for the forecast: what a token's thin product keeps
+    num_columns: Callable[[int, int, AdapterConfig], int] = lambda out, in_, config: config.rank
+    # a trained scale a row: a layer's unscaled output is kept for the backward pass
+    keeps_output: Callable[[AdapterConfig], bool] = lambda config: False
+    is_reading: bool = False  # the paper's formula could not be read; ours is an interpretation
+    mergeable: bool = True
+    forbids_engines: tuple[str, ...] = ()
+
+    def num_params(self, out: int, in_: int, config: AdapterConfig) -> int:
+        """Trained numbers of one layer."""
+        return count(self.tensors(out, in_, config))
+
+
+def count(shapes: Shapes) -> int:
+    """Numbers in all tensors of these shapes."""
+    total = 0
+    for shape in shapes.values():
+        numbers = 1
+        for size in shape:
+            numbers *= size
+        total += numbers
+    return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Base of every method's options: keys that the method does not have are refused."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoOptions(Options):
+    """A method without options of its own."""
+
+
+def doc(text: str, default: Any) -> Any:
+    """An option with its one line of documentation."""
+    return field(default=default, metadata={"doc": text})
+
+
+def low_rank(out: int, in_: int, config: AdapterConfig) -> Shapes:
+    """LoRA's two factors: A (rank, in), B (out, rank)."""
+    return {"A": (config.rank, in_), "B": (out, config.rank)}
+
+
+def names(*tensors: str) -> Callable[[AdapterConfig], tuple[str, ...]]:
+    """The same answer whatever the options."""
+    return lambda config: tensors
