@@ -58,6 +58,9 @@ class Adapter(nn.Module):
         self.fixed_shapes = spec.buffers(base.out_features, base.in_features, config)
         for name, shape in self.fixed_shapes.items():
             self.register_buffer(name, torch.empty(shape, dtype=torch.float32))
+        self.derived_shapes = spec.derived(base.out_features, base.in_features, config)
+        for name, shape in self.derived_shapes.items():
+            self.register_buffer(name, torch.empty(shape, dtype=torch.float32), persistent=False)
         self.num_siblings = 1  # adapters of this method in the model, this one included
         # the part of `penalty` that one backward pass adds: 1 / (micro batches of a step, over all ranks)
         self.penalty_share = 0.0
@@ -137,7 +140,7 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def derived(self) -> dict[str, Tensor]:
-        """Values of buffers that are in no file, because they follow from the config alone."""
+        """Values of the buffers that are in no file, because they follow from options, name and shape alone."""
         return {}
 
     @classmethod
@@ -206,6 +209,14 @@ class Adapter(nn.Module):
 
     def no_decay(self) -> tuple[str, ...]:
         """Trained matrices that weight decay must leave alone; vectors never decay."""
+        return ()
+
+    def restarts(self) -> dict[str, int]:
+        """Trained tensors whose second phase begins after so many optimizer steps, with a fresh optimizer state."""
+        return {}
+
+    def asleep(self, step: int) -> tuple[str, ...]:
+        """Trained tensors that have no slope yet in the passes of optimizer step `step` (from 0)."""
         return ()
 
     def settling(self) -> dict[str, Settling]:

@@ -45,6 +45,7 @@ def inject(
             adapter = make_adapter(base, config)
             adapter.num_siblings = siblings[config.method]
             model.set_submodule(name, adapter)
+    _share_derived(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for _, adapter in adapters(model):
@@ -87,3 +88,13 @@ def make_adapter(base: FrozenLinear, config: AdapterConfig) -> Adapter:
     module, _, name = ADAPTER_SPECS[config.method].impl.partition(":")
     made: Adapter = getattr(importlib.import_module(module), name)(base, config)
     return made
+
+
+def _share_derived(model: nn.Module) -> None:
+    """Layers whose derived buffers must hold the same values hold one tensor."""
+    made: dict[tuple[object, ...], Tensor] = {}
+    for _, adapter in adapters(model):
+        config = adapter.config
+        for name, shape in adapter.derived_shapes.items():
+            key = (config.method, repr(config.options), name, shape)
+            adapter._buffers[name] = made.setdefault(key, adapter.get_buffer(name))

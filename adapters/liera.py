@@ -98,7 +98,7 @@ class LieraLinear(Adapter):
         dropped = None
         if self.config.dropout and self.training:
             dropped = F.dropout(x, self.config.dropout)
-        return _Liera.apply(x, dropped, self, *self.trained(), *self.base.storage())  # type: ignore[no-any-return]
+        return _Liera.apply(x, dropped, self, *self.trained(), *self.base.storage())
 
 
 class _Liera(torch.autograd.Function):

@@ -51,7 +51,7 @@ class LieraConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         base = self.base
-        padding = base.padding
+        padding: str | int | tuple[int, ...] = base.padding
         if base.padding_mode != "zeros":
             x = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
             padding = 0

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from decompft.adapters.base import Adapter, Facts, kaiming_uniform
+from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.frozen.linear import Factors
 from decompft.adapters.spec import AdapterConfig
 
@@ -17,6 +18,15 @@ def scaling(config: AdapterConfig) -> float:
     if getattr(config.options, "scaling", "alpha/r") == "rslora":
         return config.alpha / math.sqrt(config.rank)
     return config.alpha / config.rank
+
+
+def make_lora(base: FrozenLinear, config: AdapterConfig) -> LoraLinear:
+    """LoRA with the start that the options name."""
+    if config.options.init == "kaiming":
+        return LoraLinear(base, config)
+    from decompft.adapters.loftq import LoftqLinear  # which needs this module
+
+    return LoftqLinear(base, config)
 
 
 class LoraLinear(Adapter):

@@ -1,9 +1,10 @@
-"""MAP over LoRA, "LoMAP" (Si et al., 2025, arXiv:2505.23094; eps and init of its 2026 revision).
+"""MAP (Si et al., 2025, arXiv:2505.23094; eps and init of its 2026 revision), and "LoMAP", MAP over LoRA.
 
     W* = a W / (N(W) + eps) + b D / (N(D) + eps),    D = s B A
 
 N is the Frobenius norm of the whole matrix; a and b are one trained scalar each. Of a quantized
-base, W is what is really used: the dequantized weight, and N(W) is taken of that.
+base, W is what is really used: the dequantized weight, and N(W) is taken of that. Other methods'
+D are in decompft.adapters.map_over.
 """
 
 from __future__ import annotations
@@ -16,19 +17,26 @@ from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.frozen.linear import Factors
 from decompft.adapters.lora import scaling
 from decompft.adapters.spec import AdapterConfig
+from decompft.adapters.specs.base import inner_config
 
 
-class MapLinear(Adapter):
-    """y = (a / (N(W) + eps)) W x + (b s / (N(D) + eps)) B A x + bias.
+def make_map(base: FrozenLinear, config: AdapterConfig) -> Map:
+    """MAP over the method that the options name."""
+    if config.options.over == "lora":
+        return MapLinear(base, config)
+    from decompft.adapters.map_over import make_map_over  # which needs this module
 
-    Starts at a = N(W), B = 0, b = `b_init`: the base up to eps. N(D) is s sqrt(tr((B^T B)(A A^T))),
-    two rank x rank products in float32; the norm is not detached. After the first optimizer
-    step the update has norm b whatever the learning rate; `b_warmup_steps` softens that.
-    `base_norm` is in the adapter's file: a merge elsewhere must divide by the norm that a was trained with.
+    return make_map_over(base, config)
+
+
+class Map(Adapter):
+    """The magnitudes a, which starts at N(W), and b, at `b_init`.
+
+    After the first optimizer step the update has norm b whatever the learning rate; `b_warmup_steps`
+    softens that. `base_norm` is in the adapter's file: a merge elsewhere must divide by the norm
+    that a was trained with.
     """
 
-    A: torch.nn.Parameter
-    B: torch.nn.Parameter
     a: torch.nn.Parameter
     b: torch.nn.Parameter
     base_norm: Tensor
@@ -38,6 +46,33 @@ class MapLinear(Adapter):
         self.warmup = 1.0
         self._update_norm: Tensor | None = None
 
+    def magnitudes(self, facts: Facts) -> dict[str, Tensor]:
+        """a, b and `base_norm` at the start."""
+        norm = torch.tensor([float(facts["frobenius_norm"])], dtype=torch.float32)
+        b = torch.tensor([self.config.options.b_init], dtype=torch.float32)
+        return {"a": norm.clone(), "b": b, "base_norm": norm}
+
+    def on_step(self, step: int) -> None:
+        steps = self.config.options.b_warmup_steps
+        self.warmup = min(1.0, (step + 1) / steps) if steps else 1.0
+
+
+class MapLinear(Map):
+    """y = (a / (N(W) + eps)) W x + (b s / (N(D) + eps)) B A x + bias.
+
+    Starts at B = 0: the base up to eps. N(D) is s sqrt(tr((B^T B)(A A^T))), two rank x rank products
+    in float32; the norm is not detached.
+    """
+
+    A: torch.nn.Parameter
+    B: torch.nn.Parameter
+
+    def __init__(self, base: FrozenLinear, config: AdapterConfig) -> None:
+        super().__init__(base, config)
+        inner = inner_config(config)
+        self.scaling = scaling(inner)
+        self.lr_ratio = config.options.lr_ratio * inner.options.lr_ratio
+
     def factors(self, trained: tuple[Tensor, ...], fixed: tuple[Tensor, ...]) -> Factors:
         """row = a / (N(W) + eps), q = w b s / (N(D) + eps) = w b / (n + eps/s), with N(D) = s n,
         n = sqrt(tr((B^T B)(A A^T))) (METHODS 1.3, identity 1) and w the warm-up of b."""
@@ -46,7 +81,7 @@ class MapLinear(Adapter):
         AAt, BtB = A @ A.T, B.T @ B
         n = torch.dot(AAt.view(-1), BtB.view(-1)).clamp_min(0).sqrt().reshape(1)
         self._update_norm = n.detach()  # over s
-        per_b = (n + eps / scaling(self.config)).reciprocal()
+        per_b = (n + eps / self.scaling).reciprocal()
         if self.warmup != 1.0:
             per_b = per_b * self.warmup
         per_a = (fixed[0] + eps).reciprocal()
@@ -78,32 +113,18 @@ class MapLinear(Adapter):
         )
 
     def initial_values(self, generator: torch.Generator, facts: Facts) -> dict[str, Tensor]:
-        norm = torch.tensor([float(facts["frobenius_norm"])], dtype=torch.float32)
-        return {
-            "A": kaiming_uniform(self.shapes["A"], generator),
-            "B": torch.zeros(self.shapes["B"]),
-            "a": norm.clone(),
-            "b": torch.tensor([self.config.options.b_init], dtype=torch.float32),
-            "base_norm": norm,
-        }
-
-    def on_step(self, step: int) -> None:
-        steps = self.config.options.b_warmup_steps
-        self.warmup = min(1.0, (step + 1) / steps) if steps else 1.0
+        start = {"A": kaiming_uniform(self.shapes["A"], generator), "B": torch.zeros(self.shapes["B"])}
+        return start | self.magnitudes(facts)
 
     def lr_scales(self) -> dict[str, float]:
-        options = self.config.options
-        return {
-            "B": options.lr_ratio,
-            "a": options.magnitude_lr_ratio,
-            "b": options.magnitude_lr_ratio,
-        }
+        ratio = self.config.options.magnitude_lr_ratio
+        return {"B": self.lr_ratio, "a": ratio, "b": ratio}
 
     def settling(self) -> dict[str, Settling]:
         """At B = 0 the slope of D / (N(D) + eps) is 1/eps, a million times LoRA's, and one step
         later a hundred times. Unscaled, that one gradient would fill AdamW's second moment and
         hold B still for thousands of steps, and would shrink every other gradient by clipping."""
-        options, s = self.config.options, scaling(self.config)
+        options, s = self.config.options, self.scaling
         if not options.settle_norm or self._update_norm is None:
             return {}
         return {"B": Settling(size=self._update_norm, offset=options.eps / s, limit=options.settle_norm / s)}

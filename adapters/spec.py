@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from decompft.adapters.specs import lowrank
+from decompft.adapters.specs import elementwise, factored, lowrank, magnitude, mpc, phased, scaled, spectral
 from decompft.adapters.specs.base import AdapterConfig, AdapterSpec
 
 __all__ = ["ADAPTER_SPECS", "UNSUPPORTED", "AdapterConfig", "AdapterSpec", "has_rank", "spec_of"]
 
-ADAPTER_SPECS: dict[str, AdapterSpec] = {spec.name: spec for spec in lowrank.SPECS}
+ADAPTER_SPECS: dict[str, AdapterSpec] = {
+    spec.name: spec
+    for family in (lowrank, elementwise, magnitude, factored, mpc, scaled, phased, spectral)
+    for spec in family.SPECS
+}
 
 # known names that are refused, and why
 UNSUPPORTED: dict[str, str] = {

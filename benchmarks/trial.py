@@ -42,9 +42,15 @@ def prepare(plan: Plan, engine: Engine) -> Trial:
     )  # fmt: skip
     optimizer = make_optimizer(built.model.model, built.trained, recipe.train, engine)
     optimizer = engine.prepare_training(built.model, optimizer, list(built.trained.values()))
-    draw, rows = torch.Generator().manual_seed(0), []
-    for _ in range(plan.batch.micro_size):
-        tokens = torch.randint(0, 256, (length,), generator=draw, dtype=torch.int32).numpy()
-        rows.append(Row(id=0, tokens=tokens, trained=tokens >= 0, doc_lengths=(length,)))
+    batch = random_batch(plan.batch.micro_size, length).to(engine.device)
     built.model.train()
-    return Trial(engine=engine, built=built, optimizer=optimizer, batch=collate(rows, 0).to(engine.device))
+    return Trial(engine=engine, built=built, optimizer=optimizer, batch=batch)
+
+
+def random_batch(rows: int, length: int) -> Batch:
+    """`rows` x `length` tokens, one document a row, all trained."""
+    draw, made = torch.Generator().manual_seed(0), []
+    for _ in range(rows):
+        tokens = torch.randint(0, 256, (length,), generator=draw, dtype=torch.int32).numpy()
+        made.append(Row(id=0, tokens=tokens, trained=tokens >= 0, doc_lengths=(length,)))
+    return collate(made, 0)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from decompft.adapters.spec import ADAPTER_SPECS, UNSUPPORTED
+from decompft.adapters.specs.base import WrapperOptions
 from decompft.launcher.recipe import AdapterSection, Recipe
 from decompft.launcher.yaml_tree import KeyPath
 
@@ -89,7 +90,7 @@ def _complaint(path: KeyPath, detail: Any, value: dict[str, Any]) -> Complaint:
         hint = _hint_unknown(path, value)
         return Complaint(path=path, message="unknown key", hint=hint, is_about_key=True)
     if kind == "missing":
-        description = _description(path)
+        description = _description(path, value)
         hint = f"add it: {description}" if description else "add it"
         return Complaint(path=path, message="this key is required and missing", hint=hint, is_about_key=True)
     if path[:1] == ("adapter",) and path[-1] == "method" and kind == "value_error" and found not in UNSUPPORTED:
@@ -104,9 +105,9 @@ def _complaint(path: KeyPath, detail: Any, value: dict[str, Any]) -> Complaint:
         return Complaint(path=path, message=f"found {found}, expected a finite number")
     if kind == "too_short":
         return Complaint(path=path, message=f"the list needs at least {context['min_length']} item")
-    annotation = _annotation(Recipe, path)
+    annotation = _annotation(Recipe, path, value)
     if kind == "string_pattern_mismatch":
-        hint = _description(path)
+        hint = _description(path, value)
         return Complaint(path=path, message=f"{found!r} does not have the form of this key", hint=hint)
     if annotation is None:
         return Complaint(path=path, message=detail["msg"])
@@ -122,13 +123,14 @@ def _hint_unknown(path: KeyPath, value: dict[str, Any]) -> str:
     valid = _keys(parent, value)
     if near := nearest(key, valid):
         return near
-    if _is_options(parent) or parent == ("adapter",):
+    method = _method(parent, value)
+    if method or parent == ("adapter",):
         owners = [name for name, spec in ADAPTER_SPECS.items() if key in _fields(spec.options)]
-        method = _method(parent, value)
-        if method in owners:
-            return f"it is an option of {method}: write it under adapter.options"
+        above = _method(("adapter", "options"), value)
+        if not method and above in owners:
+            return f"it is an option of {above}: write it under adapter.options"
         if owners:
-            return f"it is an option of {', '.join(owners)}, not of {method}"
+            return f"it is an option of {', '.join(owners)}, not of {method or above}"
     homes = [f"{name}.{key}" for name in Recipe.model_fields if key in _keys((name,), value)]
     if homes:
         return f"did you mean {homes[0]}?"
@@ -137,24 +139,31 @@ def _hint_unknown(path: KeyPath, value: dict[str, Any]) -> str:
 
 def _keys(path: KeyPath, value: dict[str, Any]) -> tuple[str, ...]:
     """The keys that may stand under a path."""
-    if _is_options(path):
-        return _fields(ADAPTER_SPECS[_method(path, value)].options)
-    section = _annotation(Recipe, path)
+    if method := _method(path, value):
+        return _fields(ADAPTER_SPECS[method].options)
+    section = _annotation(Recipe, path, value)
     models = [a for a in _branches(section) if _is_section(a)]
     return tuple(models[0].model_fields) if models else ()
 
 
-def _is_options(path: KeyPath) -> bool:
-    """Whether a path is that of a method's options: the adapter's, or an override's."""
-    return path[:1] == ("adapter",) and path[-1] == "options" and len(path) in (2, 4)
-
-
 def _method(path: KeyPath, value: dict[str, Any]) -> str:
-    """The method whose options stand, or should stand, at a path."""
-    adapter = value["adapter"]
-    own = adapter["overrides"][path[2]].get("method") if len(path) == 4 else None
-    default = AdapterSection.model_fields["method"].default
-    return str(own or adapter.get("method", default))
+    """The method whose options stand at a path: the adapter's, an override's, or one under those; '' elsewhere."""
+    match path:
+        case ("adapter", "options", *below):
+            place = value["adapter"]
+        case ("adapter", "overrides", int(number), "options", *below):
+            place = value["adapter"]["overrides"][number]
+        case _:
+            return ""
+    default = value["adapter"].get("method", AdapterSection.model_fields["method"].default)
+    method, given = place.get("method", default), place.get("options", {})
+    for step in below:
+        kind = ADAPTER_SPECS[method].options
+        if step != "inner" or not issubclass(kind, WrapperOptions):
+            return ""
+        default = next(f.default for f in dataclasses.fields(kind) if f.name == "over")
+        method, given = given.get("over", default), given["inner"]
+    return str(method)
 
 
 def _fields(options: Any) -> tuple[str, ...]:
@@ -164,13 +173,12 @@ def _fields(options: Any) -> tuple[str, ...]:
 # -- types --
 
 
-def _annotation(model: Any, path: KeyPath) -> Any:
+def _annotation(model: Any, path: KeyPath, value: dict[str, Any]) -> Any:
     """The declared type at a path; None where the recipe declares none (inside model.config)."""
+    if method := _method(path[:-1], value):
+        return typing.get_type_hints(ADAPTER_SPECS[method].options).get(str(path[-1]))
     here: Any = model
-    for i, step in enumerate(path):
-        if _is_options(path[:i]):
-            hints = [typing.get_type_hints(spec.options) for spec in ADAPTER_SPECS.values()]
-            return next((h[str(step)] for h in hints if step in h), None)
+    for step in path:
         steps = [_inside(branch, step) for branch in _branches(here)]
         here = next((s for s in steps if s is not None), None)
         if here is None:
@@ -205,8 +213,8 @@ def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _description(path: KeyPath) -> str:
-    parent = [a for a in _branches(_annotation(Recipe, path[:-1])) if _is_section(a)]
+def _description(path: KeyPath, value: dict[str, Any]) -> str:
+    parent = [a for a in _branches(_annotation(Recipe, path[:-1], value)) if _is_section(a)]
     field = parent[0].model_fields.get(str(path[-1])) if parent else None
     return (field.description or "") if field else ""
 

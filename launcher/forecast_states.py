@@ -36,6 +36,7 @@ def states(work: Workload, layout: Layout) -> list[Term]:
     """What lives through the whole run: the frozen model, the trained part and its optimizer."""
     base, recipe = _base(work), work.recipe
     q, trained = recipe.quantization, work.num_trained
+    fixed = work.num_adapter_fixed + work.num_adapter_derived
     whole, grads, optimizer = layout.shard_size, layout.gradient_shards, layout.optimizer_shards
     moments = ADAMW8BIT_BYTES if recipe.train.optimizer == "adamw8bit" else ADAMW_BYTES
     spec = FORMAT_SPECS[q.format]
@@ -47,7 +48,7 @@ def states(work: Workload, layout: Layout) -> list[Term]:
         ("quantization constants", base.scales, scales, whole),
         ("embeddings, head, norms, biases", base.rest, q.compute, whole),
         ("adapter", work.num_adapter_params * TRAINED_BYTES, "float32", whole),
-        ("adapter's fixed part", work.num_adapter_fixed * TRAINED_BYTES, "float32, on each rank", 1),
+        ("adapter's fixed part", fixed * TRAINED_BYTES, "float32, on each rank", 1),
         ("modules trained whole", work.num_module_params * TRAINED_BYTES, "float32", whole),
         ("gradients", trained * TRAINED_BYTES, "float32, reduced in place", grads),
         ("master weights", has_master * trained * TRAINED_BYTES, "float32, of the partition", optimizer),

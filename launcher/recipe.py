@@ -6,14 +6,12 @@ into places; `plan.py` decides what a recipe leaves open ("auto").
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    TypeAdapter,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -21,6 +19,7 @@ from pydantic import (
 )
 
 from decompft.adapters.spec import ADAPTER_SPECS, UNSUPPORTED, AdapterConfig
+from decompft.launcher.options import options_of
 from decompft.launcher.strategies import STRATEGIES, Strategy
 
 Task = Literal["causal-lm", "sequence-classification"]
@@ -126,12 +125,14 @@ class AdapterOverride(Section):
     @classmethod
     def _typed(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         if info.data.get("method"):  # else it is the section's, which checks it
-            _options_of(info.data["method"], value)
+            options_of(info.data["method"], value)
         return value
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
-        given = self.model_fields_set - {"targets", "skip"}
+        # null says nothing: that is how a dumped section reads
+        named = self.model_fields_set - {"targets", "skip"}
+        given = {name for name in named if getattr(self, name) not in (None, {})}
         if self.skip and given:
             raise ValueError(f"skip leaves no adapter for {sorted(given)[0]} to change")
         if not (self.skip or given):
@@ -168,7 +169,7 @@ class AdapterSection(Section):
     @classmethod
     def _typed(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         if "method" in info.data:  # absent when it is wrong itself
-            _options_of(info.data["method"], value)
+            options_of(info.data["method"], value)
         return value
 
     @model_validator(mode="after")
@@ -188,7 +189,7 @@ class AdapterSection(Section):
 
     def typed_options(self) -> Any:
         """The options as the method's own dataclass, defaults filled in."""
-        return _options_of(self.method, self.options)
+        return options_of(self.method, self.options)
 
     def config(self, override: AdapterOverride | None = None) -> AdapterConfig:
         """The adapter of a layer, without targets."""
@@ -201,7 +202,7 @@ class AdapterSection(Section):
             rank=override.rank or self.rank,
             alpha=override.alpha or self.alpha,
             dropout=self.dropout if override.dropout is None else override.dropout,
-            options=_options_of(method, kept | override.options),
+            options=options_of(method, kept | override.options),
         )
 
 
@@ -211,11 +212,6 @@ def _known_method(name: str) -> str:
     if name not in ADAPTER_SPECS:
         raise ValueError(f"unknown method {name!r}")
     return name
-
-
-def _options_of(method: str, options: dict[str, Any]) -> Any:
-    # through JSON, where strict validation accepts a mapping for a dataclass
-    return TypeAdapter(ADAPTER_SPECS[method].options).validate_json(json.dumps(options))
 
 
 class Source(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 from decompft.adapters.formats import FORMAT_SPECS
-from decompft.adapters.spec import has_rank
+from decompft.adapters.spec import has_rank, spec_of
 from decompft.launcher.errors import PlanError
 from decompft.launcher.layers import forbidden_engines
 from decompft.launcher.machine import Machine
@@ -121,6 +121,7 @@ def refuse_shape(work: Workload) -> None:
             f"use rank <= {min(out, in_)}, or leave {last} out of adapter.targets",
         )
     _refuse_blocks(work.shape, recipe)
+    _refuse_options(work)
     shape, length = work.shape, recipe.data.sequence_length
     if length > shape.max_positions and shape.model_type in LEARNED_POSITIONS:
         raise PlanError(
@@ -149,6 +150,14 @@ def _refuse_blocks(shape: ModelShape, recipe: Recipe) -> None:
         (f"use quantization.block_size: {other}" if other else "use quantization.format: int8 or none")
         + "; all linear layers are quantized, whatever adapter.targets names",
     )
+
+
+def _refuse_options(work: Workload) -> None:
+    form = FORMAT_SPECS[work.recipe.quantization.format]
+    for name, out, in_, config in work.adapted:
+        what, _, instead = spec_of(config).refusal(out, in_, config, form.is_quantized).partition("; ")
+        if what:
+            raise PlanError(f"{what} ({name})", instead)
 
 
 def absent_deepspeed(strategy: Strategy) -> str | None:

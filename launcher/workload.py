@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,6 +59,7 @@ class Workload:
     adapted: tuple[tuple[str, int, int, AdapterConfig], ...]  # (name, out, in, adapter)
     num_adapter_params: int
     num_adapter_fixed: int  # numbers of adapters that do not train: norms, thin factors of the base
+    num_adapter_derived: int  # random ones of theirs that are in no file: once for layers of one shape
     num_module_params: int  # of modules trained whole
 
     @property
@@ -82,8 +84,18 @@ def workload(shape: ModelShape, recipe: Recipe) -> Workload:
         adapted=adapted,
         num_adapter_params=sum(spec_of(c).num_params(out, in_, c) for _, out, in_, c in adapted),
         num_adapter_fixed=sum(count(spec_of(c).buffers(out, in_, c)) for _, out, in_, c in adapted),
+        num_adapter_derived=_num_derived(adapted),
         num_module_params=sum(modules.values()),
     )
+
+
+def _num_derived(adapted: tuple[tuple[str, int, int, AdapterConfig], ...]) -> int:
+    shared = {
+        (c.method, repr(c.options), name, shape)
+        for _, out, in_, c in adapted
+        for name, shape in spec_of(c).derived(out, in_, c).items()
+    }
+    return sum(math.prod(shape) for *_, shape in shared)
 
 
 def quantized_linears(shape: ModelShape, recipe: Recipe) -> tuple[LinearShape, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import planning
@@ -72,7 +73,7 @@ def test_options_are_kept_within_a_method_and_start_anew_with_another():
         ("{targets: q_proj, skip: true, rank: 2}", "no adapter for rank"),
         ("{targets: q_proj, rnk: 2}", "did you mean rank"),
         ("{targets: q_proj, method: lroa}", "lora"),
-        ("{targets: q_proj, method: lora, options: {b_init: 1.0}}", "it is an option of map"),
+        ("{targets: q_proj, method: lora, options: {settle_norm: 1.0}}", "it is an option of map"),
         ("{targets: q_proj, options: {scalng: rslora}}", "scalng"),
     ],
 )
@@ -97,7 +98,10 @@ def test_delta_lora_is_known_and_refused_with_its_reason():
 
 @pytest.mark.dist
 def test_a_run_with_two_methods_trains_both_and_says_so(tmp_path: Path):
-    overrides = [{"targets": "mlp.*", "method": "lora", "rank": 2}]
+    overrides = [
+        {"targets": "mlp.*", "method": "lora", "rank": 2},
+        {"targets": ["k_proj"], "skip": True},
+    ]
     run = make_run(tmp_path, adapter={"method": "map", "rank": 4, "overrides": overrides})
     run_ranks(run)
     assert losses(run)[-1] < losses(run)[0]
@@ -106,5 +110,9 @@ def test_a_run_with_two_methods_trains_both_and_says_so(tmp_path: Path):
     assert tensors["model.layers.0.mlp.up_proj.A"].shape == (2, 64)
     assert "model.layers.0.mlp.up_proj.a" not in tensors
     assert all(torch.count_nonzero(t) for n, t in tensors.items() if n.endswith(".B"))
+    assert not any("k_proj" in name for name in tensors)
+    adapter = json.loads((run.path / "adapter" / "adapter.json").read_text())["adapter"]
+    kept, asked = AdapterSection.model_validate(adapter), run.read_plan().recipe.adapter
+    assert [o.model_dump() for o in kept.overrides] == [o.model_dump() for o in asked.overrides]
     text = (run.path / "adapter" / "adapter.json").read_text()
     assert '"formulas"' in text and "LoRA: W + s B A" in text and "MAP: a W/N(W)" in text

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 Shapes = dict[str, tuple[int, ...]]
@@ -28,6 +28,10 @@ def _none(config: AdapterConfig) -> tuple[str, ...]:
     return ()
 
 
+def _takes_all(out: int, in_: int, config: AdapterConfig, quantizes: bool) -> str:
+    return ""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterSpec:
     """One method. Functions of (out_features, in_features, config), because options change shapes."""
@@ -42,6 +46,9 @@ class AdapterSpec:
     ]  # trained tensor -> shape; A and B first if there are any
     # what does not train but belongs in the adapter's file: norms, thin factors of the base, the phase
     buffers: Callable[[int, int, AdapterConfig], Shapes] = _nothing
+    # what is in no file, because it follows from the options, name and shape: `Adapter.derived` gives the values,
+    # and layers that need the same share one tensor
+    derived: Callable[[int, int, AdapterConfig], Shapes] = _nothing
     # facts taken of the base while it is loaded: "frobenius_norm", "row_norms", "column_norms", "zero_fraction" of the
     # weight that is used, "full_weight": `Adapter.facts_of` is shown the full-precision weight
     needs: Callable[[AdapterConfig], tuple[str, ...]] = _none
@@ -54,6 +61,8 @@ class AdapterSpec:
     is_reading: bool = False  # the paper's formula could not be read; ours is an interpretation
     mergeable: bool = True
     forbids_engines: tuple[str, ...] = ()
+    # (out, in, config, whether loading quantizes) -> "KEY: why these options cannot be had there; what can", or ""
+    refusal: Callable[[int, int, AdapterConfig, bool], str] = _takes_all
 
     def num_params(self, out: int, in_: int, config: AdapterConfig) -> int:
         """Trained numbers of one layer."""
@@ -81,6 +90,38 @@ class Options:
 @dataclass(frozen=True, kw_only=True)
 class NoOptions(Options):
     """A method without options of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrapperOptions(Options):
+    """Of a method that changes another one; a subclass says in `over` which ones it takes."""
+
+    over: str
+    # not hashed: a frozen dataclass is hashed by its fields, and a mapping cannot be
+    inner: dict[str, Any] = field(
+        default_factory=dict, hash=False, metadata={"doc": "options of the method named by `over`"}
+    )
+
+    def __post_init__(self) -> None:
+        # its defaults are filled in, so that an adapter's file says them all
+        object.__setattr__(self, "inner", asdict(inner_options(self.over, {})) | self.inner)
+
+
+def inner_options(method: str, options: Mapping[str, Any]) -> Any:
+    """The options of a wrapped method as its own dataclass; the recipe has checked names and types.
+
+    Raises:
+        TypeError: the method does not have one of them.
+    """
+    from decompft.adapters.spec import ADAPTER_SPECS  # which is made of the files that import this one
+
+    return ADAPTER_SPECS[method].options(**options)
+
+
+def inner_config(config: AdapterConfig) -> AdapterConfig:
+    """A wrapper's config -> that of the method under it, on the same layer."""
+    options = inner_options(config.options.over, config.options.inner)
+    return replace(config, method=config.options.over, options=options)
 
 
 def doc(text: str, default: Any) -> Any:

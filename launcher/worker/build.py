@@ -23,6 +23,7 @@ from decompft.launcher.layers import layer_configs
 from decompft.launcher.quantized_checkpoint import is_quantized, stored_in
 from decompft.launcher.recipe import AdapterSection, ModelSection, QuantizationSection
 from decompft.launcher.tensor_names import find_key
+from decompft.launcher.worker.base_weights import BaseWeights
 from decompft.launcher.worker.engines.base import Engine, full_shape
 from decompft.launcher.worker.load import Progress, load_base
 from decompft.launcher.worker.loaded import Loaded
@@ -53,6 +54,7 @@ class Built:
     adapted: tuple[str, ...]
     kernels: str  # which library computes norms and activations, in words
     loaded: Loaded
+    weights: Callable[[], BaseWeights]  # the full-precision weights again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +109,11 @@ def build(
     fill_buffers(hf)
     source = open_source(section, model_dir, seed, shapes, engine.device)
     new = {n for n in shapes if any(n == h or n.startswith(h + ".") for h in outline.new_heads)}
+    spectra = spectra_dir() if base_hash is not None else None
     loaded = load_base(
         hf, source, engine, prefix=hf.base_model_prefix, new=new, seed=seed, progress=progress,
         cache_dir=_cache_dir(source, base_hash, outline.quantization, engine.device),
-        spectra_dir=spectra_dir() if base_hash is not None else None, known=known,
+        spectra_dir=spectra, known=known,
         factor_progress=factor_progress,
     )  # fmt: skip
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers())), "a tensor was left on meta"
@@ -118,8 +121,9 @@ def build(
     buffers = _buffers(hf)
     assert set(trained) == _expected(hf, outline.whole), "what trains is not what was injected"
     return Built(
-        model=model, trained=trained, buffers=buffers, adapted=outline.adapted, kernels=kernels, loaded=loaded
-    )
+        model=model, trained=trained, buffers=buffers, adapted=outline.adapted, kernels=kernels, loaded=loaded,
+        weights=lambda: BaseWeights(hf, source, prefix=hf.base_model_prefix, new=new, spectra_dir=spectra),
+    )  # fmt: skip
 
 
 def outline_of(

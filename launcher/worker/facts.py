@@ -115,13 +115,19 @@ def factors_of_weights(
         progress: takes matrices done, and matrices in all.
 
     Raises:
-        AdapterError: an adapter would rewrite a base that is quantized already.
+        AdapterError: an adapter would rewrite a base that is quantized already, or cannot start from this weight.
     """
     keys = {id(want.layer): want for want in wants if want.layer is not None}
     layers = [(n, a) for n, a in adapters(model) if "full_weight" in needs(a)]
     found: dict[str, Values] = {}
     for number, (name, adapter) in enumerate(layers):
-        want = keys[id(adapter.base)]
+        want, config = keys[id(adapter.base)], adapter.config
+        sizes = (adapter.base.out_features, adapter.base.in_features)
+        what, _, instead = (
+            spec_of(config).refusal(*sizes, config, not source.is_packed(want.key)).partition("; ")
+        )
+        if what:
+            raise AdapterError(f"{name}: {what}", instead)
         if adapter.rewrites_base and source.is_packed(want.key):
             raise AdapterError(
                 f"{name}: {adapter.config.method} stores another base than the checkpoint's, "
@@ -141,7 +147,10 @@ def factors_of_weights(
                 return cache.get(weight, kind=kind, k=k, make=lambda _: make())
 
             with torch.no_grad():
-                made = adapter.facts_of(weight, cached, generator_for(f"{name}:factors"))
+                try:
+                    made = adapter.facts_of(weight, cached, generator_for(f"{name}:factors"))
+                except ValueError as error:  # of a weight that has no factors
+                    raise AdapterError(f"{name}: {error}", "check the checkpoint") from error
         found[name] = dict(engine.broadcast(made, owner))
         progress(number + 1, len(layers))
     return found

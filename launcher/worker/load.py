@@ -98,6 +98,22 @@ def load_base(
     return _loaded(model, wants, source, cache, engine, seconds, memory.peak_bytes)
 
 
+def restream(
+    wants: list[Want],
+    source: TensorSource,
+    engine: Engine,
+    base_rows: Callable[[FrozenLinear, Tensor, int], Tensor],
+) -> None:
+    """Read these weights again, in the same chunks, and store what `base_rows` makes of their rows."""
+    with torch.no_grad():
+        for chunk in _read(wants, source, None, engine, lambda layer: True):
+            layer = chunk.want.layer
+            assert layer is not None and not chunk.is_packed
+            rows = layer.pack(base_rows(layer, chunk.values[0].to(engine.device), chunk.first))
+            for parameter, packed in zip(chunk.want.parameters, rows, strict=True):
+                engine.place(parameter, packed, chunk.first)
+
+
 def generator_for(seed: int, name: str) -> torch.Generator:
     """A CPU generator for one tensor: independent of world size and of the order of layers."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -118,7 +134,7 @@ def _stream(
     # progress counts the base as it will be stored
     total = sum(_row_bytes(want) * (last - first) for want, first, last in _ranges(wants, engine))
     done = 0
-    for chunk in _read(wants, source, cache, engine, starts):
+    for chunk in _read(wants, source, cache, engine, starts.rewrites):
         want = chunk.want
         values = tuple(v.to(engine.device) for v in chunk.values)
         if want.layer is not None and not chunk.is_packed:
@@ -135,7 +151,11 @@ def _stream(
 
 
 def _read(
-    wants: list[Want], source: TensorSource, cache: PackedCache | None, engine: Engine, starts: _Starts
+    wants: list[Want],
+    source: TensorSource,
+    cache: PackedCache | None,
+    engine: Engine,
+    rewrites: Callable[[FrozenLinear], bool],
 ) -> Iterator[_Chunk]:
     def read(chunk: _Chunk, buffer: Tensor | None) -> _Chunk:
         want, first, last = chunk.want, chunk.first, chunk.last
@@ -143,7 +163,7 @@ def _read(
             return _filled(
                 chunk, source.packed(want.key, want.layer, first, last, buffer=buffer), is_packed=True
             )
-        may_cache = want.layer is not None and not starts.rewrites(want.layer)
+        may_cache = want.layer is not None and not rewrites(want.layer)
         if cache is not None and may_cache:
             found = cache.find(want.key, want.parameters, first, last, buffer=buffer)
             if found is not None:
@@ -280,10 +300,16 @@ class _Starts:
         Args:
             facts: measured while the base streamed by.
         """
+        shared: set[int] = set()
         for name, adapter in self._layers.items():
             values = self._values.pop(name, None) or self._start(name, facts.get(name, {}))
-            for own, value in (values | adapter.derived()).items():
+            for own, value in values.items():
                 self._engine.place(getattr(adapter, own), value)
+            derived = {own: adapter.get_buffer(own) for own in adapter.derived_shapes}
+            if not shared.issuperset(map(id, derived.values())):
+                shared.update(map(id, derived.values()))
+                for own, value in adapter.derived().items():
+                    self._engine.place(derived[own], value)
 
     def _start(self, name: str, facts: Values) -> dict[str, Tensor]:
         adapter = self._layers[name]

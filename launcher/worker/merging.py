@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,52 +15,80 @@ import torch
 from torch import Tensor, nn
 
 from decompft.adapters.base import Adapter as AdapterLayer
-from decompft.adapters.inject import adapters
+from decompft.adapters.formats import FORMAT_SPECS
+from decompft.adapters.frozen.base import FrozenLinear
+from decompft.adapters.inject import adapters, is_linear
 from decompft.adapters.spec import ADAPTER_SPECS
 from decompft.launcher.errors import AdapterError, RunFailed, UserError
+from decompft.launcher.worker.bitsandbytes_layout import (
+    is_written,
+    packed_entries,
+    quantization_config,
+    writable,
+)
 from decompft.launcher.worker.build import DTYPES, Outline, open_source, outline_of, trained_targets
 from decompft.launcher.worker.engines.base import Engine
 from decompft.launcher.worker.inference import Adapter
 from decompft.launcher.worker.load import Progress
 from decompft.launcher.worker.matching import Want, match_tensors
+from decompft.launcher.worker.model_folder import write_config, write_shards
 from decompft.launcher.worker.state import place_adapter
-from decompft.launcher.worker.tensorfile import Entry, fsync_folder, write_json, write_tensors
-from decompft.launcher.worker.tensors import INDEX, SafetensorsSource, TensorSource
+from decompft.launcher.worker.tensorfile import Entry, fsync_folder
+from decompft.launcher.worker.tensors import SafetensorsSource, TensorSource
 
-Into = Literal["dense", "dequantized"]
+Into = Literal["dense", "dequantized", "requantized"]
 SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(kw_only=True)
+class Unmerged:
+    """How far the base's weights can be got back from what was written.
+
+    `error` is the norm of the difference over the norm of the weight, of the layer where it is largest.
+    """
+
+    error: float = 0.0
+    layer: str = ""
+
+    def note(self, layer: str, error: float) -> None:
+        if not error <= self.error:  # NaN stays
+            self.error, self.layer = error, layer
 
 
 def merge(
     adapter: Adapter, into: Into, out: Path, *, shard_bytes: int = SHARD_BYTES, progress: Progress
-) -> None:
+) -> Unmerged:
     """Write config, tokenizer and weights of the merged model into the new folder `out`.
 
     Args:
         into: dense: onto the base's own weights; dequantized: onto the weights as training used them,
-            quantized and back, so that the result computes what was trained.
-        shard_bytes: of one safetensors file at most, unless a single tensor is larger.
+            quantized and back, so that the result computes what was trained; requantized: as dense,
+            then quantized as the base was in training, in bitsandbytes' layout.
+        shard_bytes: of one safetensors file at most, unless the parts of a single weight are larger.
+
+    Returns:
+        With `into` dense how well the change can be taken off again; else without a layer.
 
     Raises:
         UserError: `out` exists.
+        AdapterError: the method is no change of weights, or there is no format to quantize to.
         CheckpointError: the adapter does not fit the base.
         RunFailed: the disk is full, or refuses; `out` does not exist then.
     """
-    if out.exists():
-        raise UserError(f"{out}: exists already", "name a new folder with --out")
-    if not ADAPTER_SPECS[adapter.adapter.method].mergeable:
-        raise AdapterError(
-            f"{adapter.folder}: {adapter.adapter.method} is no change of weights: it cannot be merged"
-        )
+    check_mergeable(adapter, into, out)
+    unmerged = Unmerged()
     temporary: Path | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         temporary.chmod(0o755)
         outline = outline_of(adapter.model, adapter.quantization, adapter.adapter, adapter.model_dir)
-        entries = list(_entries(adapter, outline, into))
-        _write_shards(temporary, entries, shard_bytes, progress)
-        _write_config(temporary, adapter, outline)
+        merging = _Merging(adapter, outline, into, unmerged)
+        write_shards(temporary, list(merging.groups()), shard_bytes, progress)
+        quantized = None
+        if into == "requantized":
+            quantized = quantization_config(outline.quantization, _plain_linears(outline.hf))
+        write_config(temporary, adapter, type(outline.hf).__name__, quantized)
         adapter.tokenizer().save_pretrained(temporary)
         fsync_folder(temporary)
         os.rename(temporary, out)
@@ -73,116 +99,181 @@ def merge(
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+    return unmerged
 
 
-def _entries(adapter: Adapter, outline: Outline, into: Into) -> Iterator[Entry]:
+def check_mergeable(adapter: Adapter, into: Into, out: Path) -> None:
+    """Refuse what cannot be merged, before anything is read. Raises as `merge`."""
+    if out.exists():
+        raise UserError(f"{out}: exists already", "name a new folder with --out")
+    section = adapter.adapter
+    for method in (section.method, *(o.method for o in section.overrides if o.method)):
+        if not ADAPTER_SPECS[method].mergeable:
+            raise AdapterError(f"{adapter.folder}: {method} is no change of weights: it cannot be merged")
+    if into != "requantized":
+        return
+    kind = adapter.quantization.format
+    if not FORMAT_SPECS[kind].is_quantized:
+        raise AdapterError(
+            f"{adapter.folder}: was trained over a base that is not quantized: there is no format to go back to",
+            "use --into dense",
+        )
+    if kind not in ("nf4", "fp4", "int8"):
+        raise AdapterError(
+            f"{adapter.folder}: was trained over {kind}, in which transformers stores no checkpoint with a scale "
+            "a row",
+            "use --into dequantized for what was trained, or --into dense; nf4, fp4 and int8 can be requantized",
+        )
+
+
+@dataclass
+class _Merging:
     """Every tensor of the merged model under transformers' own name, read when its turn comes."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = open_source(adapter.model, adapter.model_dir, adapter.seed, outline.shapes, device)
-    layers = _adapter_layers(adapter, outline, device)
-    new = set(adapter.tensors)
-    wants, missing = match_tensors(outline.hf, source, prefix=outline.hf.base_model_prefix, new=new)
-    compute = DTYPES[adapter.quantization.compute]
-    for want in wants:
-        dtype = source.dtype(want.key) if isinstance(source, SafetensorsSource) else compute
-        if want.name in adapter.tensors:  # a module that was trained whole
-            read = partial(adapter.tensors[want.name].to, dtype)
-        else:
-            read = partial(_merged, want, source, layers.get(id(want.layer)), into, dtype, device)
-        yield Entry(key=want.name, shape=outline.shapes[want.name], dtype=dtype, read=read)
-    for name in missing:  # a new head
-        read = partial(adapter.tensors[name].to, compute)
-        yield Entry(key=name, shape=outline.shapes[name], dtype=compute, read=read)
 
+    adapter: Adapter
+    outline: Outline
+    into: Into
+    unmerged: Unmerged
+    device: torch.device = field(init=False)
+    source: TensorSource = field(init=False)
+    last_packed: tuple[str, tuple[Tensor, ...]] = ("", ())
 
-@torch.no_grad()
-def _merged(
-    want: Want,
-    source: TensorSource,
-    layer: AdapterLayer | None,
-    into: Into,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """One tensor of the base as its checkpoint stores it: linear weights merged, all else as it is."""
-    rows = source.rows(want.key, 0, want.parameters[0].shape[0], transposed=want.transposed)
-    if want.layer is not None:
-        rows = rows.to(device)
+    def __post_init__(self) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        adapter = self.adapter
+        self.source = open_source(
+            adapter.model, adapter.model_dir, adapter.seed, self.outline.shapes, self.device
+        )
+
+    def groups(self) -> Iterator[list[Entry]]:
+        """Tensors that belong into one file."""
+        trained, outline = self.adapter.tensors, self.outline
+        _place(self.adapter, outline, self.device)
+        layers = {id(layer.base): layer for _, layer in adapters(outline.hf)}
+        biases = {f"{name}.bias": layer for name, layer in adapters(outline.hf)}
+        wants, missing = match_tensors(
+            outline.hf, self.source, prefix=outline.hf.base_model_prefix, new=set(trained)
+        )
+        compute = DTYPES[self.adapter.quantization.compute]
+        for want in wants:
+            is_file = isinstance(self.source, SafetensorsSource)
+            dtype = self.source.dtype(want.key) if is_file else compute
+            layer = layers.get(id(want.layer))
+            if want.layer is not None and self.into == "requantized" and is_written(want.layer):
+                yield self._packed(want, want.layer, layer, dtype)
+                continue
+            if want.name in trained:  # a module that was trained whole
+                read = partial(trained[want.name].to, dtype)
+            elif want.name in biases:
+                read = partial(self._bias, want, biases[want.name], dtype)
+            else:
+                read = partial(self._stored, want, layer, dtype)
+            yield [Entry(key=want.name, shape=outline.shapes[want.name], dtype=dtype, read=read)]
+        for name in missing:  # a new head
+            read = partial(trained[name].to, compute)
+            yield [Entry(key=name, shape=outline.shapes[name], dtype=compute, read=read)]
+
+    def _packed(
+        self, want: Want, frozen: FrozenLinear, layer: AdapterLayer | None, dtype: torch.dtype
+    ) -> list[Entry]:
+        layout = writable(frozen)
+
+        @torch.no_grad()
+        def pack() -> tuple[Tensor, ...]:
+            # codes and scales are asked for one after the other
+            if self.last_packed[0] != want.name:
+                self.last_packed = want.name, layout.pack(self._rows(want, layer))
+            return self.last_packed[1]
+
+        return list(packed_entries(want.name, layout, dtype, pack))
+
+    @torch.no_grad()
+    def _stored(self, want: Want, layer: AdapterLayer | None, dtype: torch.dtype) -> Tensor:
+        """One tensor as the base's checkpoint stores it: linear weights merged, all else as it is."""
+        rows = self._rows(want, layer, dtype)
+        return (rows.T if want.transposed else rows).to(dtype)
+
+    @torch.no_grad()
+    def _bias(self, want: Want, layer: AdapterLayer, dtype: torch.dtype) -> Tensor:
+        rows = self.source.rows(want.key, 0, layer.base.out_features).to(self.device)
+        merged = layer.merged_bias(rows)
+        assert merged is not None, "a bias plus something is a bias"
+        return merged.to(dtype)
+
+    @torch.no_grad()
+    def _rows(self, want: Want, layer: AdapterLayer | None, stored: torch.dtype | None = None) -> Tensor:
+        """(out, in) rows, merged.
+
+        Args:
+            stored: the dtype they will be rounded to, if the change shall be taken off again for a look.
+        """
+        rows = self.source.rows(want.key, 0, want.parameters[0].shape[0], transposed=want.transposed)
+        if want.layer is None:
+            return rows
+        rows = rows.to(self.device)
         # a packed weight was read dequantized already, in the very numbers of training
-        if into == "dequantized" and not source.is_packed(want.key):
-            rows = want.layer.unpack(want.layer.pack(rows), torch.float32)
-        if layer is not None:
-            rows = layer.merged(rows)
-    return (rows.T if want.transposed else rows).to(dtype)
+        if not self.source.is_packed(want.key):
+            if layer is not None and layer.rewrites_base:
+                rows = layer.base_rows(rows, 0, {n: getattr(layer, n) for n in _of_file(layer)})
+            if self.into == "dequantized":
+                rows = want.layer.unpack(want.layer.pack(rows), torch.float32)
+        if layer is None:
+            return rows
+        merged = layer.merged(rows)
+        if stored is not None and self.into == "dense" and type(layer).merged is AdapterLayer.merged:
+            self.unmerged.note(want.name.removesuffix(".weight"), _lost(layer, rows, merged.to(stored)))
+        return merged
 
 
-def _adapter_layers(adapter: Adapter, outline: Outline, device: torch.device) -> dict[int, AdapterLayer]:
-    """The adapter layers with their trained tensors, by the id of their base, which stays on meta."""
+def _lost(layer: AdapterLayer, dense: Tensor, merged: Tensor) -> float:
+    """What is lost of W when the change is taken off diag(row) W diag(col) + q up down again, over W's norm."""
+    found, left, dense = layer.effective(dense), merged.float(), dense.float()
+    if found.up is not None and found.down is not None:
+        left = left - found.q * (found.up @ found.down)
+    if found.row is not None:
+        left = left / found.row.view(-1, 1)
+    if found.col is not None:
+        left = left / found.col
+    return float(torch.linalg.norm(left - dense) / torch.linalg.norm(dense))
+
+
+def _plain_linears(hf: Any) -> list[str]:
+    """Linear layers that a requantized checkpoint holds in plain floats: the head, and what the base's has so."""
+    return [
+        name.removesuffix(".base")
+        for name, module in hf.named_modules()
+        if is_linear(module) or (isinstance(module, FrozenLinear) and not is_written(module))
+    ]
+
+
+def _of_file(layer: AdapterLayer) -> tuple[str, ...]:
+    return (*layer.shapes, *layer.fixed_shapes)
+
+
+def _place(adapter: Adapter, outline: Outline, device: torch.device) -> None:
+    """Give the adapter layers of the outline their tensors; their bases stay on meta.
+
+    Raises:
+        AdapterError: a layer has a bias where the model has none.
+        CheckpointError: the adapter does not fit.
+    """
+    derived: dict[int, Tensor] = {}  # tensor on meta -> its values, which layers may share
     for _, layer in adapters(outline.hf):
-        for name, parameter in list(layer.named_parameters(recurse=False)):
-            setattr(layer, name, nn.Parameter(torch.empty_like(parameter, device=device)))
-        for name, buffer in list(layer.named_buffers(recurse=False)):
-            setattr(layer, name, torch.empty_like(buffer, device=device))
+        for name in layer.shapes:
+            setattr(layer, name, nn.Parameter(torch.empty_like(layer.get_parameter(name), device=device)))
+        for name in layer.fixed_shapes:
+            setattr(layer, name, torch.empty_like(layer.get_buffer(name), device=device))
+        empty = {name: id(layer.get_buffer(name)) for name in layer.derived_shapes}
+        if not derived.keys() >= set(empty.values()):
+            derived |= {empty[name]: value.to(device) for name, value in layer.derived().items()}
+        for name, number in empty.items():
+            setattr(layer, name, derived[number])
     place_adapter(trained_targets(outline.hf), adapter.tensors, Engine(device, timeout_s=60))
     adapter.settle(outline.hf)
-    return {id(layer.base): layer for _, layer in adapters(outline.hf)}
-
-
-def _write_shards(folder: Path, entries: list[Entry], shard_bytes: int, progress: Progress) -> None:
-    """model.safetensors, or several of them with an index."""
-    shards: list[list[Entry]] = [[]]
-    filled = done = 0
-    for entry in entries:
-        if shards[-1] and filled + _num_bytes(entry) > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(entry)
-        filled += _num_bytes(entry)
-    total = sum(map(_num_bytes, entries))
-
-    def counted(entry: Entry) -> Tensor:
-        nonlocal done
-        tensor = entry.read()
-        done += _num_bytes(entry)
-        progress(done, total)
-        return tensor
-
-    places: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = (
-            "model.safetensors"
-            if len(shards) == 1
-            else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        )
-        write_tensors(folder / name, [replace(entry, read=partial(counted, entry)) for entry in shard])
-        places |= {entry.key: name for entry in shard}
-    if len(shards) > 1:
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
-
-
-def _write_config(folder: Path, adapter: Adapter, outline: Outline) -> None:
-    """config.json of the base, with what the merge changed, and the files that go with it."""
-    model, source = adapter.model, adapter.model_dir
-    changed: dict[str, Any] = {"architectures": [type(outline.hf).__name__]}
-    if model.weights == "random":
-        changed["dtype"] = adapter.quantization.compute
-    if model.task == "sequence-classification":
-        changed["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.num_labels)}
-        changed["label2id"] = {name: int(i) for i, name in changed["id2label"].items()}
-    if source is None:
-        from transformers import AutoConfig
-
-        fields = dict(model.config or {})
-        fresh: dict[str, Any] = AutoConfig.for_model(fields.pop("model_type"), **fields).to_dict()
-        write_json(folder / "config.json", fresh | changed)
-        return
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config.pop("quantization_config", None)  # the weights that are written are plain floats
-    write_json(folder / "config.json", config | changed)
-    kept = ["generation_config.json", *(("*.py",) if model.trust_remote_code else ())]
-    for path in (found for pattern in kept for found in source.glob(pattern)):
-        shutil.copyfile(path, folder / path.name)
-
-
-def _num_bytes(entry: Entry) -> int:
-    return math.prod(entry.shape) * entry.dtype.itemsize
+    for name, layer in adapters(outline.hf):
+        if layer.base.bias is None and layer.merged_bias(None) is not None:
+            raise AdapterError(
+                f"{adapter.folder}: {name} has learned a bias, and a plain {type(outline.hf).__name__} has none there: "
+                "it cannot be merged",
+                "use it as an adapter: decompft generate, eval",
+            )

@@ -17,20 +17,24 @@ from decompft.launcher.worker.engines.base import Engine, full_shape
 def make_optimizer(
     model: nn.Module, trained: Mapping[str, nn.Parameter], train: TrainSection, engine: Engine
 ) -> torch.optim.Optimizer:
-    """AdamW in groups of equal learning-rate scale; scalars, norms and biases are never decayed."""
+    """AdamW in groups of equal learning-rate scale; scalars, norms and biases are never decayed.
+
+    Tensors whose state starts anew at another step are a group of their own: ZeRO counts a group's steps together.
+    """
     scales = {f"{n}.{t}": s for n, a in adapters(model) for t, s in a.lr_scales().items()}
     kept = {f"{n}.{t}" for n, a in adapters(model) for t in a.no_decay()}
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    restarts = {f"{n}.{t}": step for n, a in adapters(model) for t, step in a.restarts().items()}
+    groups: dict[tuple[float, bool, int], list[nn.Parameter]] = {}
     for name, parameter in trained.items():
         decays = len(full_shape(parameter)) > 1 and name not in kept
-        groups.setdefault((scales.get(name, 1.0), decays), []).append(parameter)
+        groups.setdefault((scales.get(name, 1.0), decays, restarts.get(name, 0)), []).append(parameter)
     params = [
         {
             "params": members,
             "lr": train.learning_rate * scale,
             "weight_decay": train.weight_decay if decays else 0.0,
         }
-        for (scale, decays), members in groups.items()
+        for (scale, decays, _), members in groups.items()
     ]
     common: dict[str, Any] = {"lr": train.learning_rate, "betas": train.betas, "eps": train.adam_eps}
     if train.optimizer == "adamw":

@@ -13,7 +13,13 @@ from decompft.launcher.worker.build import Built
 from decompft.launcher.worker.engines.base import Engine, full_shape
 
 STEPS_WITH_ZEROS = 1  # the spec's exact zeros are excused at the first step only
-LAST_STEP = 2  # checked at steps 0 and 2
+LAST_STEP = 2  # checked at steps 0 and 2, counted from the start and from the begin of every second phase
+
+
+def steps_to_prove(built: Built) -> set[int]:
+    """The optimizer steps (from 0) before which `prove_gradients` is asked."""
+    begins = {0} | {step for _, a in adapters(built.model.model) for step in a.restarts().values()}
+    return begins | {step + LAST_STEP for step in begins}
 
 
 def prove_gradients(built: Built, engine: Engine, step: int) -> None:
@@ -25,11 +31,9 @@ def prove_gradients(built: Built, engine: Engine, step: int) -> None:
     Raises:
         RunFailed: names the tensors that would not train.
     """
-    if step not in (0, LAST_STEP):
-        return
-    excused = set()
+    excused = {f"{n}.{t}" for n, a in adapters(built.model.model) for t in a.asleep(step)}
     if step < STEPS_WITH_ZEROS:
-        excused = {
+        excused |= {
             f"{n}.{t}"
             for n, a in adapters(built.model.model)
             for t in ADAPTER_SPECS[a.config.method].zero_grad_at_start(a.config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -13,9 +13,13 @@ from decompft.launcher.worker.checkpoint import Checkpoint, Slice
 from decompft.launcher.worker.engines.base import MOMENTS, Engine, full_shape
 from decompft.launcher.worker.optimizer import read_moments, write_moments
 
+Averages = Mapping[str, Mapping[str, Tensor]]  # kind -> trained tensor -> this rank's piece, flat
 
-def slices(built: Built, optimizer: torch.optim.Optimizer, engine: Engine) -> Iterator[Slice]:
-    """This rank's spans of every trained tensor and its moments."""
+
+def slices(
+    built: Built, optimizer: torch.optim.Optimizer, engine: Engine, averages: Averages
+) -> Iterator[Slice]:
+    """This rank's spans of every trained tensor, its moments, and what its adapter averages."""
     for name, parameter in built.trained.items():
         shape = full_shape(parameter)
         owned = engine.owned(parameter)
@@ -25,6 +29,9 @@ def slices(built: Built, optimizer: torch.optim.Optimizer, engine: Engine) -> It
         piece = engine.owned_piece(parameter)
         if piece is None:
             continue
+        for kind, tensors in averages.items():
+            if name in tensors:
+                yield Slice(name=name, kind=kind, full_shape=shape, start=piece[0], tensor=tensors[name])
         moments = read_moments(optimizer, parameter, engine)
         for kind in MOMENTS if moments else ():
             values = moments[kind].reshape(-1)
@@ -37,7 +44,13 @@ def slices(built: Built, optimizer: torch.optim.Optimizer, engine: Engine) -> It
             yield Slice(name=name, kind="param", full_shape=shape, start=0, tensor=buffer.reshape(-1))
 
 
-def restore(checkpoint: Checkpoint, built: Built, optimizer: torch.optim.Optimizer, engine: Engine) -> None:
+def restore(
+    checkpoint: Checkpoint,
+    built: Built,
+    optimizer: torch.optim.Optimizer,
+    engine: Engine,
+    averages: Averages,
+) -> None:
     """Load this rank's rows, whatever the world size that wrote them.
 
     Raises:
@@ -61,6 +74,9 @@ def restore(checkpoint: Checkpoint, built: Built, optimizer: torch.optim.Optimiz
                 moments = {kind: checkpoint.read_span(name, kind, *piece) for kind in MOMENTS}
                 moments["step"] = checkpoint.read(name, "step")
                 write_moments(optimizer, parameter, moments, engine)
+            for kind, tensors in averages.items():
+                if name in tensors and kind in checkpoint.kinds(name):
+                    tensors[name].copy_(checkpoint.read_span(name, kind, *engine.piece(parameter)))
     engine.after_restore()
 
 

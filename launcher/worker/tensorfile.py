@@ -34,6 +34,7 @@ class Entry:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]  # called when its turn comes; any device
+    multiple: int = 1  # of how many bytes its size is known to be: it then lies among types as wide
 
 
 def write_tensors(path: Path, entries: Iterable[Entry]) -> dict[str, Any]:
@@ -41,7 +42,8 @@ def write_tensors(path: Path, entries: Iterable[Entry]) -> dict[str, Any]:
 
     safetensors' own save_file wants all tensors in host memory at once; here it is one at a time.
     """
-    entries = sorted(entries, key=lambda e: (-e.dtype.itemsize, e.key))  # wide types first keeps all aligned
+    # wide types first keeps all aligned
+    entries = sorted(entries, key=lambda e: (-max(e.dtype.itemsize, e.multiple), e.key))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # other tools ask for it
     end = 0
     for e in entries:

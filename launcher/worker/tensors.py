@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import threading
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from decompft.adapters.frozen.base import FrozenLinear
+from decompft.adapters.hashed import key_of, uniform
 from decompft.launcher.errors import ModelError
 from decompft.launcher.safetensors_header import INDEX as INDEX
 from decompft.launcher.safetensors_header import Stored, read_headers
@@ -182,8 +182,7 @@ class RandomSource:
         out: tuple[int, ...]
         if len(shape) == 1:  # norms start at 1, biases at 0
             return torch.full((stop - start,), 0.0 if name.endswith("bias") else 1.0)
-        digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
-        key = int.from_bytes(digest[:8], "little", signed=True)
+        key = key_of(f"{self._seed}:{name}")
         if transposed:
             column = torch.arange(start, stop, dtype=torch.int64, device=self._device)
             row = torch.arange(shape[0], dtype=torch.int64, device=self._device) * shape[1]
@@ -192,13 +191,4 @@ class RandomSource:
             width = math.prod(shape[1:])
             index = torch.arange(start * width, stop * width, dtype=torch.int64, device=self._device)
             out = (stop - start, *shape[1:])
-        return ((_uniform(index.reshape(-1), key) - 0.5) * (0.02 * math.sqrt(12))).view(out)
-
-
-def _uniform(index: Tensor, key: int) -> Tensor:
-    """int64 (n,) -> float32 (n,) in [0, 1): splitmix64's finaliser, 24 of its bits."""
-    x = index.add_(key)
-    for multiplier in (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15):
-        x.mul_(multiplier)
-        x.bitwise_xor_((x >> 31) & 0x1FFFFFFFF)
-    return ((x >> 40) & 0xFFFFFF).float().mul_(2.0**-24)
+        return ((uniform(index.reshape(-1), key) - 0.5) * (0.02 * math.sqrt(12))).view(out)

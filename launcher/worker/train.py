@@ -25,7 +25,8 @@ from decompft.launcher.worker.engines.base import Engine
 from decompft.launcher.worker.metrics import Metrics, StepRow
 from decompft.launcher.worker.model import LossModel
 from decompft.launcher.worker.optimizer import clip_gradients, make_optimizer, schedule, set_learning_rate
-from decompft.launcher.worker.proofs import prove_gradients
+from decompft.launcher.worker.phases import Phases
+from decompft.launcher.worker.proofs import prove_gradients, steps_to_prove
 from decompft.launcher.worker.report import peak_bytes
 from decompft.launcher.worker.state import restore, slices
 
@@ -66,10 +67,17 @@ def train(
     optimizer = make_optimizer(built.model.model, built.trained, recipe.train, engine)
     factor = schedule(optimizer, recipe.train, total)
     parameters = list(built.trained.values())
+    for _, adapter in layers:
+        adapter.penalty_share = 1 / (batch_law.accumulation * engine.world_size)
     optimizer = engine.prepare_training(model, optimizer, parameters)
+    phases = Phases(
+        built, optimizer, engine, total_steps=total, seed=recipe.train.seed, say=metrics.message
+    )
+    to_prove = steps_to_prove(built)
     at = Progress()
     if resume is not None:
-        restore(resume, built, optimizer, engine)
+        restore(resume, built, optimizer, engine, phases.averages())
+        phases.resume()
         at = Progress(**resume.state["progress"])
     # a fork's checkpoint lies in another run: this one has none yet
     saved_step = at.step if resume is not None and resume.path.is_relative_to(run.path) else None
@@ -78,7 +86,7 @@ def train(
         nonlocal saved_step
         began = time.perf_counter()
         path = save(
-            run.path, at.step, slices(built, optimizer, engine),
+            run.path, at.step, slices(built, optimizer, engine, phases.averages()),
             {"progress": vars(at), "base": adapter_json["base"]},
             rank=engine.rank, world_size=engine.world_size, barrier=engine.barrier,
             all_ok=engine.all_ranks, incarnation=incarnation, keep=recipe.checkpoint.keep,
@@ -131,7 +139,7 @@ def train(
                 engine.backward(loss)
             loss_sum += loss.detach()
         engine.reduce_gradients()
-        if at.step < 3:
+        if at.step in to_prove:
             prove_gradients(built, engine, at.step)
         grad_norm = clip_gradients(layers, built.trained, engine, recipe.train.max_grad_norm)
         # the one agreement of a step: loss, tokens, who was asked to stop
@@ -139,8 +147,10 @@ def train(
         loss_value, tokens, stops = engine.sum_ranks([loss_sum.item(), num_tokens, float(asked)])
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
             raise not_finite(at.step + 1, loss_value, grad_norm, step.sample_ids, saved_step)
+        phases.observe(at.step)
         optimizer.step()
         engine.zero_gradients(parameters)
+        phases.advance(at.step)
         at.step += 1
         at.trained_tokens += step.num_targets_global
         step_s = time.perf_counter() - began

@@ -59,6 +59,7 @@ class Engine:
     def materialize(self, model: nn.Module) -> None:
         """Give the local part of every parameter and buffer memory, uninitialised; ties stay tied."""
         made: dict[int, nn.Parameter] = {}
+        buffers: dict[int, Tensor] = {}
         for module in model.modules():
             for name, parameter in list(module._parameters.items()):
                 if parameter is None:
@@ -67,8 +68,11 @@ class Engine:
                     made[id(parameter)] = self.allocate(parameter)
                 module._parameters[name] = made[id(parameter)]
             for name, buffer in list(module._buffers.items()):
-                if buffer is not None:
-                    module._buffers[name] = torch.empty_like(buffer, device=self.device)
+                if buffer is None:
+                    continue
+                if id(buffer) not in buffers:
+                    buffers[id(buffer)] = torch.empty_like(buffer, device=self.device)
+                module._buffers[name] = buffers[id(buffer)]
 
     def allocate(self, parameter: nn.Parameter) -> nn.Parameter:
         """A parameter on meta, with memory for what lives here."""
@@ -100,6 +104,18 @@ class Engine:
         if low < high:
             local = self.local(parameter).detach().view(-1)
             local[low - start : high - start].copy_(values.reshape(-1)[low - begin : high - begin])
+
+    def whole(self, parameter: Tensor) -> Tensor:
+        """All of a parameter, on the device; every rank asks for the same ones in the same order."""
+        return parameter.detach().to(self.device)
+
+    def _summed_from_spans(self, parameter: Tensor) -> Tensor:
+        """`whole` of a parameter that is cut: every rank puts in what it has, and 0 for the rest."""
+        shape = full_shape(parameter)
+        flat = torch.zeros(math.prod(shape), dtype=parameter.dtype, device=self.device)
+        start, stop = self.span(parameter)
+        flat[start:stop] = self.local(parameter).detach().view(-1).to(self.device)
+        return self.sum_base(flat).view(shape)
 
     def owned(self, parameter: Tensor) -> tuple[int, int] | None:
         """The span that this rank writes into a checkpoint; over all ranks each number once."""
@@ -177,7 +193,7 @@ class Engine:
             state[name] = moments[name].to(parameter.device, copy=True).view(parameter.shape)
 
     def after_restore(self) -> None:
-        """Called when all trained parameters and moments were loaded from a checkpoint."""
+        """Called when trained parameters or moments were set: from a checkpoint, or between two steps."""
 
     # -- agreement ----------------------------------------------------------------------------
 

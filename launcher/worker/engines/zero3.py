@@ -50,6 +50,10 @@ class Zero3Engine(ZeroEngine):
         start = min(numel, self.rank * size)
         return start, min(numel, start + size)
 
+    def whole(self, parameter: Tensor) -> Tensor:
+        is_cut = hasattr(parameter, "ds_tensor")
+        return self._summed_from_spans(parameter) if is_cut else super().whole(parameter)
+
     def owned(self, parameter: Tensor) -> tuple[int, int] | None:
         return self.span(parameter)
 
@@ -68,6 +72,13 @@ class Zero3Engine(ZeroEngine):
                 self._places[parameter] = group, k, at
                 at += parameter.ds_tensor.ds_numel
         return wrapped
+
+    def after_restore(self) -> None:
+        super().after_restore()
+        # small parameters stay gathered from step to step: what was gathered before is stale
+        if kept := self._zero.persistent_parameters:
+            kept[0].partition(kept)
+            kept[0].all_gather(kept)
 
     def _find_pieces(self) -> dict[nn.Parameter, Tensor]:
         pieces = {}

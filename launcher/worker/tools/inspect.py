@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 from decompft.launcher.worker.tools.main import run_tool
 
+KINDS = ("data", "weights", "adapter")
+
 
 def main(argv: list[str]) -> None:
-    assert argv[0] == "data", "the command line knows what can be inspected"
-    from decompft.launcher.worker.tools import inspect_data
-
-    inspect_data.main(argv[1:])
+    assert argv[0] in KINDS, "the command line knows what can be inspected"
+    # each brings libraries of its own
+    importlib.import_module(f"decompft.launcher.worker.tools.inspect_{argv[0]}").main(argv[1:])
 
 
 if __name__ == "__main__":

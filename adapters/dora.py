@@ -1,0 +1,102 @@
+"""DoRA (Liu et al., 2024, arXiv:2402.09353, eq. 5; the norm is a constant to autograd, section 4.3).
+
+    W* = diag(m / n) (W + s B A),    n_j = |W_j + s B_j A|
+
+n comes from W A^T, rank columns, and a rank x rank product (METHODS 1.3, identity 2); no matrix of the
+weight's size is made. Of a quantized base, W is what is really used: the dequantized weight.
+
+W A^T is taken with A rounded to the compute dtype, as the forward pass rounds it, and summed in float32. In
+bfloat16 that moves n_j by at most about 2**-8 |s B_j A| / |W_j| of itself: the part of the update in the row,
+a few percent, times what every product of the layer is rounded by anyway.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from decompft.adapters.base import Adapter, Facts, kaiming_uniform
+from decompft.adapters.frozen.base import FrozenLinear
+from decompft.adapters.frozen.linear import Factors
+from decompft.adapters.lora import scaling
+from decompft.adapters.spec import AdapterConfig
+
+_TINY = 1e-37  # under the root: a row of zeros, with m = 0, stays what it is instead of becoming 0 / 0
+
+
+class DoraLinear(Adapter):
+    """y = (m / n) (W x + s B A x_d) + bias, x_d after dropout: (m / n) W takes x as it is.
+
+    Starts at m = n = row norms, B = 0: the base. `rn2`, the squared row norms, is in the adapter's
+    file: n elsewhere must be the n that m was trained against.
+    """
+
+    reads_weight = True
+
+    A: torch.nn.Parameter
+    B: torch.nn.Parameter
+    m: torch.nn.Parameter
+    rn2: Tensor
+
+    def __init__(self, base: FrozenLinear, config: AdapterConfig) -> None:
+        super().__init__(base, config)
+        self.scaling = scaling(config)
+
+    def note(
+        self, trained: tuple[Tensor, ...], fixed: tuple[Tensor, ...], weight: Tensor
+    ) -> tuple[Tensor, ...]:
+        """n (out,)."""
+        A, B, *_ = trained
+        return (row_norms(A, B, fixed[0], weight_times(A, weight), self.scaling),)
+
+    def factors(self, trained: tuple[Tensor, ...], fixed: tuple[Tensor, ...]) -> Factors:
+        A, B, m = trained
+        _, n = fixed
+        row = m / n
+        per_B = (row * self.scaling).view(-1, 1)
+        return Factors(up=B * per_B, down=A, row=row, keep=(per_B,))
+
+    def pull_back(
+        self,
+        trained: tuple[Tensor, ...],
+        fixed: tuple[Tensor, ...],
+        found: Factors,
+        grads: Factors,
+        weight: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        """dm = (drow + s sum_k dup_k B_k) / n, dB = s (m / n) dup, dA = ddown."""
+        _, B, _ = trained
+        (_, n), (per_B,) = fixed, found.keep
+        assert grads.row is not None and grads.up is not None
+        slope = torch.add(grads.row, torch.linalg.vecdot(grads.up, B), alpha=self.scaling)
+        return grads.down, grads.up.mul_(per_B), slope.div_(n)
+
+    def initial_values(self, generator: torch.Generator, facts: Facts) -> dict[str, Tensor]:
+        norms = torch.as_tensor(facts["row_norms"], dtype=torch.float32)
+        return {
+            "A": kaiming_uniform(self.shapes["A"], generator),
+            "B": torch.zeros(self.shapes["B"]),
+            "m": norms.clone(),
+            "rn2": norms.square(),
+        }
+
+    def lr_scales(self) -> dict[str, float]:
+        options = self.config.options
+        return {"B": options.lr_ratio, "m": options.magnitude_lr_ratio}
+
+
+def weight_times(A: Tensor, weight: Tensor) -> Tensor:
+    """P = W A^T (out, rank) in A's dtype, A (rank, in) rounded to the dtype of `weight` (out, in)."""
+    rounded = A.to(weight.dtype)
+    if weight.is_cuda and weight.itemsize == 2:
+        return torch.mm(weight, rounded.T, out_dtype=torch.float32)  # which only CUDA has
+    return (weight @ rounded.T).to(A.dtype)
+
+
+def row_norms(A: Tensor, B: Tensor, rn2: Tensor, P: Tensor, s: float) -> Tensor:
+    """n_j = |W_j + s B_j A| (out,) from rn2_j = |W_j|^2 and P = W A^T: n^2 = rn2 + (2 s P + s^2 B A A^T) . B by rows.
+
+    At B = 0 exactly the root of rn2.
+    """
+    both = torch.addmm(P, B, A @ A.T, beta=2 * s, alpha=s * s)
+    return torch.linalg.vecdot(both, B).add_(rn2).clamp_min_(_TINY).sqrt_()

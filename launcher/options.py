@@ -1,0 +1,49 @@
+"""What do a method's options in a recipe mean? Checked and typed, those of a method under it as well."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from functools import cache
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import InitErrorDetails
+
+from decompft.adapters.spec import ADAPTER_SPECS
+from decompft.adapters.specs.base import WrapperOptions
+
+
+def options_of(method: str, options: Mapping[str, Any]) -> Any:
+    """The options as the method's own dataclass, defaults filled in.
+
+    Raises:
+        ValidationError: a key or a value that the method does not have.
+    """
+    kind = ADAPTER_SPECS[method].options
+    inner = options.get("inner", {})
+    if not (issubclass(kind, WrapperOptions) and isinstance(inner, dict)):
+        return _validated(kind, options)
+    made = _validated(kind, {key: value for key, value in options.items() if key != "inner"})
+    try:
+        return replace(made, inner=asdict(options_of(made.over, inner)))
+    except ValidationError as error:
+        raise ValidationError.from_exception_data(error.title, [_inside(d) for d in error.errors()]) from None
+
+
+def _validated(kind: type[Any], options: Mapping[str, Any]) -> Any:
+    # through JSON, where strict validation accepts a mapping for a dataclass
+    return _adapter(kind).validate_json(json.dumps(options))
+
+
+@cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _inside(detail: Any) -> InitErrorDetails:
+    """The same error, one step further down."""
+    return InitErrorDetails(
+        type=detail["type"], loc=("inner", *detail["loc"]), input=detail["input"], ctx=detail.get("ctx", {})
+    )

@@ -1,0 +1,1 @@
+"""What weights and adapters look like: statistics of matrices, over the layers of a model."""

@@ -1,0 +1,114 @@
+"""An adapter's layers from its file alone: the base stays a shape, and is not looked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from decompft.adapters.base import Adapter
+from decompft.adapters.frozen.dense import DenseLinear
+from decompft.adapters.inject import make_adapter
+from decompft.adapters.spec import AdapterConfig, spec_of
+from decompft.adapters.targets import TargetMismatch, select
+from decompft.launcher.errors import AdapterError
+from decompft.launcher.recipe import AdapterSection
+from decompft.launcher.worker.inspecting.names import natural_order
+from decompft.launcher.worker.restore import load_adapter
+
+# sizes that no layer has; in both orders, because a dimension may be the smaller of the two
+_STAND_INS = ((1_000_003, 1_000_033), (1_000_033, 1_000_003))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterLayers:
+    """What lies in an adapter's file."""
+
+    layers: dict[str, Adapter]  # by module name; a size that no tensor tells is 1
+    whole: dict[str, Tensor]  # of modules that were trained whole
+
+
+def open_layers(folder: Path) -> tuple[AdapterLayers, dict[str, Any]]:
+    """The layers in an adapter's folder, and its adapter.json.
+
+    Raises:
+        AdapterError: damaged, or of a method that this version does not have.
+    """
+    tensors, description = load_adapter(folder)
+    section = AdapterSection.model_validate_json(json.dumps(description["adapter"]))
+    return layers_of(section, tensors, description.get("step")), description
+
+
+def layers_of(section: AdapterSection, tensors: Mapping[str, Tensor], step: int | None) -> AdapterLayers:
+    """Put the tensors of an adapter's file into layers of their methods.
+
+    Args:
+        step: optimizer steps it was trained for; None leaves what depends on it as at the end.
+
+    Raises:
+        AdapterError: no tensors of the file are those of the method.
+    """
+    inside: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        module, _, own = name.rpartition(".")
+        inside.setdefault(module, {})[own] = tensor
+    layers = {}
+    for module, config in _configs(section, sorted(inside, key=natural_order)).items():
+        if inside[module].keys() == _shapes(config, 2, 2).keys():
+            layers[module] = _layer(config, inside[module])
+            if step:
+                layers[module].on_step(step - 1)
+    if not layers:
+        raise AdapterError(
+            f"adapter.safetensors: holds no layer with the tensors of {section.method}: "
+            + ", ".join(_shapes(section.config(), 2, 2)),
+            "the file and adapter.json belong to different adapters",
+        )
+    whole = {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in layers}
+    return AdapterLayers(layers=layers, whole=whole)
+
+
+def _configs(section: AdapterSection, names: list[str]) -> dict[str, AdapterConfig]:
+    """As `launcher.layers.layer_configs`, but of layers that are known to be adapted: the names of the
+    others are not in the file, so a target that selects none of these is no mistake."""
+    configs = dict.fromkeys(names, section.config())
+    for override in section.overrides:
+        targets = [override.targets] if isinstance(override.targets, str) else override.targets
+        for target in () if override.skip else targets:
+            with suppress(TargetMismatch):
+                configs |= dict.fromkeys(select(names, target, ()), section.config(override))
+    return configs
+
+
+def _shapes(config: AdapterConfig, out: int, in_: int) -> dict[str, tuple[int, ...]]:
+    spec = spec_of(config)
+    return {**spec.tensors(out, in_, config), **spec.buffers(out, in_, config)}
+
+
+def _layer(config: AdapterConfig, tensors: dict[str, Tensor]) -> Adapter:
+    out, in_ = _sizes(config, tensors)
+    with torch.device("meta"):
+        layer = make_adapter(DenseLinear(in_, out, dtype=torch.float32, bias_dtype=None), config)
+    for own, tensor in tensors.items():
+        is_trained = own in layer.shapes
+        setattr(layer, own, nn.Parameter(tensor.float(), requires_grad=False) if is_trained else tensor)
+    return layer
+
+
+def _sizes(config: AdapterConfig, tensors: dict[str, Tensor]) -> tuple[int, int]:
+    """(out, in) of the base, from where they turn up in the shapes of the method's tensors."""
+    out = in_ = 1
+    one, other = (_shapes(config, *sizes) for sizes in _STAND_INS)
+    for name, tensor in tensors.items():
+        for size, *stand_ins in zip(tensor.shape, one[name], other[name], strict=True):
+            if tuple(stand_ins) == (_STAND_INS[0][0], _STAND_INS[1][0]):
+                out = size
+            elif tuple(stand_ins) == (_STAND_INS[0][1], _STAND_INS[1][1]):
+                in_ = size
+    return out, in_

@@ -1,0 +1,81 @@
+"""The timing table at toy size, and what the count of dense tensors sees."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import adapters_7b  # noqa: E402
+from dense_tensors import dense_tensors  # noqa: E402
+
+from decompft.adapters.frozen.fourbit import Nf4Linear  # noqa: E402
+from decompft.adapters.inject import make_adapter  # noqa: E402
+from decompft.adapters.lora import LoraLinear  # noqa: E402
+from decompft.adapters.spec import AdapterConfig  # noqa: E402
+from decompft.launcher.recipe import AdapterSection  # noqa: E402
+
+MODEL = {
+    "model_type": "llama", "vocab_size": 260, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def layer(kind=None):
+    base = Nf4Linear(128, 256, block_size=64, double_quant=True, bias_dtype=None)
+    for name, tensor in zip(base.storage_names(), base.pack(torch.randn(256, 128)), strict=True):
+        setattr(base, name, torch.nn.Parameter(tensor, requires_grad=False))
+    options = AdapterSection(method="lora").typed_options()
+    config = AdapterConfig(method="lora", rank=16, alpha=32.0, dropout=0.0, options=options)
+    made = make_adapter(base, config) if kind is None else kind(base, config)
+    adapters_7b.fill(made)
+    return made
+
+
+def test_lora_makes_the_dequantized_weight_once_a_pass_and_holds_one():
+    found = dense_tensors(layer(), torch.float32)
+    assert (found.made, found.alive) == (2, 1)
+
+
+def test_a_dense_update_is_seen():
+    class Wasteful(LoraLinear):
+        def forward(self, x):
+            return x @ (self.base.dense(torch.float32) + self.B @ self.A).T
+
+    found = dense_tensors(layer(Wasteful), torch.float32)
+    assert found.made > 2 and found.alive > 1
+
+
+@pytest.mark.dist
+def test_methods_are_timed_beside_lora_of_the_same_run(tmp_path):
+    sizes = ["data.sequence_length=32", "train.micro_batch_size=1", "train.global_batch_size=1"]
+    overrides = [f"model.config={json.dumps(MODEL)}", *sizes, "quantization.compute=float32"]
+    part, out = tmp_path / "part.jsonl", tmp_path / "table.json"
+    adapters_7b.main(
+        [
+            "--micro",
+            "1",
+            "2",
+            "--steps",
+            "1",
+            "--out",
+            str(part),
+            "--cases",
+            "map",
+            "dora",
+            "--override",
+            *overrides,
+        ]
+    )
+    adapters_7b.main(["--join", str(part), "--out", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["case"] for row in rows} == {"lora", "map", "dora"}
+    assert not [row for row in rows if "error" in row]
+    assert len([row for row in rows if row["case"] == "lora"]) == 4  # first and last, two micro batches
+    assert all(row["step_over_lora"] > 0 for row in rows)
