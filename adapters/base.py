@@ -200,6 +200,13 @@ class Adapter(nn.Module):
             return None
         return None if found.up is None or found.down is None else (found.q * found.up, found.down)
 
+    def change_of_checkpoint(self) -> tuple[Tensor, Tensor] | None:
+        """(up, down) over the checkpoint's own weight, where quantization loses nothing; else as `delta`.
+
+        Another matrix than `delta`'s where `rewrites_base`: what was taken out of the base belongs to it.
+        """
+        return self.delta()
+
     def on_step(self, step: int) -> None:
         """Called on all ranks before the forward passes of optimizer step `step` (from 0)."""
 

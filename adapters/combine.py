@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,7 +81,9 @@ def trim(tau: Tensor, density: float) -> Tensor:
     """The elements of largest magnitude, at least one, and those equal to the least of them; 0 elsewhere."""
     kept = max(1, round(density * tau.numel()))
     magnitudes = tau.abs()
-    least = magnitudes.reshape(-1).kthvalue(tau.numel() - kept + 1).values
+    place = tau.numel() - kept
+    # several times faster than torch's kthvalue on a CPU
+    least = float(np.partition(magnitudes.reshape(-1).cpu().numpy(), place)[place])
     return torch.where(magnitudes >= least, tau, 0.0)
 
 

@@ -72,6 +72,16 @@ def rest_rows(rows: Tensor, first: int, pair: tuple[Tensor, Tensor], s: float) -
     return torch.addmm(rows.double(), B[first : first + rows.shape[0]], A, alpha=-s).float()
 
 
+def moved(pair: tuple[Tensor, Tensor], start: tuple[Tensor, Tensor], s: float) -> tuple[Tensor, Tensor]:
+    """s (B A - B0 A0) as (up, down) of rank 2 r, of differences that were taken in float32.
+
+    Args:
+        pair: B (out, r) and A (r, in); `start`: B0 and A0.
+    """
+    (B, A), (B0, A0) = pair, start
+    return s * torch.cat([B, B - B0], dim=1), torch.cat([A - A0, A0])
+
+
 def _rows(triplets: spectra.Triplets) -> dict[str, Tensor]:
     U, S, V = triplets
     return {"U": U.T, "S": S, "V": V.T}

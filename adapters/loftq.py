@@ -14,7 +14,7 @@ from torch import Tensor
 
 from decompft.adapters import spectra
 from decompft.adapters.base import Cached, Facts
-from decompft.adapters.directions import rest_rows, tensors_of
+from decompft.adapters.directions import moved, rest_rows, tensors_of
 from decompft.adapters.lora import LoraLinear, scaling
 from decompft.adapters.spec import spec_of
 
@@ -35,6 +35,13 @@ class LoftqLinear(LoraLinear):
         if not self.rewrites_base:
             return rows
         return rest_rows(rows, first, (values["B0"], values["A0"]), scaling(self.config))
+
+    @torch.no_grad()
+    def change_of_checkpoint(self) -> tuple[Tensor, Tensor] | None:
+        if not self.rewrites_base:
+            return self.delta()
+        start = self.get_buffer("B0"), self.get_buffer("A0")
+        return moved((self.B, self.A), start, scaling(self.config))
 
     def facts_of(self, weight: Tensor, cached: Cached, generator: torch.Generator) -> dict[str, Tensor]:
         """A, B and, where there is more than one iteration, A0, B0; not cached, since it depends on the quantizer.

@@ -68,6 +68,15 @@ class LoraInitLinear(LaunchedAdapter):
         A0, B0 = (values[n].to(rows.device) for n in ("A0", "B0"))
         return rows.float() - scaling(self.config) * (B0[first : first + rows.shape[0]] @ A0)
 
+    @torch.no_grad()
+    def change_of_checkpoint(self) -> tuple[Tensor, Tensor] | None:
+        found = self.effective(torch.empty(0))
+        assert found.up is not None and found.down is not None
+        up, down = found.q * found.up, found.down
+        if not self.rewrites_base or not bool(self.phase):
+            return up, down
+        return torch.cat([up, -scaling(self.config) * self.B0], dim=1), torch.cat([down, self.A0])
+
     def _parts(self, A: Tensor, B: Tensor, fixed: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
         """Columns of `up` and rows of `down`, both to be scaled by s."""
         if self.rewrites_base:

@@ -27,7 +27,7 @@ def make(base: FrozenLinear, config: AdapterConfig) -> Adapter:
     adapter = make_adapter(base, inner_config(config))
     assert type(adapter).forward is Adapter.forward, "a forward of its own calls no pull_back"
     # as torch's parametrizations do it: the adapter may have been made by a function, not by its class
-    adapter.__class__ = _constrained(type(adapter))
+    adapter.__class__ = _constrained(type(adapter))  # type: ignore[arg-type]  # hash of a class, not of a module
     assert isinstance(adapter, Constrained)
     adapter.mpc, adapter.is_diagonal = config.options, config.method == "mpc_d"
     return adapter

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from decompft.adapters.base import Adapter, Cached, Facts
-from decompft.adapters.directions import bottom_rows, qr_rows, rest_rows, tensors_of, top_rows
+from decompft.adapters.directions import bottom_rows, moved, qr_rows, rest_rows, tensors_of, top_rows
 from decompft.adapters.frozen.linear import Factors
 from decompft.adapters.lora import scaling
 
@@ -68,6 +68,10 @@ class SplitLinear(Adapter):
         if not self.rewrites_base:
             return rows
         return rest_rows(rows, first, (values["B0"], values["A0"]), scaling(self.config))
+
+    @torch.no_grad()
+    def change_of_checkpoint(self) -> tuple[Tensor, Tensor] | None:
+        return moved((self.B, self.A), (self.B0, self.A0), scaling(self.config))
 
     def initial_values(self, generator: torch.Generator, facts: Facts) -> dict[str, Tensor]:
         A, B = self.pair(facts)

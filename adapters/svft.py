@@ -17,6 +17,7 @@ from decompft.adapters.base import Adapter, Cached, Facts
 from decompft.adapters.directions import diagonal, full_rows, pull_back_diagonal, tensors_of, top_rows
 from decompft.adapters.frozen.linear import Factors
 from decompft.adapters.spec import spec_of
+from decompft.adapters.specs.spectral import num_off_diagonals
 
 
 class SvftLinear(Adapter):
@@ -77,7 +78,7 @@ class SvftLinear(Adapter):
         num_entries = self.shapes["M"][0]
         if options.pattern == "banded":
             i = torch.arange(k)
-            flat = torch.nonzero(((i - i.view(-1, 1)).abs() <= options.off_diag).view(-1)).view(-1)
+            flat = torch.nonzero(((i - i.view(-1, 1)).abs() <= num_off_diagonals(options)).view(-1)).view(-1)
         elif options.pattern == "random":
             flat = torch.randperm(k * k, generator=generator)[:num_entries]
         elif U.shape[1] != V.shape[1]:

@@ -177,8 +177,9 @@ def _tool(args: argparse.Namespace) -> int:
             # with =, a value may begin with a dash
             words.append(f"{flag}={value}")
     # the folders of a checkout have generic names; the tool must not import them from the current folder
+    name = "import_" if args.verb == "import" else args.verb  # a keyword is no module's name
     child = subprocess.Popen(
-        [sys.executable, "-m", f"{_TOOLS}.{args.verb}", *words], env={**os.environ, "PYTHONSAFEPATH": "1"}
+        [sys.executable, "-m", f"{_TOOLS}.{name}", *words], env={**os.environ, "PYTHONSAFEPATH": "1"}
     )
     while True:
         try:
@@ -267,6 +268,18 @@ def _add_tools(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
         positional=("adapter",),
         flags=("into", "out", "base", "check_data", "check_tokens", "no_check"),
     )
+
+    export = verb("export", "write an adapter for another library")
+    _add_adapter(export)
+    export.add_argument("--format", required=True, choices=("peft",), help="peft: a PEFT adapter")
+    export.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    export.set_defaults(run=_tool, positional=("adapter",), flags=("format", "out", "base"))
+
+    imported = verb("import", "read an adapter that peft saved")
+    imported.add_argument("folder", metavar="PEFT_DIR", help="a folder that peft's save_pretrained wrote")
+    imported.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    imported.add_argument("--base", metavar="MODEL", help="default: the model that the PEFT config names")
+    imported.set_defaults(run=_tool, positional=("folder",), flags=("out", "base"))
 
     combine = verb("combine", "make one adapter, or model, of several over the same base")
     _add_combine(combine)

@@ -24,22 +24,22 @@ def options_of(method: str, options: Mapping[str, Any]) -> Any:
     kind = ADAPTER_SPECS[method].options
     inner = options.get("inner", {})
     if not (issubclass(kind, WrapperOptions) and isinstance(inner, dict)):
-        return _validated(kind, options)
-    made = _validated(kind, {key: value for key, value in options.items() if key != "inner"})
+        return _validated(method, options)
+    made = _validated(method, {key: value for key, value in options.items() if key != "inner"})
     try:
         return replace(made, inner=asdict(options_of(made.over, inner)))
     except ValidationError as error:
         raise ValidationError.from_exception_data(error.title, [_inside(d) for d in error.errors()]) from None
 
 
-def _validated(kind: type[Any], options: Mapping[str, Any]) -> Any:
+def _validated(method: str, options: Mapping[str, Any]) -> Any:
     # through JSON, where strict validation accepts a mapping for a dataclass
-    return _adapter(kind).validate_json(json.dumps(options))
+    return _checker(method).validate_json(json.dumps(options))
 
 
 @cache
-def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+def _checker(method: str) -> TypeAdapter[Any]:
+    return TypeAdapter(ADAPTER_SPECS[method].options)
 
 
 def _inside(detail: Any) -> InitErrorDetails:

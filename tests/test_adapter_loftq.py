@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from planning import CPU, TINY
+from planning import make as plan
 from test_adapter_contract import IN, OUT, RANK, config_of, make_base, start
 
 from decompft.adapters.inject import make_adapter
 from decompft.adapters.lora import LoraLinear
+from decompft.launcher.errors import PlanError
 
 S = 8.0 / RANK
 
@@ -77,3 +80,15 @@ def test_the_default_start_is_plain_lora(weight):
     assert type(adapter) is LoraLinear
     assert not adapter.rewrites_base and not adapter.B.any()
     assert list(adapter.named_buffers(recurse=False)) == []
+
+
+def test_a_plan_refuses_it_already():
+    dense = {"quantization": {"format": "none"}}
+    with pytest.raises(PlanError, match=r"adapter.options.init: loftq .* loses nothing \(model.layers.0"):
+        plan(CPU, TINY, adapter={"method": "lora", "options": {"init": "loftq"}}, **dense)
+    assert plan(CPU, TINY, adapter={"method": "lora"}, **dense)
+
+
+def test_iterations_without_loftq_are_refused():
+    with pytest.raises(ValueError, match="loftq_iterations has no effect without init: loftq"):
+        config_of("lora", loftq_iterations=2)

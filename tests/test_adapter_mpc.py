@@ -201,7 +201,7 @@ def test_inner_options_are_filled_in(tmp_path):
         ({"over": "vera"}, r"options\.over: found the text 'vera', expected one of lora", ""),
         ({"inner": {"scalin": "rslora"}}, r"options\.inner\.scalin: unknown key", "did you mean scaling?"),
         ({"inner": {"lambda_init": 1.0}}, r"options\.inner\.lambda_init: unknown key", "option of delora, not of lora"),
-        ({"inner": {"scaling": "rslra"}}, r"inner\.scaling: .* expected one of alpha/r, rslora", "did you mean rslora?"),
+        ({"inner": {"scaling": "rslra"}}, r"inner\.scaling: .* expected one of alpha/r, rslora", "mean rslora?"),
         ({"inner": {"lr_ratio": "much"}}, r"inner\.lr_ratio: found the text 'much', expected a number", ""),
         ({"inner": [1]}, r"options\.inner: found a list of 1, expected a section", ""),
         ({"over": "map", "inner": {"over": "flora", "inner": {"ini": 1}}}, r"inner\.inner\.ini: unknown key", "init?"),

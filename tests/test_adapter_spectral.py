@@ -5,11 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from planning import CPU, TINY
+from planning import make as plan
 from test_adapter_contract import RANK, config_of, make_base, start, trained_away_from_start
 
 from decompft.adapters.frozen.dense import DenseLinear
 from decompft.adapters.inject import make_adapter
 from decompft.adapters.spec import ADAPTER_SPECS, AdapterConfig
+from decompft.launcher.errors import PlanError
 
 S = 8.0 / RANK
 SHAPES = {"wide": (24, 128), "tall": (128, 24), "square": (48, 48)}
@@ -185,8 +188,9 @@ def test_svft_is_a_sparse_matrix_between_singular_vectors(shape, pattern, k):
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, "top_k"])
 def test_svft_entries(pattern):
-    adapter, _ = over_dense("svft", "square", pattern=pattern, k=0, off_diag=3)
     p, d = 48, 3
+    options = {} if pattern == "plain" else {"off_diag": d}
+    adapter, _ = over_dense("svft", "square", pattern=pattern, k=0, **options)
     num_entries = p if pattern == "plain" else p * (2 * d + 1) - d * (d + 1)
     assert adapter.M.shape == (num_entries,)
     assert ADAPTER_SPECS["svft"].num_params(p, p, adapter.config) == num_entries + 1
@@ -217,8 +221,22 @@ def test_svft_starts_at_a_distance_that_no_size_changes(shape, k):
 
 
 def test_svft_top_k_of_a_layer_that_is_not_square_is_refused():
-    with pytest.raises(ValueError, match="top_k compares u_i with v_j, whose sizes differ in a layer of 24 x 128"):
+    with pytest.raises(
+        ValueError, match="top_k compares u_i with v_j, whose sizes differ in a layer of 24 x 128"
+    ):
         over_dense("svft", "wide", pattern="top_k")
+    top_k = {"method": "svft", "options": {"pattern": "top_k"}}
+    with pytest.raises(
+        PlanError, match=r"pattern: top_k .* 32 x 64 \(model.layers.0.self_attn.k_proj\)"
+    ) as caught:
+        plan(CPU, TINY, adapter=top_k)
+    assert caught.value.hint == "use banded or random"
+    assert plan(CPU, TINY, adapter={**top_k, "targets": ["q_proj"]})
+
+
+def test_svft_off_diagonals_of_a_plain_pattern_are_refused():
+    with pytest.raises(ValueError, match="off_diag has no effect with pattern: plain"):
+        config_of("svft", off_diag=3)
 
 
 @pytest.mark.parametrize(

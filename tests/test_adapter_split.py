@@ -100,7 +100,9 @@ def test_exact_and_residual_are_one_function_over_a_float_base(method, weight, x
     for layer in (residual, exact):
         layer(x).sin().sum().backward()
     for name in ("A", "B"):
-        torch.testing.assert_close(getattr(exact, name).grad, getattr(residual, name).grad, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            getattr(exact, name).grad, getattr(residual, name).grad, rtol=1e-3, atol=1e-3
+        )
 
 
 def test_exact_changes_the_base_by_the_difference_of_the_products(weight):

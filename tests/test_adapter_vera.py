@@ -65,7 +65,7 @@ def test_start(weight):
 
 
 def test_is_pefts_with_the_same_matrices(weight, x):
-    """Outputs, gradients, merged weight. peft slices one pair of matrices, drawn sqrt(6) times wider, for all layers."""
+    """Outputs, gradients, merged weight. peft's matrices are one pair for all layers, drawn sqrt(6) times wider."""
     from peft import VeraConfig, get_peft_model
 
     adapter = trained_away_from_start(make_adapter("vera", make_base("dense-fp32", weight)))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from planning import CPU, TINY
-from planning import make as plan
 from test_merge import CLOSE, TOKENS, byte_folder, checkpoint
 from test_resume import TRAIN, continue_as, start
 from tiny import LLAMA, losses, run_ranks
@@ -14,7 +12,7 @@ from tiny_models import section as section_of
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from decompft.adapters.frozen.fourbit import Nf4Linear
-from decompft.launcher.errors import AdapterError, PlanError
+from decompft.launcher.errors import AdapterError
 from decompft.launcher.recipe import AdapterSection
 from decompft.launcher.worker.inference import load
 from decompft.launcher.worker.restore import load_adapter
@@ -35,7 +33,8 @@ def section(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "world"), [*((n, "single") for n in METHODS), ("pissa", "fsdp"), ("pissa", "zero3"), ("loftq", "ddp")]
+    ("name", "world"),
+    [*((n, "single") for n in METHODS), ("pissa", "fsdp"), ("pissa", "zero3"), ("loftq", "ddp")],
 )
 def test_stopped_and_resumed_equals_unbroken_bit_for_bit(tmp_path, name, world):
     adapter = {"adapter": section(name)}
@@ -129,17 +128,7 @@ def test_a_weight_that_has_no_directions_is_named(tmp_path):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
     model.save_pretrained(base)
-    with pytest.raises(AdapterError, match=r"layers.1.mlp.up_proj: a weight .* holds entries that are not finite"):
+    with pytest.raises(
+        AdapterError, match=r"layers.1.mlp.up_proj: a weight .* holds entries that are not finite"
+    ):
         built(section_of(base), NF4, AdapterSection(**section("svft")))
-
-
-def test_plans_refuse_what_cannot_start():
-    dense = {"quantization": {"format": "none"}}
-    with pytest.raises(PlanError, match=r"adapter.options.init: loftq .* loses nothing \(model.layers.0"):
-        plan(CPU, TINY, adapter=METHODS["loftq"], **dense)
-    assert plan(CPU, TINY, adapter={"method": "lora"}, **dense)
-    top_k = {"method": "svft", "options": {"pattern": "top_k"}}
-    with pytest.raises(PlanError, match=r"pattern: top_k .* 32 x 64 \(model.layers.0.self_attn.k_proj\)") as caught:
-        plan(CPU, TINY, adapter=top_k)
-    assert caught.value.hint == "use banded or random"
-    assert plan(CPU, TINY, adapter={**top_k, "targets": ["q_proj"]})

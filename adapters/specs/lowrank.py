@@ -23,6 +23,10 @@ class LoraOptions(Options):
         "of init: loftq; from the second on the quantized base changes, too", 1
     )
 
+    def __post_init__(self) -> None:
+        if self.init != "loftq" and self.loftq_iterations != 1:
+            raise ValueError("loftq_iterations has no effect without init: loftq")
+
 
 def _loftq_fixed(out: int, in_: int, config: AdapterConfig) -> Shapes:
     options = config.options

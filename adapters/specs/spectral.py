@@ -45,9 +45,14 @@ class SvftOptions(Options):
         "(square layers only)",
         "plain",
     )
-    off_diag: Positive = doc(
-        "diagonals on either side of the main one in a band; random and top_k train as many entries", 2
+    off_diag: Positive | None = doc(
+        "diagonals on either side of the main one in a band; random and top_k train as many entries; default 2",
+        None,
     )
+
+    def __post_init__(self) -> None:
+        if self.pattern == "plain" and self.off_diag is not None:
+            raise ValueError("off_diag has no effect with pattern: plain, which is the main diagonal alone")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +71,16 @@ def num_directions(out: int, in_: int, config: AdapterConfig) -> int:
     return min(config.options.k or out, out, in_)
 
 
+def num_off_diagonals(options: SvftOptions) -> int:
+    """On either side of the main one, as far as M reaches."""
+    return 2 if options.off_diag is None else options.off_diag
+
+
 def num_entries(k: int, options: SvftOptions) -> int:
     """Entries of M (k, k) that train."""
     if options.pattern == "plain":
         return k
-    d = min(options.off_diag, k - 1)
+    d = min(num_off_diagonals(options), k - 1)
     return k * (2 * d + 1) - d * (d + 1)
 
 

@@ -8,25 +8,30 @@ from typing import Any
 
 from decompft.adapters.spec import ADAPTER_SPECS, AdapterSpec
 from decompft.launcher.plan import Plan
+from decompft.launcher.recipe import AdapterSection
 from decompft.launcher.worker.prepared import Prepared
 
 
 def describe(plan: Plan, prepared: Prepared) -> dict[str, Any]:
     """Method, options, targets, the base's identity and the versions; JSON."""
     recipe = plan.recipe
-    methods = dict.fromkeys([recipe.adapter.method, *(o.method for o in recipe.adapter.overrides if o.method)])
     return {
+        **describe_adapter(recipe.adapter),
         "name": plan.name,
-        "adapter": {
-            **recipe.adapter.model_dump(mode="json"),
-            "options": asdict(recipe.adapter.typed_options()),
-        },
-        "formulas": {name: _formula(ADAPTER_SPECS[name]) for name in methods},
         "model": recipe.model.model_dump(mode="json"),
         "quantization": recipe.quantization.model_dump(mode="json"),
         "seed": recipe.train.seed,
         "base": prepared.identity,
         "data_formats": sorted({s.format for s in recipe.data.train}),
+    }
+
+
+def describe_adapter(section: AdapterSection) -> dict[str, Any]:
+    """What depends on no run: method, options, formulas and the versions."""
+    methods = dict.fromkeys([section.method, *(o.method for o in section.overrides if o.method)])
+    return {
+        "adapter": {**section.model_dump(mode="json"), "options": asdict(section.typed_options())},
+        "formulas": {name: _formula(ADAPTER_SPECS[name]) for name in methods},
         "versions": {name: _version(name) for name in ("decompft", "torch", "transformers", "bitsandbytes")},
     }
 

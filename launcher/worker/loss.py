@@ -7,16 +7,39 @@ Wijmans et al., 2024, arXiv:2411.09009, in plain torch).
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from decompft.adapters.token_rows import column_logits, with_columns
+
 CHUNK_TOKENS = 1024
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedRows:
+    """Rows of the head that train instead of its own, or past them."""
+
+    rows: Tensor  # (n, H) float32
+    ids: Tensor  # (n,) int64, ascending
+    num_new: int  # how many ids are past the head's own rows: the last ones
+
+    @property
+    def known_ids(self) -> Tensor:
+        """Those that the head has rows of."""
+        return self.ids[: len(self.ids) - self.num_new]
+
+
 def token_loss_sum(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    softcap: float | None,
+    trained: TrainedRows | None = None,
 ) -> Tensor:
     """Sum over tokens of -log p(target), float32 scalar.
 
@@ -26,43 +49,79 @@ def token_loss_sum(
         bias: (V,) or None.
         targets: (T,) int64.
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2), None for none.
+        trained: rows that stand for some of the weight's, and past them.
     """
+    rows = None if trained is None else trained.rows
     if not torch.is_grad_enabled():  # a Function is told of the tensors, not of the mode
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    loss: Tensor = _TokenLoss.apply(hidden, weight, bias, targets, softcap)
+        rows = None if rows is None else rows.detach()
+    loss: Tensor = _TokenLoss.apply(hidden, weight, bias, targets, softcap, rows, trained)
     return loss
 
 
-def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
-    """(T, H) -> float32 logits (T, V)."""
+def head_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    trained: TrainedRows | None = None,
+) -> Tensor:
+    """(T, H) -> float32 logits (T, V), wider by the ids past the weight's rows."""
     logits = (hidden @ weight.to(hidden.dtype).T).float()
     if bias is not None:
         logits += bias.float()
+    if trained is not None:
+        columns = column_logits(hidden, trained.rows, trained.ids, bias)
+        logits = with_columns(logits, columns, trained.ids, trained.num_new)
+    return _capped(logits, softcap)
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        softcap: float | None,
+        rows: Tensor | None,
+        trained: TrainedRows | None,
     ) -> Tensor:
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
+        d_rows = torch.zeros_like(rows, dtype=torch.float32) if ctx.needs_input_grad[5] else None
         total = hidden.new_zeros((), dtype=torch.float32)
         cast = weight.to(hidden.dtype)
         for start in range(0, hidden.shape[0], CHUNK_TOKENS):
             h_TH = hidden[start : start + CHUNK_TOKENS]
             target_T1 = targets[start : start + CHUNK_TOKENS, None]
             logits_TV = head_logits(h_TH, cast, bias, softcap)
+            columns = None
+            if trained is not None and rows is not None:
+                columns = _Columns.of(h_TH, rows, trained, bias, target_T1, softcap)
+                logits_TV.index_fill_(1, trained.known_ids, -math.inf)
+                target_T1 = target_T1.masked_fill(columns.is_target_T1, 0)
             norm_T1 = torch.logsumexp(logits_TV, dim=1, keepdim=True)
-            total += torch.sum(norm_T1 - logits_TV.gather(1, target_T1))
-            if not any((need_hidden, need_weight, need_bias)):
+            chosen_T1, one_T1 = logits_TV.gather(1, target_T1), torch.ones_like(norm_T1)
+            if columns is not None:
+                norm_T1 = torch.logaddexp(norm_T1, torch.logsumexp(columns.logits_Tn, dim=1, keepdim=True))
+                chosen_T1 = torch.where(columns.is_target_T1, columns.chosen_T1, chosen_T1)
+                one_T1 = one_T1.masked_fill(columns.is_target_T1, 0.0)
+            total += torch.sum(norm_T1 - chosen_T1)
+            if not any(ctx.needs_input_grad):
                 continue
             slope = None if softcap is None else 1 - (logits_TV / softcap) ** 2
+            if slope is not None and trained is not None:
+                slope.index_fill_(1, trained.known_ids, 0.0)  # there it is infinite
             d_TV = logits_TV.sub_(norm_T1).exp_()
-            d_TV.scatter_add_(1, target_T1, torch.full_like(norm_T1, -1.0))
+            d_TV.scatter_add_(1, target_T1, -one_T1)
             if slope is not None:
                 d_TV *= slope
             if d_bias is not None:
@@ -72,16 +131,56 @@ class _TokenLoss(torch.autograd.Function):
                 torch.mm(d_TV, cast, out=d_hidden[start : start + CHUNK_TOKENS])
             if d_weight is not None:
                 d_weight += d_TV.T @ h_TH
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+            if columns is not None and rows is not None:
+                d_Tn = columns.slope(norm_T1, softcap)
+                if d_hidden is not None:
+                    d_hidden[start : start + CHUNK_TOKENS] += d_Tn.to(hidden.dtype) @ rows.to(hidden.dtype)
+                if d_rows is not None:
+                    d_rows += d_Tn.T @ h_TH.float()
+        ctx.save_for_backward(d_hidden, d_weight, d_bias, d_rows)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grads
-        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        d_hidden, d_weight, d_bias, d_rows = ctx.saved_tensors
         if d_hidden is not None:
             # in float32 and rounded once: a rounded divisor would rescale every gradient by the same 0.4 %
             d_hidden = torch.mul(d_hidden, scale.view(1, 1), out=torch.empty_like(d_hidden))
         d_weight = None if d_weight is None else d_weight * scale
         d_bias = None if d_bias is None else d_bias * scale
-        return d_hidden, d_weight, d_bias, None, None
+        d_rows = None if d_rows is None else d_rows * scale
+        return d_hidden, d_weight, d_bias, None, None, d_rows, None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Columns:
+    """The logits of trained ids, beside those of the frozen weight: no second tensor of T x V is made."""
+
+    logits_Tn: Tensor
+    place_T1: Tensor  # of the target among the trained ids; any, where it is none of them
+    is_target_T1: Tensor  # whether the target is one of them
+
+    @classmethod
+    def of(
+        cls,
+        h_TH: Tensor,
+        rows: Tensor,
+        trained: TrainedRows,
+        bias: Tensor | None,
+        target_T1: Tensor,
+        softcap: float | None,
+    ) -> _Columns:
+        logits_Tn = _capped(column_logits(h_TH, rows, trained.ids, bias).float(), softcap)
+        place_T1 = torch.searchsorted(trained.ids, target_T1).clamp_(max=len(trained.ids) - 1)
+        return cls(logits_Tn=logits_Tn, place_T1=place_T1, is_target_T1=trained.ids[place_T1] == target_T1)
+
+    @property
+    def chosen_T1(self) -> Tensor:
+        return self.logits_Tn.gather(1, self.place_T1)
+
+    def slope(self, norm_T1: Tensor, softcap: float | None) -> Tensor:
+        """(T, n) of the loss by these logits before their cap."""
+        d_Tn = (self.logits_Tn - norm_T1).exp()
+        d_Tn.scatter_add_(1, self.place_T1, -self.is_target_T1.float())
+        return d_Tn if softcap is None else d_Tn * (1 - (self.logits_Tn / softcap) ** 2)

@@ -63,7 +63,8 @@ def merge(
     Args:
         into: dense: onto the base's own weights; dequantized: onto the weights as training used them,
             quantized and back, so that the result computes what was trained; requantized: as dense,
-            then quantized as the base was in training, in bitsandbytes' layout.
+            then quantized as the base was in training, in bitsandbytes' layout. From the dequantized
+            weights most changes would be rounded back to where they came from.
         shard_bytes: of one safetensors file at most, unless the parts of a single weight are larger.
 
     Returns:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from decompft.adapters.base import Adapter
+from decompft.adapters.token_rows import TokenHead
 from decompft.launcher.errors import ModelError
 from decompft.launcher.recipe import ModelSection
 from decompft.launcher.worker.data.batches import Batch
-from decompft.launcher.worker.loss import head_logits, token_loss_sum
+from decompft.launcher.worker.loss import TrainedRows, head_logits, token_loss_sum
 
 # the frozen base's own dropout is off: only adapter.dropout drops anything
 _DROPOUTS = (
@@ -159,7 +160,8 @@ class LossModel(nn.Module):
             hidden = self.hidden(batch.input_ids, batch.position_ids)
             picked = hidden.reshape(-1, hidden.shape[-1])[index]
             head = self.model.get_output_embeddings()
-            return token_loss_sum(picked, head.weight, head.bias, targets, self._softcap())
+            trained = _trained_rows(head, index.device)
+            return token_loss_sum(picked, head.weight, head.bias, targets, self._softcap(), trained)
         logits = self.logits(batch.input_ids, batch.position_ids)
         return F.cross_entropy(logits.reshape(-1, logits.shape[-1])[index], targets, reduction="sum")
 
@@ -191,7 +193,8 @@ class LossModel(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """float32 logits (..., V) of hidden states (..., H); of families with a plain head only."""
         head = self.model.get_output_embeddings()
-        return head_logits(hidden, head.weight, head.bias, self._softcap())
+        trained = _trained_rows(head, hidden.device)
+        return head_logits(hidden, head.weight, head.bias, self._softcap(), trained)
 
     def logits(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         """float32 logits (B, T, V)."""
@@ -202,3 +205,9 @@ class LossModel(nn.Module):
 
     def _softcap(self) -> float | None:
         return getattr(self.config, "final_logit_softcapping", None)
+
+
+def _trained_rows(head: nn.Module, device: torch.device) -> TrainedRows | None:
+    if not isinstance(head, TokenHead):
+        return None
+    return TrainedRows(rows=head.rows, ids=head.sorted_ids(device), num_new=head.num_new)

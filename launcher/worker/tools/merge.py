@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from decompft.launcher.errors import UserError
 from decompft.launcher.outcome import write_atomic
+from decompft.launcher.quantized_checkpoint import is_quantized
 from decompft.launcher.worker.adapter_folder import adapter_folder
 from decompft.launcher.worker.tools.main import run_tool
 
@@ -42,6 +43,8 @@ def main(argv: list[str]) -> None:
 
     adapter = open_adapter(folder, base=args.base, say=say)
     check_mergeable(adapter, args.into, args.out)
+    if args.into == "requantized" and adapter.model_dir is not None and is_quantized(adapter.model_dir):
+        say("the base is quantized already: most of what was learned may be rounded away (docs/merge.md)")
     held_out = (
         None if args.no_check else _held_out(adapter, args.check_data, args.check_tokens or CHECK_TOKENS)
     )

@@ -1,0 +1,166 @@
+"""Adapters that change while they train: an unbroken run equals one resumed before or after the change."""
+
+import pytest
+import torch
+from tiny import WORLDS, losses, make_run, run_ranks
+
+from decompft.launcher.worker.restore import load_adapter, open_checkpoint
+
+pytestmark = pytest.mark.dist
+
+TRAIN = {"max_steps": 6, "learning_rate": 0.01, "global_batch_size": 4, "micro_batch_size": 1}
+SWITCH = {"start_step": 3}
+RANKS = {"interval": 1, "init_warmup": 0.0, "final_warmup": 1.0}
+VARIANTS = {
+    "dash": ("lora_dash", SWITCH),
+    "init": ("lora_init", SWITCH),
+    "init-residual": ("lora_init", {**SWITCH, "base": "residual"}),
+    "tsd-residual": ("lora_tsd", {**SWITCH, "base": "residual"}),
+    "adalora": ("adalora", {**RANKS, "target_rank": 2}),
+    "flexlora": ("flexlora", RANKS),
+}
+LAUNCHED = [v for v in VARIANTS if v not in ("adalora", "flexlora")]
+
+
+def plan(folder, name, variant, world="single", **train):
+    method, options = VARIANTS[variant]
+    return make_run(
+        folder, name, train={**TRAIN, **train}, parallel=WORLDS[world],
+        adapter={"method": method, "rank": 4, "alpha": 8.0, "options": options},
+        checkpoint={"every_steps": 2, "keep": 9},
+    )  # fmt: skip
+
+
+def checkpoint(run, step):
+    return run.checkpoints_dir / f"step-{step:08d}"
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A variant and a world -> a run of 6 steps with a checkpoint every 2, made once."""
+    made = {}
+
+    def get(variant, world="single"):
+        if (variant, world) not in made:
+            run = plan(tmp_path_factory.mktemp("runs"), "unbroken", variant, world)
+            run_ranks(run)
+            made[variant, world] = run
+        return made[variant, world]
+
+    return get
+
+
+def same_adapter(first, second):
+    a, b = (load_adapter(run.path / "adapter")[0] for run in (first, second))
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[n], b[n]) for n in a)
+
+
+def never_decompose():
+    """In a forked rank: a resumed run has its directions in the checkpoint."""
+    from decompft.adapters.launched import LaunchedAdapter
+
+    def directions(*_):
+        raise AssertionError("decomposed a weight again")
+
+    LaunchedAdapter.directions = directions
+
+
+@pytest.mark.parametrize(
+    ("variant", "world"), [*((v, "single") for v in VARIANTS), ("dash", "ddp"), ("adalora", "ddp")]
+)
+@pytest.mark.parametrize("step", [2, 4])
+def test_resumed_before_or_after_the_change_equals_unbroken_bit_for_bit(
+    tmp_path, unbroken, variant, world, step
+):
+    whole = unbroken(variant, world)
+    rest = plan(tmp_path, "rest", variant, world)
+    patch = never_decompose if step == 4 else None
+    run_ranks(rest, resume=checkpoint(whole, step), patch=patch)
+    assert losses(rest) == losses(whole)[step:]
+    assert same_adapter(rest, whole)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("world", "step"), [("fsdp", 2), ("zero2", 2), *(pytest.param(w, 4, marks=pytest.mark.slow) for w in WORLDS)]
+)
+def test_the_change_is_the_same_on_another_world(tmp_path, unbroken, variant, world, step):
+    """From step 2 the other engine makes the change itself; from step 4 it goes on after it."""
+    rest = plan(tmp_path, "rest", variant, world)
+    run_ranks(rest, resume=checkpoint(unbroken(variant), step))
+    # the tolerance of the parity tests' fp32 cap
+    assert losses(rest) == pytest.approx(losses(unbroken(variant))[step:], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("world", ["fsdp", "hsdp", "zero1", "zero2", "zero3"])
+def test_every_engine_repeats_singles_losses_across_the_change(unbroken, variant, world):
+    assert losses(unbroken(variant, world)) == pytest.approx(losses(unbroken(variant)), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["dash", "init-residual", "adalora", "flexlora"])
+@pytest.mark.parametrize("world", ["fsdp", "zero3"])
+def test_a_sharded_run_resumes_on_one_rank(tmp_path, unbroken, variant, world):
+    for step in (2, 4):
+        rest = plan(tmp_path, f"rest{step}", variant)
+        run_ranks(rest, resume=checkpoint(unbroken(variant, world), step))
+        assert losses(rest) == pytest.approx(losses(unbroken(variant))[step:], rel=1e-4)
+
+
+def test_averages_of_importance_are_bit_equal_right_after_loading(tmp_path, unbroken):
+    """Another engine reads and stops at once: its own checkpoint holds the same numbers."""
+    written = open_checkpoint(checkpoint(unbroken("adalora"), 2))
+    run = plan(tmp_path, "run", "adalora", "fsdp", stop_after_steps=2)
+    run_ranks(run, resume=checkpoint(unbroken("adalora"), 2))
+    read = open_checkpoint(checkpoint(run, 2))
+    for kind in ("importance", "uncertainty"):
+        assert read.names(kind) == written.names(kind) and read.names(kind)
+        assert all(torch.equal(read.read(n, kind), written.read(n, kind)) for n in read.names(kind))
+
+
+@pytest.mark.parametrize("variant", LAUNCHED)
+def test_the_phase_is_in_the_checkpoint(unbroken, variant):
+    run = unbroken(variant)
+    for step, phase in ((2, 0), (4, 1)):
+        tensors, _ = load_adapter(checkpoint(run, step))
+        phases = [t.item() for n, t in tensors.items() if n.endswith(".phase")]
+        assert phases and set(phases) == {phase}
+        indices = [t for n, t in tensors.items() if n.endswith(".indices")]
+        assert all(t.any() for t in indices) == bool(phase)
+
+
+def test_ranks_end_at_the_target(unbroken):
+    tensors, _ = load_adapter(unbroken("adalora").path / "adapter")
+    masks = {n: t for n, t in tensors.items() if n.endswith(".mask")}
+    assert sum(t.sum() for t in masks.values()) == 2 * len(masks)
+    for name, mask in masks.items():
+        assert not tensors[name.removesuffix("mask") + "e"][mask == 0].any()
+    kinds = open_checkpoint(checkpoint(unbroken("adalora"), 6))
+    assert not kinds.names("importance")
+
+
+def test_directions_change_hands_and_none_is_lost(unbroken):
+    tensors, _ = load_adapter(unbroken("flexlora").path / "adapter")
+    ranks = [int(t.sum()) for n, t in tensors.items() if n.endswith(".mask")]
+    assert sum(ranks) == 4 * len(ranks) and len(set(ranks)) > 1
+
+
+def test_a_run_that_ends_before_the_second_phase_says_so(tmp_path):
+    run = make_run(
+        tmp_path, train={**TRAIN, "max_steps": 2},
+        adapter={"method": "lora_dash", "rank": 4, "alpha": 8.0},
+    )  # fmt: skip
+    incarnation = run_ranks(run)
+    assert "end before its second phase (adapter.options.start_step: 100)" in run.rank_log(incarnation, 0).read_text()
+
+
+def test_warmups_that_leave_no_step_are_refused_in_words(tmp_path):
+    run = make_run(
+        tmp_path, train=TRAIN,
+        adapter={"method": "adalora", "rank": 4, "options": {"init_warmup": 4.0, "final_warmup": 4.0}},
+    )  # fmt: skip
+    with pytest.raises(AssertionError, match="init_warmup 4 and final_warmup 4 leave none of the 6 steps"):
+        run_ranks(run)
