@@ -195,7 +195,7 @@ def test_the_budget_is_pefts():
 
 
 def test_masks_are_pefts_given_the_same_gradients(x):
-    """Over a run without an optimizer: peft looks at parameters after its step, we before, as the paper does."""
+    """The same noise moves both: peft looks at parameters after the optimizer's step, we before, as the paper does."""
     model = peft_two()
     layers = ours_of(model)
     trained = {f"{n}.{t}": p for n, a in layers.items() for t, p in a.named_parameters(recurse=False)}
@@ -211,17 +211,22 @@ def test_masks_are_pefts_given_the_same_gradients(x):
     for step in range(12):
         for name, layer in layers.items():
             for own, parameter in theirs(model, name).items():
+                mine = getattr(layer, own)
                 parameter.grad = torch.randn(parameter.shape, generator=generator)
-                getattr(layer, own).grad = parameter.grad.reshape(getattr(layer, own).shape).clone()
+                mine.grad = parameter.grad.reshape(mine.shape).clone()
+                with torch.no_grad():
+                    parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+                    mine.copy_(parameter.view_as(mine))
         ours.observe(step)
         ours.advance(step)
         model.base_model.update_and_allocate(step)
         for name, layer in layers.items():
-            torch.testing.assert_close(layer.e.detach(), theirs(model, name)["e"].detach().view(-1))
-        num_live.append(sum(int((a.e != 0).sum()) for a in layers.values()))
-    assert num_live[0] == 8 and num_live[-1] == 4
-    assert sum(a.mask.sum() for a in layers.values()) == 4
-    assert all(torch.equal(a.e != 0, a.mask.bool()) and a.phase == 1 for a in layers.values())
+            expected = theirs(model, name)["e"].detach().view(-1)
+            torch.testing.assert_close(layer.e.detach() * layer.mask, expected)
+        num_live.append(sum(int((a.e * a.mask != 0).sum()) for a in layers.values()))
+    # two warm-up steps, allocations after 4, 6, 8 and the last after 9; in between all may come back
+    assert num_live == [8, 8, 8, 8, 5, 8, 4, 8, 4, 4, 4, 4]
+    assert all(a.phase == 1 for a in layers.values())
 
 
 def test_as_many_as_the_budget_says_are_kept():

@@ -54,7 +54,7 @@ class Budget:
 
     @torch.no_grad()
     def observe(self, step: int) -> None:
-        if self._is_over:
+        if self._is_over or step >= self._window.last:
             return
         now, means, deviations = [], [], []
         for name, parameter in self._parameters.items():
