@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class _Rows(nn.Module):
-    """A frozen module of V rows of width H, and the trained rows of n of its ids."""
+class TokenRows(nn.Module):
+    """A frozen module of V rows of width H, and the trained rows of n of its ids.
+
+    `added` are those of the ids that no one has ever trained: not the tokenizer's before.
+    """
 
     def __init__(self, base: nn.Module, ids: Sequence[int], rows: nn.Parameter | None) -> None:
         super().__init__()
@@ -27,6 +30,7 @@ class _Rows(nn.Module):
             shape = (len(self.ids), self.weight.shape[1])
             rows = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=self.weight.device))
         self.rows = rows
+        self.added: frozenset[int] = frozenset()
         # no buffer, which engines and transformers' initialiser would want to fill
         self._sorted: Tensor | None = None
 
@@ -43,7 +47,7 @@ class _Rows(nn.Module):
         return self._sorted
 
 
-class TokenEmbedding(_Rows):
+class TokenEmbedding(TokenRows):
     """An embedding, some of whose rows train. `embed_scale` of Gemma's kind scales them, too."""
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -60,7 +64,7 @@ class TokenEmbedding(_Rows):
         return torch.where(is_trained.unsqueeze(-1), trained, frozen)
 
 
-class TokenHead(_Rows):
+class TokenHead(TokenRows):
     """An output head, some of whose rows train. A token past the frozen rows has no bias."""
 
     @property
@@ -88,9 +92,15 @@ def with_columns(logits: Tensor, columns: Tensor, ids: Tensor, num_new: int) -> 
     return torch.cat([logits, columns[..., num_known:]], -1) if num_new else logits
 
 
-def token_rows(model: nn.Module) -> Iterator[tuple[str, TokenEmbedding | TokenHead]]:
+def token_rows(model: nn.Module) -> Iterator[tuple[str, TokenRows]]:
     """The modules of a model whose rows train in part, with their names; the embedding comes first."""
-    return ((n, m) for n, m in model.named_modules() if isinstance(m, TokenEmbedding | TokenHead))
+    return ((n, m) for n, m in model.named_modules() if isinstance(m, TokenRows))
+
+
+def only_looked_up(model: nn.Module) -> set[str]:
+    """Names of rows that get a gradient only where one of their tokens is read: no head shares them."""
+    shared = {id(m.rows) for _, m in token_rows(model) if isinstance(m, TokenHead)}
+    return {f"{n}.rows" for n, m in token_rows(model) if id(m.rows) not in shared}
 
 
 def _bias_of(bias: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:

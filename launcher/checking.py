@@ -11,9 +11,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from decompft.adapters.spec import has_rank
 from decompft.launcher.errors import DataError, DecompftError, ModelError
 from decompft.launcher.packaged import is_packaged, packaged_file
-from decompft.launcher.recipe import FORMAT_FIELDS, Recipe, Source
+from decompft.launcher.recipe import FORMAT_FIELDS, AdapterSection, Recipe, Source
 
 if TYPE_CHECKING:
     from decompft.launcher.models import ModelShape
@@ -34,7 +35,22 @@ def check(recipe: Recipe, *, strict: bool) -> tuple[str, ...]:
     Raises:
         ModelError, DataError: something is there and wrong, or absent and `strict`.
     """
-    return (*_check_model(recipe, strict=strict), *check_data(recipe, strict=strict))
+    return (
+        *_without_effect(recipe.adapter),
+        *_check_model(recipe, strict=strict),
+        *check_data(recipe, strict=strict),
+    )
+
+
+def _without_effect(section: AdapterSection) -> list[str]:
+    """Keys that are written and mean nothing to the method; adapter.json writes them all, so no error."""
+    config = section.config()
+    idle = [] if has_rank(config) else ["rank", "alpha", "dropout"]
+    return [
+        f"adapter.{key}: {config.method} has no factors of that kind, it changes nothing"
+        for key in idle
+        if key in section.model_fields_set
+    ]
 
 
 def check_data(recipe: Recipe, *, strict: bool) -> tuple[str, ...]:

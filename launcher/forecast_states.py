@@ -50,6 +50,7 @@ def states(work: Workload, layout: Layout) -> list[Term]:
         ("adapter", work.num_adapter_params * TRAINED_BYTES, "float32", whole),
         ("adapter's fixed part", fixed * TRAINED_BYTES, "float32, on each rank", 1),
         ("modules trained whole", work.num_module_params * TRAINED_BYTES, "float32", whole),
+        ("rows of tokens", work.num_token_params * TRAINED_BYTES, "float32", whole),
         ("gradients", trained * TRAINED_BYTES, "float32, reduced in place", grads),
         ("master weights", has_master * trained * TRAINED_BYTES, "float32, of the partition", optimizer),
         ("optimizer", int(trained * moments), recipe.train.optimizer, optimizer),

@@ -150,3 +150,25 @@ def trained_modules(shape: ModelShape, patterns: Sequence[str]) -> list[tuple[st
             f"adapter.train_modules: {error}",
             "name a module by its last component, e.g. norm, or by a pattern",
         ) from error
+
+
+def trained_rows(shape: ModelShape, tokens: Sequence[str], whole: Sequence[str]) -> int:
+    """Numbers in the rows of `adapter.train_tokens`: the embedding's, and the head's unless it is tied.
+
+    Args:
+        whole: names of modules that train whole.
+
+    Raises:
+        AdapterError: the embedding or the head is one of them.
+    """
+    is_lm = shape.task == "causal-lm"
+    table = shape.vocab * shape.hidden
+    with_rows = [x.name for x in shape.others if not x.per_layer and x.num_params == table]
+    for name in with_rows + [shape.head.name] * is_lm if tokens else ():
+        if name in whole:
+            raise AdapterError(
+                f"adapter.train_tokens: adapter.train_modules names {name}, which then trains whole, these rows "
+                "included",
+                "leave one of the two out",
+            )
+    return len(tokens) * shape.hidden * (2 if is_lm and not shape.tied else 1)

@@ -155,6 +155,10 @@ class AdapterSection(Section):
     train_modules: list[str] = Field(
         [], description="further modules trained whole in float32: names or patterns, e.g. [norm]"
     )
+    train_tokens: list[str] = Field(
+        [], description="tokens whose rows of embedding and output head train in float32; a text that the "
+        "tokenizer has no token for is added to it, e.g. ['<|im_start|>', '<|im_end|>']"
+    )
     options: dict[str, Any] = Field({}, description="the method's own options")
     overrides: list[AdapterOverride] = Field(
         [], description="for some of the layers another method, rank or options, or none; a later one wins"
@@ -170,6 +174,16 @@ class AdapterSection(Section):
     def _typed(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         if "method" in info.data:  # absent when it is wrong itself
             options_of(info.data["method"], value)
+        return value
+
+    @field_validator("train_tokens")
+    @classmethod
+    def _texts(cls, value: list[str]) -> list[str]:
+        for number, text in enumerate(value):
+            if not text.strip():
+                raise ValueError(f"[{number}] is {text!r}: a token needs a character that is no white space")
+            if text in value[:number]:
+                raise ValueError(f"{text!r} is named twice")
         return value
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from typing import Literal
 from decompft.adapters.formats import FORMAT_SPECS
 from decompft.adapters.spec import AdapterConfig, spec_of
 from decompft.adapters.specs.base import count
-from decompft.launcher.models import LinearShape, ModelShape, adapted_linears, trained_modules
+from decompft.launcher.models import LinearShape, ModelShape, adapted_linears, trained_modules, trained_rows
 from decompft.launcher.plan import Device
 from decompft.launcher.recipe import Recipe
 from decompft.launcher.strategies import STRATEGIES, Strategy, StrategySpec
@@ -61,19 +61,21 @@ class Workload:
     num_adapter_fixed: int  # numbers of adapters that do not train: norms, thin factors of the base
     num_adapter_derived: int  # random ones of theirs that are in no file: once for layers of one shape
     num_module_params: int  # of modules trained whole
+    num_token_params: int  # of rows of tokens, beside the frozen ones
 
     @property
     def num_trained(self) -> int:
-        return self.num_adapter_params + self.num_module_params
+        return self.num_adapter_params + self.num_module_params + self.num_token_params
 
 
 def workload(shape: ModelShape, recipe: Recipe) -> Workload:
     """Resolve targets and modules trained whole against the model.
 
     Raises:
-        AdapterError: a target or a module pattern matches nothing.
+        AdapterError: a target or a module pattern matches nothing, or modules trained whole are train_tokens' own.
     """
     modules = dict(trained_modules(shape, recipe.adapter.train_modules))
+    num_token_params = trained_rows(shape, recipe.adapter.train_tokens, list(modules))
     if shape.task == "sequence-classification":
         # no checkpoint has this head: it starts random and must learn
         modules[shape.head.name] = shape.head.num_weights + shape.head.num_biases
@@ -86,6 +88,7 @@ def workload(shape: ModelShape, recipe: Recipe) -> Workload:
         num_adapter_fixed=sum(count(spec_of(c).buffers(out, in_, c)) for _, out, in_, c in adapted),
         num_adapter_derived=_num_derived(adapted),
         num_module_params=sum(modules.values()),
+        num_token_params=num_token_params,
     )
 
 

@@ -42,7 +42,11 @@ def test_what_does_not_live_does_not_train(weight, x):
     adapter = trained_away_from_start(adapted(weight))
     adapter(x).square().sum().backward()
     dead = ~adapter.mask.bool()
-    assert not adapter.A.grad[dead].any() and not adapter.B.grad[:, dead].any() and not adapter.e.grad[dead].any()
+    assert (
+        not adapter.A.grad[dead].any()
+        and not adapter.B.grad[:, dead].any()
+        and not adapter.e.grad[dead].any()
+    )
     assert adapter.A.grad[~dead].any()
 
 
@@ -102,7 +106,9 @@ def test_an_exchange_between_two_steps(weight, x):
     a, b = layers["a"], layers["b"]
     assert a.mask.tolist() == [1, 0, 1, 1, 0, 0, 0, 0] and b.mask.tolist() == [1, 1, 1, 1, 1, 0, 0, 0]
     assert not a.A[1].any() and not a.B[:, 1].any() and a.e[1] == 0 and b.e[4] == 0
-    assert b.A[4].std().item() == pytest.approx(0.02, rel=0.3) and b.B[:, 4].std().item() == pytest.approx(0.02, rel=0.5)
+    assert b.A[4].std().item() == pytest.approx(0.02, rel=0.3) and b.B[:, 4].std().item() == pytest.approx(
+        0.02, rel=0.5
+    )
     for name, layer in layers.items():
         torch.testing.assert_close(layer(x), before[name], rtol=1e-5, atol=1e-6)
     for layer, direction, kept in ((a, 1, 0), (b, 4, 0)):

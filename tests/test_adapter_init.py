@@ -97,7 +97,9 @@ def test_forward_is_the_equation(method, kept, weight, x):
     launch(adapter, weight)
     rewrite(adapter, weight)
     trained_away_from_start(adapter)
-    tensors = {n: t.double() for n, t in adapter.state_dict(keep_vars=True).items() if not n.startswith("base.")}
+    tensors = {
+        n: t.double() for n, t in adapter.state_dict(keep_vars=True).items() if not n.startswith("base.")
+    }
     W = adapter.base.dense(torch.float64) + S * tensors["B"] @ tensors["A"]
     if kept == "exact":
         W = W - S * tensors["B0"] @ tensors["A0"]

@@ -11,7 +11,7 @@ import pytest
 
 from decompft.launcher.checking import check, check_weights
 from decompft.launcher.errors import DataError, DecompftError, ModelError
-from decompft.launcher.recipe import Recipe
+from decompft.launcher.recipe import AdapterSection, Recipe
 
 CONFIG = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -219,3 +219,15 @@ def test_absent_hub_weights_are_refused_offline(tmp_path: Path, monkeypatch: pyt
     assert "not on this machine" in warning
     with pytest.raises(ModelError, match="HF_HUB_OFFLINE"):
         check(wanted, strict=True)
+
+
+@pytest.mark.parametrize(("method", "warned"), [("ssl", ["rank", "dropout"]), ("lora", [])])
+def test_a_key_that_means_nothing_to_the_method_is_a_warning(tmp_path, method, warned):
+    section = {"method": method, "rank": 8, "dropout": 0.1}
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"instruction": "a", "output": "b"}\n')
+    made = recipe({"path": str(data)})
+    made = made.model_copy(update={"adapter": AdapterSection.model_validate(section)})
+    told = check(made, strict=False)
+    found = [w.partition(":")[0] for w in told if w.startswith("adapter.")]
+    assert found == [f"adapter.{key}" for key in warned]

@@ -88,7 +88,9 @@ def test_every_engine_repeats_single(tmp_path, single, reordered, world):
     assert not off
 
 
-@pytest.mark.parametrize(("before", "after"), [("single", "single"), ("fsdp", "fsdp"), ("fsdp", "zero3"), ("zero2", "ddp")])
+@pytest.mark.parametrize(
+    ("before", "after"), [("single", "single"), ("fsdp", "fsdp"), ("fsdp", "zero3"), ("zero2", "ddp")]
+)
 def test_stopped_and_resumed(tmp_path, single, reordered, before, after):
     """Bit-equal on the same engine; on another as near as engines are to each other."""
     first = mixed(tmp_path, "first", before, stop_after_steps=3)

@@ -26,6 +26,8 @@ from decompft.launcher.worker.peft_export import export_peft
 from decompft.launcher.worker.tokenizers import byte_tokenizer, save_tokenizer
 from decompft.launcher.worker.tools.export import main
 
+pytestmark = pytest.mark.dist
+
 # float32 sums of up to 128 products in another order, through two layers
 CLOSE = {"rtol": 1e-4, "atol": 3e-5}
 TOKENS = torch.tensor([[5, 17, 101, 64, 3, 88, 12, 40]])
@@ -58,7 +60,7 @@ def adapter_of(folder, fields, adapter, *, task="causal-lm", num_labels=3):
             tensor += 0.1 * torch.randn(tensor.shape, generator=moved)
         for _, layer in adapters(made):
             _into_the_last_phase(layer, moved)
-    save_tokenizer(byte_tokenizer(), folder / "tokenizer")
+    save_tokenizer(byte_tokenizer(), checkpoint)
     description = {
         **describe_adapter(adapter),
         "model": model.model_dump(mode="json"),
@@ -68,7 +70,7 @@ def adapter_of(folder, fields, adapter, *, task="causal-lm", num_labels=3):
         "data_formats": [],
     }
     tensors = {name: tensor.detach() for name, tensor in trained_targets(made).items()}
-    save_adapter(folder / "adapter", tensors, description, tokenizer=folder / "tokenizer")
+    save_adapter(folder / "adapter", tensors, description)
     return folder / "adapter"
 
 

@@ -23,7 +23,8 @@ LAUNCHED = [v for v in VARIANTS if v not in ("adalora", "flexlora")]
 
 
 FEW = [
-    ("dash", "zero2", 2), ("init-residual", "fsdp", 2), ("adalora", "fsdp", 2), ("adalora", "zero2", 2), ("flexlora", "fsdp", 2)
+    ("dash", "zero2", 2), ("init-residual", "fsdp", 2), ("adalora", "fsdp", 2), ("adalora", "zero2", 2),
+    ("flexlora", "fsdp", 2),
 ]  # fmt: skip
 MOVES = [*FEW, *(
     pytest.param(v, w, s, marks=pytest.mark.slow)
@@ -160,7 +161,10 @@ def test_a_run_that_ends_before_the_second_phase_says_so(tmp_path):
         adapter={"method": "lora_dash", "rank": 4, "alpha": 8.0},
     )  # fmt: skip
     incarnation = run_ranks(run)
-    assert "end before its second phase (adapter.options.start_step: 100)" in run.rank_log(incarnation, 0).read_text()
+    assert (
+        "end before its second phase (adapter.options.start_step: 100)"
+        in run.rank_log(incarnation, 0).read_text()
+    )
 
 
 def test_warmups_that_leave_no_step_are_refused_in_words(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.inject import MakeFrozen, adapters, inject
 from decompft.adapters.spec import AdapterConfig
 from decompft.adapters.targets import TargetMismatch, select
+from decompft.adapters.token_rows import token_rows
 from decompft.launcher.errors import AdapterError
 from decompft.launcher.layers import layer_configs
 from decompft.launcher.quantized_checkpoint import is_quantized, stored_in
@@ -39,6 +40,8 @@ from decompft.launcher.worker.packed_cache import packed_cache_dir
 from decompft.launcher.worker.quantized_source import BitsAndBytesSource
 from decompft.launcher.worker.spectrum_cache import spectra_dir
 from decompft.launcher.worker.tensors import RandomSource, SafetensorsSource, TensorSource
+from decompft.launcher.worker.token_rows import wrap_tokens
+from decompft.launcher.worker.tokens import TrainedToken
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 NONE = QuantizationSection(format="none")
@@ -78,6 +81,7 @@ def build(
     seed: int,
     model_dir: Path | None,
     recompute: bool,
+    tokens: Sequence[TrainedToken] = (),
     base_hash: str | None = None,
     known: Callable[[str], Tensor] | None = None,
     progress: Progress = lambda done, total: None,
@@ -90,6 +94,7 @@ def build(
         seed: of the adapter's start, of new tensors, and of random weights.
         model_dir: folder of the checkpoint; None for a model made from config.
         recompute: activation checkpointing of every block.
+        tokens: those of `adapter.train_tokens`.
         base_hash: sha256 of the checkpoint's `identity`, under which quantized rows are kept; None keeps none.
         known: an adapter tensor by its name, where the adapters exist already: none is started anew.
         progress: bytes of the base that are in place, and in all.
@@ -98,7 +103,7 @@ def build(
     Raises:
         ModelError, AdapterError: model and checkpoint, or targets and model, do not fit.
     """
-    outline = outline_of(section, quantization, adapter, model_dir)
+    outline = outline_of(section, quantization, adapter, model_dir, tokens)
     hf, shapes = outline.hf, outline.shapes
     kernels = _use_liger(hf, engine)
     if recompute:
@@ -131,6 +136,7 @@ def outline_of(
     quantization: QuantizationSection,
     adapter: AdapterSection | None,
     model_dir: Path | None,
+    tokens: Sequence[TrainedToken] = (),
 ) -> Outline:
     """The model on meta with its adapters and frozen layers in place, no weight read.
 
@@ -151,6 +157,7 @@ def outline_of(
     adapted = _inject(hf, adapter, heads, make)
     new_heads = set() if section.task == "causal-lm" else set(heads)
     whole = _train_whole(hf, [] if adapter is None else adapter.train_modules, new_heads, compute)
+    wrap_tokens(hf, adapter, tokens, has_head=section.task == "causal-lm")
     return Outline(
         hf=hf,
         shapes=shapes,
@@ -323,6 +330,7 @@ def _expected(hf: Any, whole: set[str]) -> set[str]:
     }
     for module in whole:
         names |= {f"{module}.{p}" for p, _ in hf.get_submodule(module).named_parameters(recurse=False)}
+    names |= {f"{n}.rows" for n, _ in token_rows(hf)}
     first = {n for n, _ in hf.named_parameters()}  # a tied tensor keeps its first name
     return names & first
 

@@ -22,6 +22,7 @@ def describe(plan: Plan, prepared: Prepared) -> dict[str, Any]:
         "quantization": recipe.quantization.model_dump(mode="json"),
         "seed": recipe.train.seed,
         "base": prepared.identity,
+        "tokens": [asdict(token) for token in prepared.tokens],
         "data_formats": sorted({s.format for s in recipe.data.train}),
     }
 

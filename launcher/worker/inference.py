@@ -23,6 +23,7 @@ from decompft.launcher.worker.modelfiles import identity, resolve_model
 from decompft.launcher.worker.restore import load_adapter
 from decompft.launcher.worker.state import place_adapter
 from decompft.launcher.worker.tokenizers import load_tokenizer
+from decompft.launcher.worker.tokens import TrainedToken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +43,7 @@ class Adapter:
     step: int | None  # optimizer steps it was trained for
     model_dir: Path | None
     base_hash: str  # as in the base's identity
+    tokens: tuple[TrainedToken, ...] = ()  # whose rows were trained
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The run's tokenizer, which lies beside the adapter or in the run of its checkpoint."""
@@ -107,14 +109,15 @@ def load(
     built = build(
         found.model, found.quantization, found.adapter if use_adapter else None, engine,
         seed=found.seed, model_dir=found.model_dir, recompute=False, base_hash=found.base_hash,
-        known=found.tensor, progress=progress,
+        known=found.tensor, progress=progress, tokens=found.tokens if use_adapter else (),
     )  # fmt: skip
     if use_adapter:
         place_adapter(trained_targets(built.model.model), found.tensors, engine)
         found.settle(built.model)
     return Loaded(
         model=built.model.eval().requires_grad_(False),
-        tokenizer=found.tokenizer(),
+        # the bare base has no rows for tokens that were added
+        tokenizer=found.tokenizer() if use_adapter or not found.tokens else load_tokenizer(found.model, found.model_dir),
         device=engine.device,
         model_dir=found.model_dir,
         formats=found.formats,
@@ -147,6 +150,7 @@ def open_adapter(folder: Path, *, base: str | None, say: Callable[[str], None]) 
         step=description.get("step"),  # an adapter that was not trained here has none
         model_dir=model_dir,
         base_hash=description["base"]["sha256"],
+        tokens=tuple(TrainedToken(**token) for token in description.get("tokens", ())),
     )
 
 

@@ -27,6 +27,7 @@ from decompft.launcher.worker.packed_cache import PackedCache
 from decompft.launcher.worker.reading import AnonymousPeak, num_readers, read_ahead, row_chunks
 from decompft.launcher.worker.spectrum_cache import SpectrumCache
 from decompft.launcher.worker.tensors import SafetensorsSource, TensorSource
+from decompft.launcher.worker.token_rows import place_rows
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -88,6 +89,7 @@ def load_base(
                 )
                 engine.place(parameter, torch.zeros_like(values) if values.dim() == 1 else values)
             starts.finish(facts)
+            place_rows(model, wants, source, engine, known)
             if cache is not None:
                 cache.finish()
     except BaseException:

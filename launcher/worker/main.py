@@ -107,7 +107,7 @@ def run_rank(this: Rank) -> Outcome:
         _same_base(resume.state["base"], prepared.identity, this.resume)
     built = build(
         recipe.model, recipe.quantization, recipe.adapter, engine, seed=recipe.train.seed,
-        model_dir=prepared.model_dir, recompute=plan.recompute == "full",
+        model_dir=prepared.model_dir, recompute=plan.recompute == "full", tokens=prepared.tokens,
         base_hash=prepared.identity["sha256"], progress=_loading(this),
         known=None if resume is None else lambda name: resume.read(name, "param"),
         factor_progress=_loading(this, "factors of weights"),

@@ -8,6 +8,7 @@ from torch import nn
 
 from decompft.adapters.base import Adapter
 from decompft.adapters.frozen.base import FrozenLinear
+from decompft.adapters.token_rows import TokenRows
 from decompft.launcher.errors import ModelError
 from decompft.launcher.tensor_names import find_key, refuse_surplus_layers
 from decompft.launcher.worker.engines.base import full_shape
@@ -58,7 +59,7 @@ def _wants(model: nn.Module, keys: set[str], prefix: str) -> tuple[list[Want], d
     missing: dict[str, nn.Parameter] = {}
     names: dict[int, str] = {}  # of a tensor under its first name
     for path, module in model.named_modules(remove_duplicate=True):
-        if isinstance(module, Adapter):
+        if isinstance(module, Adapter | TokenRows):
             continue
         name = path.removesuffix(".base")
         parameters: dict[str, tuple[nn.Parameter, ...]] = {}

@@ -19,6 +19,7 @@ from decompft.adapters.formats import FORMAT_SPECS
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.inject import adapters, is_linear
 from decompft.adapters.spec import ADAPTER_SPECS
+from decompft.adapters.token_rows import TokenRows
 from decompft.launcher.errors import AdapterError, RunFailed, UserError
 from decompft.launcher.worker.bitsandbytes_layout import (
     is_written,
@@ -35,6 +36,7 @@ from decompft.launcher.worker.model_folder import write_config, write_shards
 from decompft.launcher.worker.state import place_adapter
 from decompft.launcher.worker.tensorfile import Entry, fsync_folder
 from decompft.launcher.worker.tensors import SafetensorsSource, TensorSource
+from decompft.launcher.worker.token_rows import by_tensor, merged_rows, num_new_rows
 
 Into = Literal["dense", "dequantized", "requantized"]
 SHARD_BYTES = 5_000_000_000
@@ -83,13 +85,15 @@ def merge(
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         temporary.chmod(0o755)
-        outline = outline_of(adapter.model, adapter.quantization, adapter.adapter, adapter.model_dir)
+        outline = outline_of(adapter.model, adapter.quantization, adapter.adapter, adapter.model_dir, adapter.tokens)
         merging = _Merging(adapter, outline, into, unmerged)
         write_shards(temporary, list(merging.groups()), shard_bytes, progress)
         quantized = None
         if into == "requantized":
             quantized = quantization_config(outline.quantization, _plain_linears(outline.hf))
-        write_config(temporary, adapter, type(outline.hf).__name__, quantized)
+        write_config(
+            temporary, adapter, type(outline.hf).__name__, quantized, num_new_rows=num_new_rows(outline.hf)
+        )
         adapter.tokenizer().save_pretrained(temporary)
         fsync_folder(temporary)
         os.rename(temporary, out)
@@ -156,12 +160,16 @@ class _Merging:
             outline.hf, self.source, prefix=outline.hf.base_model_prefix, new=set(trained)
         )
         compute = DTYPES[self.adapter.quantization.compute]
+        rows = by_tensor(outline.hf, trained)
         for want in wants:
             is_file = isinstance(self.source, SafetensorsSource)
             dtype = self.source.dtype(want.key) if is_file else compute
             layer = layers.get(id(want.layer))
             if want.layer is not None and self.into == "requantized" and is_written(want.layer):
                 yield self._packed(want, want.layer, layer, dtype)
+                continue
+            if want.name in rows:
+                yield [self._with_rows(want, *rows[want.name], dtype)]
                 continue
             if want.name in trained:  # a module that was trained whole
                 read = partial(trained[want.name].to, dtype)
@@ -173,6 +181,16 @@ class _Merging:
         for name in missing:  # a new head
             read = partial(trained[name].to, compute)
             yield [Entry(key=name, shape=outline.shapes[name], dtype=compute, read=read)]
+
+    def _with_rows(self, want: Want, module: TokenRows, trained: Tensor | None, dtype: torch.dtype) -> Entry:
+        """A frozen embedding, head or head's bias with the trained rows in it, and past it."""
+
+        def read() -> Tensor:
+            rows = self.source.rows(want.key, 0, want.parameters[0].shape[0]).to(dtype)
+            return merged_rows(module, rows, trained)
+
+        height, *width = self.outline.shapes[want.name]
+        return Entry(key=want.name, shape=(height + module.num_new, *width), dtype=dtype, read=read)
 
     def _packed(
         self, want: Want, frozen: FrozenLinear, layer: AdapterLayer | None, dtype: torch.dtype

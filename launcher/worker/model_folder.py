@@ -58,12 +58,13 @@ def write_shards(folder: Path, groups: Iterable[list[Entry]], shard_bytes: int, 
 
 
 def write_config(
-    folder: Path, adapter: Adapter, architecture: str, quantization: dict[str, Any] | None
+    folder: Path, adapter: Adapter, architecture: str, quantization: dict[str, Any] | None, *, num_new_rows: int
 ) -> None:
     """config.json of the adapter's base, with what a merge changed, and the files that go with it.
 
     Args:
         quantization: `quantization_config`, None for weights that are plain floats.
+        num_new_rows: tokens past the base's vocabulary.
     """
     model, source = adapter.model, adapter.model_dir
     changed: dict[str, Any] = {"architectures": [architecture]}
@@ -79,10 +80,13 @@ def write_config(
 
         fields = dict(model.config or {})
         fresh: dict[str, Any] = AutoConfig.for_model(fields.pop("model_type"), **fields).to_dict()
+        fresh["vocab_size"] += num_new_rows
         write_json(folder / "config.json", fresh | changed)
         return
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)  # of a base that was quantized before
+    if num_new_rows:
+        config["vocab_size"] += num_new_rows
     write_json(folder / "config.json", config | changed)
     kept = ["generation_config.json", *(("*.py",) if model.trust_remote_code else ())]
     for path in (found for pattern in kept for found in source.glob(pattern)):

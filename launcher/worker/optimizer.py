@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from decompft.adapters.base import Adapter
 from decompft.adapters.inject import adapters
+from decompft.adapters.token_rows import token_rows
 from decompft.launcher.recipe import TrainSection
 from decompft.launcher.worker.engines.base import Engine, full_shape
 
@@ -17,12 +18,14 @@ from decompft.launcher.worker.engines.base import Engine, full_shape
 def make_optimizer(
     model: nn.Module, trained: Mapping[str, nn.Parameter], train: TrainSection, engine: Engine
 ) -> torch.optim.Optimizer:
-    """AdamW in groups of equal learning-rate scale; scalars, norms and biases are never decayed.
+    """AdamW in groups of equal learning-rate scale; scalars, norms, biases and rows of tokens are never decayed.
 
     Tensors whose state starts anew at another step are a group of their own: ZeRO counts a group's steps together.
     """
     scales = {f"{n}.{t}": s for n, a in adapters(model) for t, s in a.lr_scales().items()}
     kept = {f"{n}.{t}" for n, a in adapters(model) for t in a.no_decay()}
+    # decay draws to 0, and an embedding's row is away from it before it trains, read or not
+    kept |= {f"{n}.rows" for n, _ in token_rows(model)}
     restarts = {f"{n}.{t}": step for n, a in adapters(model) for t, step in a.restarts().items()}
     groups: dict[tuple[float, bool, int], list[nn.Parameter]] = {}
     for name, parameter in trained.items():

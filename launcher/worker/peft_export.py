@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decompft.adapters.inject import is_linear
 from decompft.adapters.frozen.base import FrozenLinear
+from decompft.adapters.inject import is_linear
 from decompft.adapters.spec import ADAPTER_SPECS
 from decompft.launcher.errors import AdapterError, RunFailed, UserError
 from decompft.launcher.packaged import is_packaged

@@ -92,7 +92,7 @@ def import_peft(folder: Path, out: Path, *, base: str | None, say: Callable[[str
     _save(out, tensors, description, model, folder)
     return Imported(
         peft_type=peft.kind,
-        methods=tuple(dict.fromkeys(layer.method for layer in read.layers.values())),
+        methods=tuple(sorted({layer.method for layer in read.layers.values()})),
         num_layers=len(read.layers),
         train_modules=tuple(train_modules),
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from decompft.launcher.outcome import write_atomic
+from decompft.launcher.worker.tokens import TrainedToken
 
 FILE = "prepared.json"
 
@@ -22,6 +23,7 @@ class Prepared:
     pad_id: int
     train: dict[str, Any] | None  # None: streamed
     eval: dict[str, Any] | None
+    tokens: tuple[TrainedToken, ...] = ()  # of adapter.train_tokens
 
     def write(self, run_dir: Path) -> None:
         row = asdict(self) | {
@@ -35,4 +37,5 @@ class Prepared:
         row = json.loads((run_dir / FILE).read_text())
         row["model_dir"] = None if row["model_dir"] is None else Path(row["model_dir"])
         row["tokenizer_dir"] = Path(row["tokenizer_dir"])
+        row["tokens"] = tuple(TrainedToken(**token) for token in row.get("tokens", ()))
         return cls(**row)

@@ -8,6 +8,7 @@ import torch
 
 from decompft.adapters.inject import adapters
 from decompft.adapters.spec import ADAPTER_SPECS
+from decompft.adapters.token_rows import only_looked_up
 from decompft.launcher.errors import RunFailed
 from decompft.launcher.worker.build import Built
 from decompft.launcher.worker.engines.base import Engine, full_shape
@@ -32,6 +33,7 @@ def prove_gradients(built: Built, engine: Engine, step: int) -> None:
         RunFailed: names the tensors that would not train.
     """
     excused = {f"{n}.{t}" for n, a in adapters(built.model.model) for t in a.asleep(step)}
+    excused |= only_looked_up(built.model.model)  # a batch need not have any of these tokens
     if step < STEPS_WITH_ZEROS:
         excused |= {
             f"{n}.{t}"

@@ -50,7 +50,7 @@ def open_train(recipe: Recipe, prepared: Prepared) -> TrainData:
     from decompft.launcher.worker.data.stream import StreamedTrain
     from decompft.launcher.worker.tokenizers import load_tokenizer
 
-    tokenizer = load_tokenizer(recipe.model, prepared.tokenizer_dir)
+    tokenizer = load_tokenizer(recipe.model.model_copy(update={"tokenizer": None}), prepared.tokenizer_dir)
     return StreamedTrain(recipe, tokenizer, prepared.pad_id)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 
 from decompft.launcher.errors import DataError
 from decompft.launcher.worker.data.encode import Mask, Tokens
+
+_BLOCK_TOKENS = 1 << 22  # looked at at once
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -65,6 +68,16 @@ class RowSet:
     def num_trained(self, index: int) -> int:
         """Targets of a row that carry loss, without reading the row."""
         return int(self.row_targets[index])
+
+    def seen(self, ids: Sequence[int]) -> set[int]:
+        """Those of some token ids that stand anywhere in the set."""
+        found: set[int] = set()
+        for start in range(0, len(self._tokens), _BLOCK_TOKENS):
+            block = self._tokens[start : start + _BLOCK_TOKENS]
+            found |= set(block[np.isin(block, ids)].tolist())
+            if len(found) == len(ids):
+                break
+        return found
 
     def row(self, index: int) -> Row:
         """Row `index`, its documents joined in order."""

@@ -21,6 +21,7 @@ from decompft.launcher.worker.data.prepare import prepare_data
 from decompft.launcher.worker.data.rows import Row, open_rows
 from decompft.launcher.worker.data.stream import StreamedTrain
 from decompft.launcher.worker.tokenizers import load_tokenizer, pad_id
+from decompft.launcher.worker.tokens import add_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +45,7 @@ def main(argv: list[str]) -> None:
     recipe = load(args.recipe, args.overrides)
     check_data(recipe, strict=True)  # before transformers takes its seconds
     tokenizer = load_tokenizer(recipe.model, _model_dir(recipe))
+    add_tokens(tokenizer, recipe.adapter.train_tokens)
     console = Console()
     entries = prepare_data(recipe, tokenizer)
     train: PreparedTrain | StreamedTrain

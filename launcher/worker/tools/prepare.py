@@ -26,12 +26,19 @@ def main(argv: list[str]) -> None:
     from decompft.launcher.worker.data.prepare import prepare_data
     from decompft.launcher.worker.modelfiles import resolve
     from decompft.launcher.worker.tokenizers import load_tokenizer, pad_id
+    from decompft.launcher.worker.tokens import add_tokens, unseen
+    from decompft.launcher.worker.tools.progress import say
 
     model_dir = resolve(plan) or _known_config(plan, run.path / "model")
     tokenizer = load_tokenizer(plan.recipe.model, model_dir)
+    tokens = add_tokens(tokenizer, plan.recipe.adapter.train_tokens)
+    for token in tokens:
+        say(token.line())
     tokenizer_dir = run.path / "tokenizer"
     tokenizer.save_pretrained(tokenizer_dir)
     sets = prepare_data(plan.recipe, tokenizer, cache_root=data_cache_root(plan.recipe), show_progress=True)
+    for token in unseen(tokens, sets["train"]):
+        say(f"warning: adapter.train_tokens: {token.text!r} does not stand in the training data")
     Prepared(
         model_dir=model_dir,
         tokenizer_dir=tokenizer_dir.resolve(),
@@ -39,6 +46,7 @@ def main(argv: list[str]) -> None:
         pad_id=pad_id(tokenizer),
         train=sets["train"],
         eval=sets["eval"],
+        tokens=tokens,
     ).write(run.path)
 
 
