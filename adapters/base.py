@@ -61,6 +61,7 @@ class Adapter(nn.Module):
         self.derived_shapes = spec.derived(base.out_features, base.in_features, config)
         for name, shape in self.derived_shapes.items():
             self.register_buffer(name, torch.empty(shape, dtype=torch.float32), persistent=False)
+        self.is_thin = spec.num_columns(base.out_features, base.in_features, config) > 0  # it has up and down
         self.num_siblings = 1  # adapters of this method in the model, this one included
         # the part of `penalty` that one backward pass adds: 1 / (micro batches of a step, over all ranks)
         self.penalty_share = 0.0
@@ -234,7 +235,7 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dropped = None
-        if self.config.dropout and self.training:
+        if self.config.dropout and self.training and self.is_thin:
             dropped = F.dropout(x, self.config.dropout)
         return frozen_linear(
             x, self.base, dropped=dropped, thin=self, trained=self.trained(), fixed=self.fixed()

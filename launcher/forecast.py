@@ -145,7 +145,7 @@ def _thin_bytes(work: Workload, e: int) -> tuple[int, int]:
     for _, out, in_, config in work.adapted:
         spec = spec_of(config)
         total += spec.num_columns(out, in_, config) * e
-        if config.dropout > 0:
+        if config.dropout > 0 and spec.num_columns(out, in_, config):
             total += in_ * (e + 1)  # the dropped input and a mask of bytes
         if spec.keeps_output(config):
             total += out * e

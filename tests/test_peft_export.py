@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_adapter_contract import VARIANTS
+from test_adapter_contract import VARIANTS, make_adapter, make_base, trained_away_from_start
 from tiny_models import FAMILIES, PLAIN, built, saved, section
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -113,9 +113,7 @@ def test_every_variant_is_exported_or_refused():
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in REFUSED])
 def test_peft_computes_the_same(tmp_path, variant):
     method, options = VARIANTS[variant]
-    adapter = adapter_of(
-        tmp_path, LLAMA, AdapterSection(method=method, rank=4, alpha=6.0, options=options)
-    )
+    adapter = adapter_of(tmp_path, LLAMA, AdapterSection(method=method, rank=4, alpha=6.0, options=options))
     form, config = exported(adapter, tmp_path / "out")
     native = NATIVE.get(variant) or {"mpc_o": "LORA", "mpc_d": "LORA"}.get(variant)
     assert (form.peft_type, form.is_plain) == ((native, False) if native else ("LORA", True))
@@ -244,10 +242,40 @@ def test_a_classifier_takes_its_head_along(tmp_path):
     torch.testing.assert_close(found, class_logits(adapter), **CLOSE)
 
 
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_what_loftq_took_out_of_the_base_is_part_of_its_change(iterations):
+    """Over the checkpoint's weight W: W + up down is what W less the part, plus s B A, is."""
+    weight = 0.05 * torch.randn(24, 128, generator=torch.Generator().manual_seed(2))
+    layer = make_adapter("lora", make_base("nf4", weight), init="loftq", loftq_iterations=iterations)
+    with torch.no_grad():
+        trained_away_from_start(layer)
+        rest = layer.base_rows(weight, 0, dict(layer.named_buffers(recurse=False)))
+        up, down = layer.change_of_checkpoint()
+        torch.testing.assert_close(weight + up @ down, layer.merged(rest), rtol=1e-5, atol=1e-6)
+    assert layer.rewrites_base == (iterations > 1) and up.shape[1] == layer.config.rank * iterations
+
+
+def test_random_weights_are_refused(tmp_path):
+    adapter = adapter_of(tmp_path, LLAMA, AdapterSection(method="lora", rank=4))
+    path = adapter / "adapter.json"
+    description = json.loads(path.read_text())
+    description["model"]["weights"] = "random"
+    path.write_text(json.dumps(description))
+    with pytest.raises(AdapterError, match="no base to load it over"):
+        exported(adapter, tmp_path / "out")
+
+
 def test_the_command(tmp_path, capsys):
     adapter = adapter_of(tmp_path, LLAMA, AdapterSection(method="trilora", rank=4, targets=["q_proj"]))
+    path = adapter / "adapter.json"
+    description = json.loads(path.read_text())
+    description["quantization"]["format"] = "nf4"
+    path.write_text(json.dumps(description))
     main([str(adapter), "--format", "peft", "--out", str(tmp_path / "out")])
-    assert "a plain LoRA of rank 4" in capsys.readouterr().out
-    assert all(t.dtype == torch.float32 for t in load_file(tmp_path / "out/adapter_model.safetensors").values())
+    said = capsys.readouterr()
+    assert "a plain LoRA of rank 4" in said.out and "trained over nf4" in said.err
+    assert all(
+        t.dtype == torch.float32 for t in load_file(tmp_path / "out/adapter_model.safetensors").values()
+    )
     with pytest.raises(UserError, match="exists already"):
         main([str(adapter), "--format", "peft", "--out", str(tmp_path / "out")])

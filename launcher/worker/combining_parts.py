@@ -147,6 +147,12 @@ def open_parts(opened: Sequence[Adapter], device: torch.device) -> tuple[Part, .
 
 @torch.no_grad()
 def _part(adapter: Adapter, description: dict[str, Any], device: torch.device) -> Part:
+    if adapter.tokens:
+        raise AdapterError(
+            f"{adapter.folder}: has trained rows of tokens (adapter.train_tokens), which are neither combined nor "
+            "exported, and without which it would not be what was trained",
+            "decompft merge writes base, adapter and rows as one model",
+        )
     outline = outline_of(adapter.model, adapter.quantization, adapter.adapter, adapter.model_dir)
     layers = dict(adapters(outline.hf))
     for layer in layers.values():

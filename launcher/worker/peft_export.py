@@ -97,7 +97,9 @@ def _targets(part: Part, names: list[str]) -> list[str]:
 def _whole_modules(part: Part) -> tuple[list[str], dict[str, Tensor]]:
     """Modules that were trained whole, and their tensors by PEFT's keys."""
     hf = part.outline.hf
-    first = {id(parameter): name for name, parameter in hf.named_parameters()}  # a tied one under its first name
+    first = {
+        id(parameter): name for name, parameter in hf.named_parameters()
+    }  # a tied one under its first name
     tensors: dict[str, Tensor] = {}
     for module in sorted(part.outline.whole):
         for own, parameter in hf.get_submodule(module).named_parameters(recurse=False):

@@ -61,7 +61,7 @@ def _lora(layers: Layers) -> Form | None:
         return None
     ranks, rank_pattern = _pattern({n: layer.config.rank for n, layer in layers.items()})
     alphas, alpha_pattern = _pattern({n: layer.config.alpha for n, layer in layers.items()})
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.get_parameter("A")
         tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.get_parameter("B")
@@ -81,16 +81,14 @@ def _dora(layers: Layers) -> Form | None:
     if form is None:
         return None
     magnitudes = {f"{PREFIX}{n}.lora_magnitude_vector": a.get_parameter("m") for n, a in layers.items()}
-    return Form(
-        peft_type="LORA", fields={**form.fields, "use_dora": True}, tensors=form.tensors | magnitudes
-    )
+    return Form(peft_type="LORA", fields={**form.fields, "use_dora": True}, tensors=form.tensors | magnitudes)
 
 
 def _adalora(layers: Layers) -> Form | None:
     configs = [layer.config for layer in layers.values()]
     if len({(c.rank, c.alpha) for c in configs}) > 1:  # init_r and lora_alpha are of the whole model
         return None
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors[f"{PREFIX}{name}.lora_A"] = layer.get_parameter("A")
         tensors[f"{PREFIX}{name}.lora_B"] = layer.get_parameter("B")
@@ -110,7 +108,8 @@ def _adalora(layers: Layers) -> Form | None:
 
 
 def _ia3(layers: Layers) -> Form | None:
-    tensors, feedforward = {}, []
+    tensors: dict[str, Tensor] = {}
+    feedforward = []
     for name, layer in layers.items():
         if layer.config.method == "ssl":
             feedforward.append(name)
@@ -154,12 +153,10 @@ def _vera(layers: Layers) -> Form | None:
 
 def _delora(layers: Layers) -> Form | None:
     # PEFT's has no Conv1D
-    if _is_transposed(layers) or any(
-        layer.config.options.eps != DELORA_EPS for layer in layers.values()
-    ):
+    if _is_transposed(layers) or any(layer.config.options.eps != DELORA_EPS for layer in layers.values()):
         return None
     rank, rank_pattern = _pattern({n: layer.config.rank for n, layer in layers.items()})
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors[f"{PREFIX}{name}.delora_A"] = layer.get_parameter("A")
         tensors[f"{PREFIX}{name}.delora_B"] = layer.get_parameter("B")
@@ -180,7 +177,7 @@ def _hira(layers: Layers) -> Form | None:
     if any(getattr(layer.config.options, "order", "first") == "exact" for layer in layers.values()):
         return None
     rank, rank_pattern = _pattern({n: layer.config.rank for n, layer in layers.items()})
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors[f"{PREFIX}{name}.hira_A"] = layer.get_parameter("A")
         tensors[f"{PREFIX}{name}.hira_B"] = scaling(layer.config) * layer.get_parameter("B")
@@ -214,7 +211,13 @@ _NATIVE = (
 # -- the others ---------------------------------------------------------------------------------
 
 _MERGE = "decompft merge ADAPTER --into dense --out DIR writes a plain model that any tool loads"
-_ALONE = {"dora", "ia3", "ssl", "hira", "liera"}  # that PEFT has, but not beside another method in one adapter
+_ALONE = {
+    "dora",
+    "ia3",
+    "ssl",
+    "hira",
+    "liera",
+}  # that PEFT has, but not beside another method in one adapter
 
 
 def _plain(layers: Layers) -> Form:
@@ -222,7 +225,7 @@ def _plain(layers: Layers) -> Form:
     found = {name: _change(name, layer) for name, layer in layers.items()}
     rank, pattern = _pattern({name: down.shape[0] for name, (_, down, _) in found.items()})
     with_bias = any(bias is not None for *_, bias in found.values())
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, (up, down, bias) in found.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = down
         tensors[f"{PREFIX}{name}.lora_B.weight"] = up
@@ -265,7 +268,9 @@ def _why_not(layer: Adapter) -> str:
     if method in _ALONE and getattr(layer.config.options, "order", "first") == "first":
         return "is a PEFT method, but not one that can stand beside the other layers' in one PEFT adapter"
     if method in ("liera", "hira"):
-        return "multiplies each weight by a factor of its own, a change of full rank that no PEFT method makes"
+        return (
+            "multiplies each weight by a factor of its own, a change of full rank that no PEFT method makes"
+        )
     return "scales the base's weight, and what PEFT's LoRA adds cannot say that"
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from decompft.adapters.frozen.base import FrozenLinear
-from decompft.launcher.errors import AdapterError, CheckpointError, UserError
+from decompft.launcher.errors import AdapterError, CheckpointError, ModelError, UserError
 from decompft.launcher.quantized_checkpoint import read_config_json, stored_format
 from decompft.launcher.recipe import AdapterOverride, AdapterSection, ModelSection, QuantizationSection, Task
 from decompft.launcher.worker.build import Outline, open_source, outline_of, trained_targets
@@ -60,8 +60,7 @@ def import_peft(folder: Path, out: Path, *, base: str | None, say: Callable[[str
         raise UserError(f"{out}: exists already", "name a new folder with --out")
     peft = open_peft(folder)
     model = _model(peft, base)
-    model_dir = resolve_model(model, say=say)
-    assert model_dir is not None, "a model with an id and a checkpoint has a folder"
+    model_dir = _base_folder(model, base, say)
     quantization = _quantization(model_dir)
     bare = outline_of(model, quantization, None, model_dir)
     read = read_peft(peft, _linears(bare))
@@ -122,6 +121,17 @@ def _model(peft: PeftFolder, base: str | None) -> ModelSection:
     return ModelSection(**fields)
 
 
+def _base_folder(model: ModelSection, base: str | None, say: Callable[[str], None]) -> Path:
+    try:
+        folder = resolve_model(model, say=say)
+    except ModelError as error:
+        if base is None:  # often a path of the machine that it was trained on
+            raise ModelError(error.message, "name the model it was trained on with --base") from error
+        raise
+    assert folder is not None, "a model with an id and a checkpoint has a folder"
+    return folder
+
+
 def _quantization(model_dir: Path) -> QuantizationSection:
     """The base as its checkpoint stores it."""
     config = read_config_json(model_dir)
@@ -147,9 +157,7 @@ def _refuse_scaled_biases(peft: PeftFolder, bare: Outline, layers: dict[str, Rea
             )
 
 
-def _whole(
-    peft: PeftFolder, bare: Outline, rest: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], list[str]]:
+def _whole(peft: PeftFolder, bare: Outline, rest: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Tensors of modules that were trained whole, under the names of our file, and those modules but new heads."""
     hf = bare.hf
     names = [(n, id(p)) for n, p in hf.named_parameters(remove_duplicate=False)]
@@ -166,7 +174,8 @@ def _whole(
         same = twins[places[name]]
         if not all(twin in rest and torch.equal(rest[twin], tensor) for twin in same):
             raise AdapterError(
-                f"{peft.folder}: {' and '.join(same)} are one tensor in the base, and two in this adapter", _HINT
+                f"{peft.folder}: {' and '.join(same)} are one tensor in the base, and two in this adapter",
+                _HINT,
             )
         tensors[same[0]] = tensor
     modules = dict.fromkeys(name.rpartition(".")[0] for name in tensors)

@@ -1,4 +1,4 @@
-"""What does a PEFT adapter's folder say, in our methods? Formulas of both sides: decompft.launcher.worker.peft_forms."""
+"""What does a PEFT adapter's folder say, in our methods? PEFT's formulas: decompft.launcher.worker.peft_forms."""
 
 from __future__ import annotations
 
@@ -88,7 +88,9 @@ def open_peft(folder: Path) -> PeftFolder:
                 f"{folder}: its tensors are in adapter_model.bin, a pickle, which runs code when it is read",
                 "load it with peft where you trust it, and save_pretrained(..., safe_serialization=True)",
             )
-        raise AdapterError(f"{folder}: holds no adapter_model.safetensors", "save the adapter again with peft")
+        raise AdapterError(
+            f"{folder}: holds no adapter_model.safetensors", "save the adapter again with peft"
+        )
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -129,7 +131,9 @@ def read_peft(peft: PeftFolder, linears: Mapping[str, tuple[int, int]]) -> ReadA
         elif not key.startswith("base_model.vera_"):
             rest[key] = tensor
     if not grouped:
-        raise AdapterError(f"{peft.folder}: holds no tensor of a {peft.kind} layer", "save it again with peft")
+        raise AdapterError(
+            f"{peft.folder}: holds no tensor of a {peft.kind} layer", "save it again with peft"
+        )
     layers = {}
     for name, tensors in grouped.items():
         if name not in linears:
@@ -143,7 +147,8 @@ def read_peft(peft: PeftFolder, linears: Mapping[str, tuple[int, int]]) -> ReadA
             layers[name] = read(peft, name, tensors)
         except KeyError as error:
             raise AdapterError(
-                f"{peft.folder}: {name} has no {error.args[0]}", "the file is not whole: save it again with peft"
+                f"{peft.folder}: {name} has no {error.args[0]}",
+                "the file is not whole: save it again with peft",
             ) from error
     dropouts = ("lora_dropout", "vera_dropout", "hira_dropout", "module_dropout")
     return ReadAdapter(
@@ -159,7 +164,9 @@ def _refuse_settings(peft: PeftFolder) -> None:
                 f"{peft.folder}: {name} is {json.dumps(value)}, which no method here computes", _MERGE
             )
     if config.get("bias", "none") != "none":
-        raise AdapterError(f"{peft.folder}: bias is {config['bias']!r}: it trained biases of the base", _MERGE)
+        raise AdapterError(
+            f"{peft.folder}: bias is {config['bias']!r}: it trained biases of the base", _MERGE
+        )
     start = config.get("init_lora_weights")
     if start not in _HARMLESS_STARTS:
         raise AdapterError(
@@ -174,11 +181,7 @@ def _refuse_settings(peft: PeftFolder) -> None:
 
 def _lora(peft: PeftFolder, name: str, found: dict[str, Tensor]) -> ReadLayer:
     A, B = found["lora_A"], found["lora_B"]
-    if A.dim() != 2:
-        raise AdapterError(
-            f"{peft.folder}: {name} is a convolution (lora_A has {A.dim()} dimensions); decompft adapts linear layers",
-            _MERGE,
-        )
+    _refuse_convolution(peft, name, A)
     config, tensors = peft.config, {"A": A, "B": B}
     alpha = _patterned(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
     method = "lora"
@@ -222,11 +225,7 @@ def _adalora(peft: PeftFolder, name: str, found: dict[str, Tensor]) -> ReadLayer
 
 def _ia3(peft: PeftFolder, name: str, found: dict[str, Tensor]) -> ReadLayer:
     scale = found["ia3_l"]
-    if scale.dim() != 2:
-        raise AdapterError(
-            f"{peft.folder}: {name} is a convolution (ia3_l has {scale.dim()} dimensions); decompft adapts linear layers",
-            _MERGE,
-        )
+    _refuse_convolution(peft, name, scale)
     # (1, in) in feedforward modules, (out, 1) in others; a side of 1 is no linear layer worth scaling
     if scale.shape[0] == 1:
         return ReadLayer(method="ssl", tensors={"l_in": scale.reshape(-1)})
@@ -260,7 +259,9 @@ def _delora(peft: PeftFolder, name: str, found: dict[str, Tensor]) -> ReadLayer:
         rank=A.shape[0],
         options={
             "eps": DELORA_EPS,
-            "lambda_init": float(_patterned(peft.config.get("lambda_pattern"), name, peft.config["delora_lambda"])),
+            "lambda_init": float(
+                _patterned(peft.config.get("lambda_pattern"), name, peft.config["delora_lambda"])
+            ),
         },
         tensors={
             "A": A,
@@ -289,6 +290,14 @@ _READERS: dict[str, tuple[Reader, tuple[str, ...]]] = {
 }
 
 
+def _refuse_convolution(peft: PeftFolder, name: str, tensor: Tensor) -> None:
+    if tensor.dim() != 2:
+        raise AdapterError(
+            f"{peft.folder}: {name} is a convolution (its tensor has {tensor.dim()} dimensions); decompft adapts "
+            "linear layers", _MERGE,
+        )  # fmt: skip
+
+
 def _patterned(patterns: dict[str, Any] | None, name: str, default: float) -> float:
     """As peft looks it up: the first key that is a regular expression for the end of the name."""
     for key, value in (patterns or {}).items():
@@ -300,4 +309,6 @@ def _patterned(patterns: dict[str, Any] | None, name: str, default: float) -> fl
 def _positive(peft: PeftFolder, name: str, alpha: float) -> float:
     if alpha > 0 and math.isfinite(alpha):
         return alpha
-    raise AdapterError(f"{peft.folder}: {name}: lora_alpha is {alpha}", "decompft scales by a positive number")
+    raise AdapterError(
+        f"{peft.folder}: {name}: lora_alpha is {alpha}", "decompft scales by a positive number"
+    )

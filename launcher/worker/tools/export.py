@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from decompft.launcher.worker.adapter_folder import adapter_folder
 from decompft.launcher.worker.tools.main import run_tool
@@ -36,10 +37,8 @@ def main(argv: list[str]) -> None:
         )
 
 
-def _ranks(fields: dict[str, int | dict[str, int]]) -> str:
-    common, pattern = fields["r"], fields["rank_pattern"]
-    assert isinstance(pattern, dict)
-    ranks = sorted({common, *pattern.values()})
+def _ranks(fields: dict[str, Any]) -> str:
+    ranks = sorted({fields["r"], *fields["rank_pattern"].values()})
     return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
 
 
