@@ -76,12 +76,16 @@ class TokenHead(TokenRows):
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., H) -> logits (..., V + the ids past V)."""
         ids = self.sorted_ids(hidden.device)
-        return with_columns(self.base(hidden), column_logits(hidden, self.rows, ids, self.bias), ids, self.num_new)
+        return with_columns(
+            self.base(hidden), column_logits(hidden, self.rows, ids, self.bias), ids, self.num_new
+        )
 
 
 def column_logits(hidden: Tensor, rows: Tensor, ids: Tensor, bias: Tensor | None) -> Tensor:
     """(..., H) and rows (n, H) of these ids -> logits (..., n) in the dtype of `hidden`."""
-    return F.linear(hidden, rows.to(hidden.dtype), None if bias is None else _bias_of(bias, ids, hidden.dtype))
+    return F.linear(
+        hidden, rows.to(hidden.dtype), None if bias is None else _bias_of(bias, ids, hidden.dtype)
+    )
 
 
 def with_columns(logits: Tensor, columns: Tensor, ids: Tensor, num_new: int) -> Tensor:

@@ -118,9 +118,7 @@ def read_shape(recipe: Recipe) -> tuple[ModelShape, str, Path | None]:
     return shape_of(found.config, model.task, model.num_labels), found.source, found.model_dir
 
 
-def adapted_linears(
-    shape: ModelShape, section: AdapterSection
-) -> list[tuple[str, int, int, AdapterConfig]]:
+def adapted_linears(shape: ModelShape, section: AdapterSection) -> list[tuple[str, int, int, AdapterConfig]]:
     """(name, out, in, adapter) of every linear layer that is adapted.
 
     Raises:

@@ -156,8 +156,9 @@ class AdapterSection(Section):
         [], description="further modules trained whole in float32: names or patterns, e.g. [norm]"
     )
     train_tokens: list[str] = Field(
-        [], description="tokens whose rows of embedding and output head train in float32; a text that the "
-        "tokenizer has no token for is added to it, e.g. ['<|im_start|>', '<|im_end|>']"
+        [],
+        description="tokens whose rows of embedding and output head train in float32; a text that the "
+        "tokenizer has no token for is added to it, e.g. ['<|im_start|>', '<|im_end|>']",
     )
     options: dict[str, Any] = Field({}, description="the method's own options")
     overrides: list[AdapterOverride] = Field(

@@ -9,11 +9,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_adapter_contract import VARIANTS, make_adapter, make_base, trained_away_from_start
+from test_adapter_contract import VARIANTS, config_of, make_base, start, trained_away_from_start
 from tiny_models import FAMILIES, PLAIN, built, saved, section
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from decompft.adapters.inject import adapters
+from decompft.adapters.inject import adapters, make_adapter
 from decompft.launcher.errors import AdapterError, UserError
 from decompft.launcher.recipe import AdapterSection
 from decompft.launcher.worker.build import trained_targets
@@ -246,7 +246,8 @@ def test_a_classifier_takes_its_head_along(tmp_path):
 def test_what_loftq_took_out_of_the_base_is_part_of_its_change(iterations):
     """Over the checkpoint's weight W: W + up down is what W less the part, plus s B A, is."""
     weight = 0.05 * torch.randn(24, 128, generator=torch.Generator().manual_seed(2))
-    layer = make_adapter("lora", make_base("nf4", weight), init="loftq", loftq_iterations=iterations)
+    config = config_of("lora", init="loftq", loftq_iterations=iterations)
+    layer = start(make_adapter(make_base("nf4", weight), config), weight)
     with torch.no_grad():
         trained_away_from_start(layer)
         rest = layer.base_rows(weight, 0, dict(layer.named_buffers(recurse=False)))

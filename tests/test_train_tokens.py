@@ -24,10 +24,10 @@ from decompft.launcher.worker.generation import generate
 from decompft.launcher.worker.inference import load, open_adapter
 from decompft.launcher.worker.loss import TrainedRows, head_logits, token_loss_sum
 from decompft.launcher.worker.merging import merge
-from decompft.launcher.worker.model import LossModel
 from decompft.launcher.worker.restore import load_adapter
-from decompft.launcher.worker.tokenizers import byte_tokenizer
+from decompft.launcher.worker.tokenizers import byte_tokenizer, save_tokenizer
 from decompft.launcher.worker.tokens import TrainedToken, add_tokens
+from decompft.launcher.worker.tools.merge import main
 
 KINDS = ("llama", "gemma", "gemma2", "gemma3_text", "phi", "gpt2", "qwen2", "qwen3")
 ROWS = {"a": 5, "b": 40, "new": 120, "newer": 121}  # the last two past a vocabulary of 120
@@ -92,7 +92,9 @@ def test_it_is_the_grown_model_in_float64_and_only_those_rows_have_gradients(che
     found = moved(with_rows(folder))
     loss = found.model.train()(batch())
     loss.backward()
-    twin = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
+    twin = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="eager"
+    ).eval()
     twin = grown(twin, found).requires_grad_(True)
     logits = twin(batch().input_ids).logits
     expected = F.cross_entropy(
@@ -176,9 +178,17 @@ def test_which_texts_are_tokens_already(tmp_path):
     tokenizer = byte_tokenizer()
     texts = ["A", "<pad>", "<|im_start|>", "two words", " x"]
     found = add_tokens(tokenizer, texts)
-    assert [(t.id, t.is_added) for t in found] == [(65, False), (258, False), (260, True), (261, True), (262, True)]
+    assert [(t.id, t.is_added) for t in found] == [
+        (65, False),
+        (258, False),
+        (260, True),
+        (261, True),
+        (262, True),
+    ]
     assert tokenizer("a<|im_start|>two words").input_ids == [97, 260, 261]
-    assert tokenizer.decode([260, 261], skip_special_tokens=True) == "two words", "only control tokens are special"
+    assert tokenizer.decode([260, 261], skip_special_tokens=True) == "two words", (
+        "only control tokens are special"
+    )
     tokenizer.save_pretrained(tmp_path)
     again = add_tokens(AutoTokenizer.from_pretrained(tmp_path), texts)
     assert [(t.id, t.is_added) for t in again] == [(t.id, False) for t in found]
@@ -210,7 +220,13 @@ def test_a_model_with_fewer_rows_than_the_tokenizer_had_is_refused(tmp_path):
 
 
 TRAINED = ["<|im_start|>", "It is", "y"]  # the second stands in every answer, the first nowhere
-TRAIN = {"max_steps": 4, "weight_decay": 0.1, "global_batch_size": 4, "micro_batch_size": 1, "learning_rate": 0.01}
+TRAIN = {
+    "max_steps": 4,
+    "weight_decay": 0.1,
+    "global_batch_size": 4,
+    "micro_batch_size": 1,
+    "learning_rate": 0.01,
+}
 
 
 def run_of(folder, name, world="single", *, tied=False, **train):
@@ -234,7 +250,7 @@ def test_they_train_alike_on_every_engine(tmp_path, tied, capfd):
         ("<|im_start|>", 260, True), ("It is", 261, True), ("y", 121, False),
     ]  # fmt: skip
     names = {n for n in tensors["single"] if n.endswith(".rows")}
-    assert names == {"model.embed_tokens.rows"} if tied else {"model.embed_tokens.rows", "lm_head.rows"}
+    assert names == {"model.embed_tokens.rows"} | (set() if tied else {"lm_head.rows"})
     assert curves["single"][-1] < curves["single"][0]
     for world in curves:
         assert curves[world] == pytest.approx(curves["single"], rel=1e-4), world
@@ -309,8 +325,49 @@ def test_an_adapters_folder_asks_and_merges_with_its_rows(tmp_path, tied):
         open_parts([open_adapter(folder, base=None, say=print)], torch.device("cpu"))
 
 
-def test_a_merge_over_a_checkpoint_grows_every_tensor_of_rows(tmp_path):
-    """phi's head has a bias, too; a plain transformers model then computes the same."""
-    folder, _ = saved(tmp_path / "base", FAMILIES["phi"])
-    found = moved(with_rows(folder))
-    assert isinstance(found.model, LossModel)
+MERGES = {
+    "phi": ({"compute": "float32", "format": "none"}, "dense", 260),  # the head has a bias
+    "gpt2": ({"compute": "float32", "format": "nf4"}, "dequantized", 260),
+    "llama": ({"compute": "float32", "format": "nf4"}, "requantized", 272),  # rows that no token used
+}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("family", MERGES)
+def test_a_merge_over_a_checkpoint_has_every_row_in_place(tmp_path, family):
+    quantization, into, size = MERGES[family]
+    long = {"vocab_size": size, "n_positions" if family == "gpt2" else "max_position_embeddings": 256}
+    base, plain = saved(tmp_path / "base", {**FAMILIES[family], **long})
+    save_tokenizer(byte_tokenizer(), base)
+    run = make_run(
+        tmp_path, model={"id": str(base), "config": None, "weights": "checkpoint"}, train=TRAIN,
+        adapter={"method": "lora", "rank": 4, "alpha": 8.0, "train_tokens": TRAINED}, quantization=quantization,
+    )  # fmt: skip
+    start = {n: p for n, p in built_of(run).trained.items() if n.endswith(".rows")}
+    for name, rows in start.items():
+        known = plain.get_parameter(name.removesuffix("rows") + "weight")[:260]
+        torch.testing.assert_close(rows[1], known.double().mean(0).float())
+    run_ranks(run)
+    main(
+        [
+            str(run.path),
+            "--into",
+            into,
+            "--out",
+            str(tmp_path / "out"),
+            "--check-data",
+            str(tmp_path / "data.jsonl"),
+        ]
+    )
+    check = json.loads((tmp_path / "out" / "merge.json").read_text())["check"]
+    if into != "requantized":  # which rounds what the layers learned; the rows of tokens are compared below
+        assert check["kl_nats"] < 1e-6
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids, grown = [121, 260, 261], max(size, 262)
+    tensors, _ = load_adapter(run.path / "adapter")
+    for name in start:
+        whole = merged.get_parameter(name.removesuffix("rows") + "weight")
+        assert len(whole) == merged.config.vocab_size == grown
+        assert torch.equal(whole[ids], tensors[name])
+        others = [i for i in range(size) if i not in ids]
+        assert torch.equal(whole[others], plain.get_parameter(name.removesuffix("rows") + "weight")[others])

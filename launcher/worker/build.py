@@ -323,11 +323,7 @@ def _buffers(hf: Any) -> dict[str, Tensor]:
 
 
 def _expected(hf: Any, whole: set[str]) -> set[str]:
-    names = {
-        f"{n}.{t}"
-        for n, a in adapters(hf)
-        for t in a.shapes
-    }
+    names = {f"{n}.{t}" for n, a in adapters(hf) for t in a.shapes}
     for module in whole:
         names |= {f"{module}.{p}" for p, _ in hf.get_submodule(module).named_parameters(recurse=False)}
     names |= {f"{n}.rows" for n, _ in token_rows(hf)}

@@ -114,10 +114,12 @@ def load(
     if use_adapter:
         place_adapter(trained_targets(built.model.model), found.tensors, engine)
         found.settle(built.model)
+    tokenizer = found.tokenizer()
+    if found.tokens and not use_adapter:  # the bare base has no rows for tokens that were added
+        tokenizer = load_tokenizer(found.model, found.model_dir)
     return Loaded(
         model=built.model.eval().requires_grad_(False),
-        # the bare base has no rows for tokens that were added
-        tokenizer=found.tokenizer() if use_adapter or not found.tokens else load_tokenizer(found.model, found.model_dir),
+        tokenizer=tokenizer,
         device=engine.device,
         model_dir=found.model_dir,
         formats=found.formats,

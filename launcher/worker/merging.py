@@ -85,7 +85,9 @@ def merge(
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         temporary.chmod(0o755)
-        outline = outline_of(adapter.model, adapter.quantization, adapter.adapter, adapter.model_dir, adapter.tokens)
+        outline = outline_of(
+            adapter.model, adapter.quantization, adapter.adapter, adapter.model_dir, adapter.tokens
+        )
         merging = _Merging(adapter, outline, into, unmerged)
         write_shards(temporary, list(merging.groups()), shard_bytes, progress)
         quantized = None

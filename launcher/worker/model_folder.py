@@ -58,7 +58,12 @@ def write_shards(folder: Path, groups: Iterable[list[Entry]], shard_bytes: int, 
 
 
 def write_config(
-    folder: Path, adapter: Adapter, architecture: str, quantization: dict[str, Any] | None, *, num_new_rows: int = 0
+    folder: Path,
+    adapter: Adapter,
+    architecture: str,
+    quantization: dict[str, Any] | None,
+    *,
+    num_new_rows: int = 0,
 ) -> None:
     """config.json of the adapter's base, with what a merge changed, and the files that go with it.
 

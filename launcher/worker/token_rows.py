@@ -19,7 +19,9 @@ from decompft.launcher.worker.tokens import TrainedToken
 _CHUNK_ROWS = 4096
 
 
-def wrap_tokens(hf: Any, section: AdapterSection | None, tokens: Sequence[TrainedToken], *, has_head: bool) -> None:
+def wrap_tokens(
+    hf: Any, section: AdapterSection | None, tokens: Sequence[TrainedToken], *, has_head: bool
+) -> None:
     """Let the rows of these tokens train, in the embedding of a model on meta and in its output head.
 
     Args:

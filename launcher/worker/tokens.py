@@ -31,9 +31,9 @@ class TrainedToken:
 def add_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[TrainedToken, ...]:
     """The tokens of these texts, in their order; those that the tokenizer lacks are added to it.
 
-    A text that is one token already is that token. One that stands in the vocabulary but is written otherwise
-    (a byte-level "Gthe", with a mark for the space) is that entry. All else becomes a token: a special one, which decoding may leave
-    out, if it looks like a control token, that is, stands in <> or [].
+    A text that is one token already is that token; one that is an entry of the vocabulary as it is written
+    there, with its mark for a space, is that entry. All else becomes a token: a special one, which decoding
+    may leave out, if it looks like a control token, that is, stands in <> or [].
 
     Raises:
         AdapterError: two of the texts are one token.
