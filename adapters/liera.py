@@ -42,7 +42,9 @@ class LieraLinear(Adapter):
 
     A: torch.nn.Parameter
     B: torch.nn.Parameter
-    zero_fraction: float | None = None  # of the weight that is used; None where the adapter was read from a file
+    zero_fraction: float | None = (
+        None  # of the weight that is used; None where the adapter was read from a file
+    )
 
     @property
     def is_exact(self) -> bool:
@@ -104,7 +106,13 @@ class LieraLinear(Adapter):
 class _Liera(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor | None, layer: LieraLinear, A: Tensor, B: Tensor, *storage: Tensor
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        layer: LieraLinear,
+        A: Tensor,
+        B: Tensor,
+        *storage: Tensor,
     ) -> Tensor:
         base = layer.base
         x_TI = x.reshape(-1, base.in_features)

@@ -93,7 +93,12 @@ def _complaint(path: KeyPath, detail: Any, value: dict[str, Any]) -> Complaint:
         description = _description(path, value)
         hint = f"add it: {description}" if description else "add it"
         return Complaint(path=path, message="this key is required and missing", hint=hint, is_about_key=True)
-    if path[:1] == ("adapter",) and path[-1] == "method" and kind == "value_error" and found not in UNSUPPORTED:
+    if (
+        path[:1] == ("adapter",)
+        and path[-1] == "method"
+        and kind == "value_error"
+        and found not in UNSUPPORTED
+    ):
         hint = f"{nearest(found, ADAPTER_SPECS)} known: {', '.join(ADAPTER_SPECS)}".strip()
         return Complaint(path=path, message=f"unknown method {found!r}", hint=hint)
     if kind == "value_error":

@@ -90,7 +90,9 @@ class Plan(Frozen):
     batch: Batch
     num_base_params: int
     num_adapter_params: int
-    num_module_params: int = 0  # of what trains beside adapters: train_modules, train_tokens, a new classification head
+    num_module_params: int = (
+        0  # of what trains beside adapters: train_modules, train_tokens, a new classification head
+    )
     forecast: Forecast
     checkpoint_bytes: int = 0  # of one checkpoint on disk
     steps_per_epoch: float | None = None  # None where it is known only once the data is tokenized

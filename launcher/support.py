@@ -61,7 +61,7 @@ def gpu_rows(path: Path) -> Gpu:
 
 
 def support_table() -> str:
-    """For the README: a row a format, and one for the adapters that run under the same strategies; a column a strategy."""
+    """For the README: a row a format, one for the adapters that run under the same strategies; a column a strategy."""
     rows = []
     for name in FORMAT_SPECS:
         rows.append([f"base `{name}`", *_words(name, "quantization", "format")])
@@ -124,8 +124,8 @@ losses are those of `single`. "GPU: n" says that it also ran on n GPUs (`benchma
 ## Adapter x strategy
 
 An adapter sees its base through one protocol, so that every adapter works over every base format: `tests/test_adapter_contract.py`
-holds each pair to its formula. Each "yes" below is run on a CPU by `tests/test_every_method.py`, in one model whose layers each carry
-another method; on GPUs ran `lora` and `map`.
+holds each pair to its formula. Each "yes" below is run on a CPU by `tests/test_every_method.py`, in one model whose
+layers each carry another method; on GPUs ran `lora` and `map`.
 
 {adapters}
 ## Other keys x strategy

@@ -89,23 +89,21 @@ def test_first_order_is_r_scaled_passes_of_the_base(weight, x):
     torch.testing.assert_close(adapter(x.float()).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_small_factor_moves_a_bfloat16_weight(weight, x):
+@pytest.mark.parametrize("base_name", ["dense-bf16", "nf4"])
+def test_a_small_factor_moves_a_bfloat16_weight(base_name, weight):
     """1 + D rounded to bfloat16 would be 1 for every |D| < 1/512, and over weights on the grid W (1 + D) would be W."""
-    for base_name in ("dense-bf16", "nf4"):
-        adapter = trained_away_from_start(make_adapter("liera", make_base(base_name, weight)))
-        with torch.no_grad():
-            adapter.B.mul_(1e-3)
-        low = x.bfloat16()
-        W = adapter.base.dense(torch.float64)
-        wanted = low.double() @ (equation("liera", adapter.A.double(), adapter.B.double(), W) - W).T
-        found = (adapter(low) - adapter.base(low)).double()
-        # what bfloat16 leaves of a difference of outputs: their own rounding, not the factor's
-        error = torch.linalg.norm(found - wanted)
-        noise = 2**-8 * torch.linalg.norm(adapter.base(low).double())
-        assert torch.linalg.norm(wanted) < noise and error < noise
-        slope = torch.sum(found * wanted) / torch.sum(wanted * wanted)
-        if base_name == "dense-bf16":
-            assert abs(slope - 1) < 0.5
+    adapter = trained_away_from_start(make_adapter("liera", make_base(base_name, weight)))
+    with torch.no_grad():
+        adapter.B.mul_(0.02)
+    D = S * (adapter.B @ adapter.A)
+    assert D.abs().max() < 2**-9
+    low = torch.randn(4000, IN, generator=torch.Generator().manual_seed(6)).bfloat16()
+    W = adapter.base.dense(torch.float64)
+    wanted = low.double() @ (W * D).T
+    found = adapter(low).double() - adapter.base(low).double()
+    # outputs are rounded, too; over 96,000 of them that averages out
+    slope = torch.sum(found * wanted) / torch.sum(wanted * wanted)
+    assert slope == pytest.approx(1.0, abs=0.2)
 
 
 def test_zeros_of_the_base_are_counted_and_said(weight):

@@ -56,7 +56,7 @@ def test_the_table_of_methods_is_current(request):
     new = before + BEGIN + table() + END + after
     if request.config.getoption("--update-golden"):
         INDEX.write_text(new)
-    assert text == new
+    assert INDEX.read_text() == new
 
 
 @pytest.mark.parametrize("name", ADAPTER_SPECS)

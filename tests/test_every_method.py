@@ -20,7 +20,14 @@ MODULES = (
 )  # fmt: skip
 STEPS = 6
 # so that what happens at a step happens while these runs last
-SOON: dict[str, dict[str, object]] = {}
+_RANKS = {"interval": 1, "init_warmup": 0.0, "final_warmup": 1.0}
+SOON: dict[str, dict[str, object]] = {
+    "lora_dash": {"start_step": 2},
+    "lora_init": {"start_step": 4},
+    "lora_tsd": {"start_step": 2},
+    "adalora": _RANKS,
+    "flexlora": _RANKS,
+}
 
 
 def mixed(folder, name: str, world: str, **train: object) -> RunDir:

@@ -96,7 +96,8 @@ class _TokenLoss(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
-        d_rows = torch.zeros_like(rows, dtype=torch.float32) if ctx.needs_input_grad[5] else None
+        need_rows = ctx.needs_input_grad[5]
+        d_rows = torch.zeros_like(rows) if need_rows and rows is not None else None
         total = hidden.new_zeros((), dtype=torch.float32)
         cast = weight.to(hidden.dtype)
         for start in range(0, hidden.shape[0], CHUNK_TOKENS):

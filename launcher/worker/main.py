@@ -180,7 +180,11 @@ def _loading(this: Rank, what: str = "") -> Any:
         tenth = 10 * done // max(total, 1)
         if this.rank == 0 and tenth > shown[0] and time.monotonic() - began > 2:
             shown[0] = tenth
-            line = f"{what}: {done} of {total}" if what else f"loading the base: {10 * tenth} % of {size_text(total)}"
+            line = (
+                f"{what}: {done} of {total}"
+                if what
+                else f"loading the base: {10 * tenth} % of {size_text(total)}"
+            )
             _show(line, this.stream)
 
     return progress

@@ -46,7 +46,8 @@ def wrap_tokens(
     _refuse(embedding, head, ids)
     with torch.device("meta"):
         wrapped = TokenEmbedding(embedding, ids, None)
-        wrapped.added = frozenset(token.id for token in tokens if token.is_added)
+        # a tokenizer may have tokens already that the model has no rows for
+        wrapped.added = frozenset(t.id for t in tokens if t.is_added or t.id >= embedding.weight.shape[0])
         hf.set_submodule(_name(hf, embedding), wrapped)
         if head is None:
             return
@@ -122,7 +123,8 @@ def _start(source: TensorSource, key: str, ids: Sequence[int], added: frozenset[
     if added:
         stop = min(size, *added)  # rows past the old vocabulary are padding
         parts = (source.rows(key, a, min(a + _CHUNK_ROWS, stop)) for a in range(0, stop, _CHUNK_ROWS))
-        mean = (sum(part.sum(0, dtype=torch.float64).cpu() for part in parts) / stop).float()
+        sums = [part.sum(0, dtype=torch.float64).cpu() for part in parts]
+        mean = (torch.stack(sums).sum(0) / stop).float()
     rows = (mean if i in added else source.rows(key, i, i + 1)[0].float().cpu() for i in ids)
     return torch.stack(list(rows))
 
@@ -133,10 +135,10 @@ def _refuse(embedding: nn.Module, head: nn.Module | None, ids: Sequence[int]) ->
             f"adapter.train_tokens: this model's embedding ({type(embedding).__name__}) is no plain table of rows",
             "train it whole with adapter.train_modules",
         )
-    size: int = embedding.weight.shape[0]  # type: ignore[index, union-attr, assignment]
-    if head is not None and head.weight.shape[0] != size:  # type: ignore[index, union-attr]
+    size: int = embedding.weight.shape[0]  # type: ignore[index, assignment]
+    if head is not None and head.weight.shape[0] != size:  # type: ignore[index]
         raise AdapterError("adapter.train_tokens: embedding and output head have different numbers of rows")
-    if any(m.weight.requires_grad for m in (embedding, head) if m is not None):  # type: ignore[union-attr]
+    if any(m.weight.requires_grad for m in (embedding, head) if m is not None):
         raise AdapterError(
             "adapter.train_tokens: adapter.train_modules names the embedding or the output head, which then "
             "trains whole, these rows included",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from decompft.launcher.errors import AdapterError
 
@@ -53,20 +53,6 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tupl
             )
         found[token.id] = token
     return tuple(found.values())
-
-
-def unseen(tokens: Sequence[TrainedToken], train: dict[str, Any] | None) -> list[TrainedToken]:
-    """Those that do not stand in the training set; none of a stream, which is not read before.
-
-    Args:
-        train: the set's entry in prepared.json.
-    """
-    if train is None or not tokens:
-        return []
-    from decompft.launcher.worker.data.rows import open_rows
-
-    seen = open_rows(train).seen([token.id for token in tokens])
-    return [token for token in tokens if token.id not in seen]
 
 
 def _single(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:

@@ -70,9 +70,7 @@ def train(
     for _, adapter in layers:
         adapter.penalty_share = 1 / (batch_law.accumulation * engine.world_size)
     optimizer = engine.prepare_training(model, optimizer, parameters)
-    phases = Phases(
-        built, optimizer, engine, total_steps=total, seed=recipe.train.seed, say=metrics.message
-    )
+    phases = Phases(built, optimizer, engine, total_steps=total, seed=recipe.train.seed, say=metrics.message)
     to_prove = steps_to_prove(built)
     at = Progress()
     if resume is not None:

@@ -75,7 +75,9 @@ class FsdpEngine(Engine):
         return first * width, (first + shape[0]) * width
 
     def whole(self, parameter: Tensor) -> Tensor:
-        return self._summed_from_spans(parameter) if isinstance(parameter, DTensor) else super().whole(parameter)
+        return (
+            self._summed_from_spans(parameter) if isinstance(parameter, DTensor) else super().whole(parameter)
+        )
 
     def owned(self, parameter: Tensor) -> tuple[int, int] | None:
         return self.span(parameter) if isinstance(parameter, DTensor) or self.rank == 0 else None

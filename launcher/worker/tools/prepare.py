@@ -24,9 +24,10 @@ def main(argv: list[str]) -> None:
     # transformers takes seconds to import: only here, after the plan was read
     from decompft.launcher.worker.data.cache import data_cache_root
     from decompft.launcher.worker.data.prepare import prepare_data
+    from decompft.launcher.worker.data.rows import open_rows
     from decompft.launcher.worker.modelfiles import resolve
     from decompft.launcher.worker.tokenizers import load_tokenizer, pad_id
-    from decompft.launcher.worker.tokens import add_tokens, unseen
+    from decompft.launcher.worker.tokens import add_tokens
     from decompft.launcher.worker.tools.progress import say
 
     model_dir = resolve(plan) or _known_config(plan, run.path / "model")
@@ -37,8 +38,11 @@ def main(argv: list[str]) -> None:
     tokenizer_dir = run.path / "tokenizer"
     tokenizer.save_pretrained(tokenizer_dir)
     sets = prepare_data(plan.recipe, tokenizer, cache_root=data_cache_root(plan.recipe), show_progress=True)
-    for token in unseen(tokens, sets["train"]):
-        say(f"warning: adapter.train_tokens: {token.text!r} does not stand in the training data")
+    if tokens and sets["train"] is not None:  # a stream is not read before
+        seen = open_rows(sets["train"]).seen([token.id for token in tokens])
+        for token in tokens:
+            if token.id not in seen:
+                say(f"warning: adapter.train_tokens: {token.text!r} does not stand in the training data")
     Prepared(
         model_dir=model_dir,
         tokenizer_dir=tokenizer_dir.resolve(),
