@@ -12,7 +12,7 @@ one tile at a time, at the cost of a weight-gradient product. Shapes as in froze
 A tile is multiplied in float32 and rounded once. A bfloat16 weight that lies on bfloat16's grid already
 would lose every factor nearer to 1 than 1/512 that way: over such a base, over int8 with outliers (whose
 product is no product with one weight) and under dropout, W x and (W o E) x_d, with E = D or exp(D) - 1, are
-two products.
+two products; then only an output's own rounding hides a change, as it does with LoRA.
 """
 
 from __future__ import annotations

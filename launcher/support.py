@@ -123,9 +123,9 @@ losses are those of `single`. "GPU: n" says that it also ran on n GPUs (`benchma
 
 ## Adapter x strategy
 
-An adapter sees its base through one protocol, so that every adapter works over every base format: `tests/test_adapter_contract.py`
-holds each pair to its formula. Each "yes" below is run on a CPU by `tests/test_every_method.py`, in one model whose
-layers each carry another method; on GPUs ran `lora` and `map`.
+An adapter sees its base through one protocol, so that every adapter works over every base format:
+`tests/test_adapter_contract.py` holds each pair to its formula. Each "yes" below is run on a CPU by
+`tests/test_every_method.py`, in one model whose layers each carry another method; on GPUs ran `lora` and `map`.
 
 {adapters}
 ## Other keys x strategy

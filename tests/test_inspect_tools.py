@@ -37,7 +37,7 @@ def adapter_over(base: Path, folder: Path, **fields: Any) -> tuple[Path, dict[st
     tensors |= {n: b.detach().clone() for n, b in made.buffers.items()}
     description = {
         "adapter": given.model_dump(mode="json", exclude_unset=True),
-        "formula": {"title": "a formula", "source": "a paper", "is_reading": False},
+        "formulas": {"lora": {"title": "a formula", "source": "a paper", "is_reading": False}},
         "model": section(base).model_dump(mode="json"),
         "quantization": NF4.model_dump(mode="json"),
         "seed": 0,

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny import LLAMA, WORLDS, losses, make_run, run_ranks
+from tiny import LLAMA, WORLDS, losses, make_run, recipe_data, run_ranks
 from tiny_models import FAMILIES, PLAIN, built, row, saved, section, single
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,13 +17,15 @@ from decompft.launcher.checkpoints import newest_valid
 from decompft.launcher.errors import AdapterError
 from decompft.launcher.recipe import AdapterSection, QuantizationSection
 from decompft.launcher.worker import loss as loss_module
-from decompft.launcher.worker.build import build, trained_targets
+from decompft.launcher.worker.build import build, count_trained, trained_targets
 from decompft.launcher.worker.combining_parts import open_parts
 from decompft.launcher.worker.data.batches import collate
+from decompft.launcher.worker.data.feed import open_train
 from decompft.launcher.worker.generation import generate
 from decompft.launcher.worker.inference import load, open_adapter
 from decompft.launcher.worker.loss import TrainedRows, head_logits, token_loss_sum
 from decompft.launcher.worker.merging import merge
+from decompft.launcher.worker.prepared import Prepared
 from decompft.launcher.worker.restore import load_adapter
 from decompft.launcher.worker.tokenizers import byte_tokenizer, save_tokenizer
 from decompft.launcher.worker.tokens import TrainedToken, add_tokens
@@ -267,13 +269,22 @@ def test_they_train_alike_on_every_engine(tmp_path, tied, capfd):
 
 
 def built_of(run):
-    from decompft.launcher.worker.prepared import Prepared
-
     recipe, prepared = run.read_plan().recipe, Prepared.read(run.path)
     return build(
         recipe.model, recipe.quantization, recipe.adapter, single(), seed=recipe.train.seed,
         model_dir=prepared.model_dir, recompute=False, tokens=prepared.tokens,
     )  # fmt: skip
+
+
+def test_a_stream_is_read_with_the_added_tokens(tmp_path):
+    save_tokenizer(byte_tokenizer(), tmp_path / "bytes")
+    run = make_run(
+        tmp_path, model={"tokenizer": str(tmp_path / "bytes")}, adapter={"train_tokens": TRAINED},
+        data={**recipe_data(tmp_path)["data"], "streaming": True},
+    )  # fmt: skip
+    data = open_train(run.read_plan().recipe, Prepared.read(run.path))
+    rows = [row for micro in data.step(0, 1, 0, 4, 1).micro_batches for row in micro if row is not None]
+    assert rows and all(261 in row.tokens for row in rows)
 
 
 @pytest.mark.dist
@@ -297,6 +308,8 @@ def test_an_adapters_folder_asks_and_merges_with_its_rows(tmp_path, tied):
     run_ranks(run)
     folder = run.path / "adapter"
     trained = built_of(run)
+    plan = run.read_plan()
+    assert plan.num_adapter_params + plan.num_module_params == count_trained(trained.trained)
     with torch.no_grad():
         for name, value in trained_targets(trained.model.model).items():
             value.copy_(load_adapter(folder)[0][name])

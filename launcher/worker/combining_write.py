@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
-from decompft.adapters.spec import ADAPTER_SPECS
 from decompft.launcher.errors import AdapterError, RunFailed, UserError
 from decompft.launcher.recipe import AdapterSection
 from decompft.launcher.worker.checkpoint import save_adapter
 from decompft.launcher.worker.combining import Combination
 from decompft.launcher.worker.combining_parts import Base, Part
 from decompft.launcher.worker.combining_rule import LINEAR
+from decompft.launcher.worker.description import describe_adapter
 from decompft.launcher.worker.load import Progress
 from decompft.launcher.worker.model_folder import write_config, write_shards
 from decompft.launcher.worker.tensorfile import Entry, fsync_folder
@@ -172,15 +172,13 @@ def _description(combination: Combination, compressed: Compressed, name: str) ->
         targets=_targets(combination),
         train_modules=first.adapter.adapter.train_modules,
     )
-    spec = ADAPTER_SPECS["lora"]
     kept = {
         n: v for n, v in first.description.items() if n not in ("sha256", "size", "format_version", "step")
     }
     return {
         **kept,
         "name": name,
-        "adapter": {**section.model_dump(mode="json"), "options": asdict(section.typed_options())},
-        "formula": {"title": spec.title, "source": spec.source, "is_reading": spec.is_reading},
+        **describe_adapter(section),
         "data_formats": sorted({name for part in combination.parts for name in part.adapter.formats}),
         "combined": {
             **asdict(rule),

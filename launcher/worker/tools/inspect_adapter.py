@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     report: dict[str, Any] = {
         "adapter": args.adapter,
         "method": description["adapter"]["method"],
-        "formula": description["formula"],
+        "formulas": description["formulas"],
         "step": description.get("step"),
         "std_over_depth": {kind: asdict(std_profile(group)) for kind, group in by_kind(rows).items()},
         "layers": [asdict(row) for row in rows],
@@ -52,7 +52,8 @@ def main(argv: list[str]) -> None:
         print(as_json(report), end="")
     else:
         console = Console()
-        console.print(f"{report['formula']['title']}", highlight=False, soft_wrap=True)
+        for formula in report["formulas"].values():
+            console.print(formula["title"], highlight=False, soft_wrap=True)
         for table in adapter_tables(rows, each=args.all):
             console.print(table)
         for name, tensor in layers.whole.items():
