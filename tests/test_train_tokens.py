@@ -192,7 +192,9 @@ def test_which_texts_are_tokens_already(tmp_path):
         "only control tokens are special"
     )
     tokenizer.save_pretrained(tmp_path)
-    again = add_tokens(AutoTokenizer.from_pretrained(tmp_path), texts)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.decode([260, 261], skip_special_tokens=True) == "two words"
+    again = add_tokens(loaded, texts)
     assert [(t.id, t.is_added) for t in again] == [(t.id, False) for t in found]
 
 
