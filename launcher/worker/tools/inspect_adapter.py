@@ -57,7 +57,8 @@ def main(argv: list[str]) -> None:
         for table in adapter_tables(rows, each=args.all):
             console.print(table)
         for name, tensor in layers.whole.items():
-            console.print(f"trained whole: {name} {list(tensor.shape)}", highlight=False, soft_wrap=True)
+            what = "rows of tokens" if name.endswith(".rows") else "trained whole"
+            console.print(f"{what}: {name} {list(tensor.shape)}", highlight=False, soft_wrap=True)
     if args.out is not None:
         for path in write(args.out, "adapter", report, lambda stem: plot_adapter(rows, stem)):
             say(str(path))
