@@ -26,9 +26,10 @@ FEW = [
     ("dash", "zero2", 2), ("init-residual", "fsdp", 2), ("adalora", "fsdp", 2), ("adalora", "zero2", 2),
     ("flexlora", "fsdp", 2),
 ]  # fmt: skip
+# that each engine makes the change as single does is test_every_method's, in one run for all methods
 MOVES = [*FEW, *(
-    pytest.param(v, w, s, marks=pytest.mark.slow)
-    for v in VARIANTS for w in WORLDS for s in (2, 4) if (v, w, s) not in FEW
+    pytest.param(v, w, 4, marks=pytest.mark.slow)
+    for v in ("dash", "init-residual", "adalora", "flexlora") for w in ("hsdp", "zero3")
 )]  # fmt: skip
 
 
@@ -101,14 +102,14 @@ def test_the_change_is_the_same_on_another_world(tmp_path, unbroken, variant, wo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("world", ["fsdp", "hsdp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("variant", ["init-residual", "tsd-residual", "adalora"])
+@pytest.mark.parametrize("world", ["fsdp", "zero3"])
 def test_every_engine_repeats_singles_losses_across_the_change(unbroken, variant, world):
     assert losses(unbroken(variant, world)) == pytest.approx(losses(unbroken(variant)), rel=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["dash", "init-residual", "adalora", "flexlora"])
+@pytest.mark.parametrize("variant", ["init-residual", "adalora"])
 @pytest.mark.parametrize("world", ["fsdp", "zero3"])
 def test_a_sharded_run_resumes_on_one_rank(tmp_path, unbroken, variant, world):
     for step in (2, 4):
