@@ -167,7 +167,7 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def effective(self, dense: Tensor) -> Factors:
         """The factors of now, over the base weight `dense` (out, in)."""
-        fixed = self.fixed()
+        fixed = self.fixed_over(dense)
         if self.reads_weight:
             fixed = (*fixed, *self.note(self.trained(), fixed, dense))
         return self.factors(self.trained(), fixed)
@@ -248,6 +248,10 @@ class Adapter(nn.Module):
     def fixed(self) -> tuple[Tensor, ...]:
         """The buffers in the registry's order."""
         return tuple(self.buffers(recurse=False))
+
+    def fixed_over(self, dense: Tensor) -> tuple[Tensor, ...]:
+        """The buffers as they would be over another base weight than the one that was trained on."""
+        return self.fixed()
 
 
 def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

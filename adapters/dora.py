@@ -80,9 +80,19 @@ class DoraLinear(Adapter):
             "rn2": norms.square(),
         }
 
+    def fixed_over(self, dense: Tensor) -> tuple[Tensor, ...]:
+        """Merged into another weight, its rows have norm m, as DoRA's do: n is of that weight."""
+        return (norms_squared(dense),)
+
     def lr_scales(self) -> dict[str, float]:
         options = self.config.options
         return {"B": options.lr_ratio, "m": options.magnitude_lr_ratio}
+
+
+def norms_squared(dense: Tensor) -> Tensor:
+    """|W_j|^2 (out,), float32 or better."""
+    weight = dense if dense.dtype == torch.float64 else dense.float()
+    return torch.linalg.vecdot(weight, weight)
 
 
 def weight_times(A: Tensor, weight: Tensor) -> Tensor:

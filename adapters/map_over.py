@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from decompft.adapters.base import Adapter, Facts, Settling
-from decompft.adapters.dora import DoraLinear, row_norms, weight_times
+from decompft.adapters.dora import DoraLinear, norms_squared, row_norms, weight_times
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.frozen.linear import Factors
 from decompft.adapters.inject import make_adapter
@@ -120,6 +120,10 @@ class MapOverDora(MapOver):
         norm = squares.sum().clamp_min(_TINY).sqrt().reshape(1)
         per_a, per_b = self.per_norm(trained, fixed, norm)
         return Factors(up=B * (rho * s).view(-1, 1), down=A, q=per_b, row=per_a + per_b * change)
+
+    def fixed_over(self, dense: Tensor) -> tuple[Tensor, ...]:
+        """DoRA's n is of the weight that is merged into; N(W) stays the one that a was trained with."""
+        return (norms_squared(dense), *self.fixed()[1:])
 
     def pull_back(
         self,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from decompft.launcher.checkpoints import find_problem, list_checkpoints, newest_valid
 from decompft.launcher.errors import CheckpointError, UserError
 from decompft.launcher.plan import Plan
+from decompft.launcher.recipe import Recipe
 from decompft.launcher.runs import RunDir
 
 # what may differ on resume; every other recipe key must be as it was
@@ -60,7 +61,7 @@ def check_resume(old: Plan, new: Plan) -> None:
     Raises:
         UserError: names every key that differs, with both values.
     """
-    before, after = _flat(old.recipe.model_dump(mode="json")), _flat(new.recipe.model_dump(mode="json"))
+    before, after = _flat(_filled(old.recipe)), _flat(_filled(new.recipe))
     lines = [
         f"{key}: was {_shown(before, key)}, now {_shown(after, key)}"
         for key in sorted(before.keys() | after.keys())
@@ -124,6 +125,17 @@ def _intact(checkpoint: Path) -> Path:
     if problem is not None:
         raise CheckpointError(f"{checkpoint}: {problem}", "choose another checkpoint of the run")
     return checkpoint
+
+
+def _filled(recipe: Recipe) -> dict[str, Any]:
+    """The recipe with every option of its methods: one that is written at its default changes nothing."""
+    dumped = recipe.model_dump(mode="json")
+    section = recipe.adapter
+    dumped["adapter"]["options"] = asdict(section.typed_options())
+    for kept, override in zip(dumped["adapter"]["overrides"], section.overrides, strict=True):
+        if not override.skip:
+            kept["options"] = asdict(section.config(override).options)
+    return dumped
 
 
 _ABSENT = object()

@@ -92,8 +92,18 @@ def test_starts_with_a_ratio_of_exactly_one(weight):
     """m / n is 1 to the last bit: MAP over DoRA divides what is left of m / n - 1 by its own norm."""
     for base_name in ("dense-fp32", "nf4-dq", "int8"):
         adapter = make_adapter("dora", make_base(base_name, weight))
-        row = adapter.effective(adapter.base.dense(torch.float32)).row
+        noted = adapter.note(adapter.trained(), adapter.fixed(), adapter.base.dense(torch.float32))
+        row = adapter.factors(adapter.trained(), (*adapter.fixed(), *noted)).row
         assert torch.equal(row, torch.ones(OUT))
+
+
+def test_merged_into_another_weight_rows_have_norm_m(weight):
+    """DoRA of the weight that is merged into, as PEFT's over it would be: not the trained base's norms over it."""
+    adapter = trained_away_from_start(make_adapter("dora", make_base("nf4", weight)))
+    norms = torch.linalg.norm(adapter.merged(weight), dim=1)
+    torch.testing.assert_close(norms, adapter.m.detach().abs(), rtol=1e-5, atol=1e-6)
+    used = torch.linalg.norm(adapter.merged(adapter.base.dense(torch.float32)), dim=1)
+    torch.testing.assert_close(used, adapter.m.detach().abs(), rtol=1e-5, atol=1e-6)
 
 
 def test_magnitude_starts_at_the_row_norms_of_the_weight_that_is_used(weight):

@@ -120,7 +120,7 @@ def test_resume_allows(change: dict[str, dict[str, object]]) -> None:
     [
         ({"train": {"learning_rate": 0.5}}, "train.learning_rate: was 0.0002, now 0.5"),
         ({"train": {"seed": 3}}, "train.seed: was 0, now 3"),
-        ({"adapter": {"options": {"eps": 0.1}}}, "adapter.options.eps: was absent, now 0.1"),
+        ({"adapter": {"options": {"eps": 0.1}}}, "adapter.options.eps: was 1e-06, now 0.1"),
         (
             {"data": {"train": [{"path": "/other.jsonl"}]}},
             'data.train[0].path: was "/data/train.jsonl", now "/other.jsonl"',

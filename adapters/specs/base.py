@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
+
+from annotated_types import Ge, Gt
 
 Shapes = dict[str, tuple[int, ...]]
+
+# what a number among the options may be: every one has a bound, and none may be nan or infinite (see Options)
+Positive = Annotated[float, Gt(0)]
+NotNegative = Annotated[float, Ge(0)]
+Count = Annotated[int, Ge(1)]
+CountOrZero = Annotated[int, Ge(0)]  # seeds, too
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,9 +90,13 @@ def count(shapes: Shapes) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Base of every method's options: keys that the method does not have are refused."""
+    """Base of every method's options: keys that the method does not have are refused, and nan and inf."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+    __pydantic_config__: ClassVar[dict[str, Any]] = {
+        "extra": "forbid",
+        "strict": True,
+        "allow_inf_nan": False,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +134,15 @@ def inner_config(config: AdapterConfig) -> AdapterConfig:
     """A wrapper's config -> that of the method under it, on the same layer."""
     options = inner_options(config.options.over, config.options.inner)
     return replace(config, method=config.options.over, options=options)
+
+
+def inner_refusal(out: int, in_: int, config: AdapterConfig, quantizes: bool) -> str:
+    """`AdapterSpec.refusal` of a wrapper: that of the method under it, with the key where it is written."""
+    from decompft.adapters.spec import spec_of  # which is made of the files that import this one
+
+    inner = inner_config(config)
+    refusal = spec_of(inner).refusal(out, in_, inner, quantizes)
+    return refusal.replace("adapter.options.", "adapter.options.inner.", 1)
 
 
 def doc(text: str, default: Any) -> Any:

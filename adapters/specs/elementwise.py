@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from decompft.adapters.specs.base import AdapterSpec, Options, doc, low_rank, names
+from decompft.adapters.specs.base import AdapterSpec, Options, Positive, doc, low_rank, names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +13,7 @@ class HiraOptions(Options):
     """Options of `adapter.method: hira`."""
 
     scaling: Literal["alpha/r", "rslora"] = doc("s = alpha/rank, or alpha/sqrt(rank)", "alpha/r")
-    lr_ratio: float = doc("learning rate of B over that of A", 1.0)
+    lr_ratio: Positive = doc("learning rate of B over that of A", 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,11 @@ class LieraOptions(HiraOptions):
     """Options of `adapter.method: liera`."""
 
     order: Literal["first", "exact"] = doc("first: W o (1 + s B A); exact: W o exp(s B A)", "first")
-    clamp: float = doc("exact: s B A is held within +-clamp, so that exp stays a bfloat16 number", 8.0)
+    clamp: Positive = doc("exact: s B A is held within +-clamp, so that exp stays a bfloat16 number", 8.0)
+
+    def __post_init__(self) -> None:
+        if self.order != "exact" and self.clamp != 8.0:
+            raise ValueError("clamp has no effect without order: exact")
 
 
 SPECS = (

@@ -8,8 +8,10 @@ from typing import Literal
 from decompft.adapters.specs.base import (
     AdapterConfig,
     AdapterSpec,
+    CountOrZero,
     NoOptions,
     Options,
+    Positive,
     Shapes,
     doc,
     low_rank,
@@ -49,17 +51,17 @@ class MosloraOptions(Options):
 class VeraOptions(Options):
     """Options of `adapter.method: vera`."""
 
-    seed: int = doc("of the frozen random matrices, which are in no file", 0)
-    d_init: float = doc("every entry of d at the start", 0.1)
+    seed: CountOrZero = doc("of the frozen random matrices, which are in no file", 0)
+    d_init: Positive = doc("every entry of d at the start", 0.1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeloraOptions(Options):
     """Options of `adapter.method: delora`."""
 
-    lambda_init: float = doc("bound of the update's norm at the start", 15.0)
-    eps: float = doc("least norm that a row of A or a column of B is divided by", 1e-4)
-    lambda_lr_ratio: float = doc("learning rate of lam over that of A and B", 1.0)
+    lambda_init: Positive = doc("bound of the update's norm at the start", 15.0)
+    eps: Positive = doc("least norm that a row of A or a column of B is divided by", 1e-4)
+    lambda_lr_ratio: Positive = doc("learning rate of lam over that of A and B", 1.0)
 
 
 def _trilora(out: int, in_: int, config: AdapterConfig) -> Shapes:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
-from annotated_types import Ge
-
-from decompft.adapters.specs.base import AdapterConfig, AdapterSpec, Options, Shapes, doc, low_rank
+from decompft.adapters.specs.base import (
+    AdapterConfig,
+    AdapterSpec,
+    Count,
+    Options,
+    Positive,
+    Shapes,
+    doc,
+    low_rank,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,11 +22,11 @@ class LoraOptions(Options):
     """Options of `adapter.method: lora`."""
 
     scaling: Literal["alpha/r", "rslora"] = doc("s = alpha/rank, or alpha/sqrt(rank)", "alpha/r")
-    lr_ratio: float = doc("learning rate of B over that of A (LoRA+; 16 is usual)", 1.0)
+    lr_ratio: Positive = doc("learning rate of B over that of A (LoRA+; 16 is usual)", 1.0)
     init: Literal["kaiming", "loftq"] = doc(
         "A and B at the start: Kaiming-uniform and 0, or LoftQ's answer to what quantization lost", "kaiming"
     )
-    loftq_iterations: Annotated[int, Ge(1)] = doc(
+    loftq_iterations: Count = doc(
         "of init: loftq; from the second on the quantized base changes, too", 1
     )
 

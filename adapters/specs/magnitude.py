@@ -9,11 +9,15 @@ from typing import Any, Literal
 from decompft.adapters.specs.base import (
     AdapterConfig,
     AdapterSpec,
+    CountOrZero,
+    NotNegative,
+    Positive,
     Shapes,
     WrapperOptions,
     doc,
     inner_config,
     inner_options,
+    inner_refusal,
 )
 
 # those that add up @ down to the base and have no tensor named a or b; and DoRA
@@ -27,19 +31,19 @@ class MapOptions(WrapperOptions):
     """Options of `adapter.method: map`."""
 
     over: Over = doc("the method whose change of the weight is D", "lora")
-    eps: float = doc("added to both norms, as in the equation", 1e-6)
+    eps: Positive = doc("added to both norms, as in the equation", 1e-6)
     b_init: float = doc("magnitude of the update at the start (b0)", 1.0)
-    b_warmup_steps: int = doc(
+    b_warmup_steps: CountOrZero = doc(
         "steps over which the update's magnitude is raised linearly to b; 0 is the equation", 0
     )
-    settle_norm: float = doc(
+    settle_norm: NotNegative = doc(
         "while N(D) is below this, what keeps D at 0 in the beginning (B) is left out of gradient clipping and "
         "its gradient is scaled by (N(D) + eps) / settle_norm, so that the 1/eps slope at D = 0 does not poison "
         "the optimizer's second moment; 0 turns both off",
         1e-3,
     )
-    lr_ratio: float = doc("learning rate of B over that of A, times the inner method's own", 1.0)
-    magnitude_lr_ratio: float = doc("learning rate of a and b over that of A", 1.0)
+    lr_ratio: Positive = doc("learning rate of B over that of A, times the inner method's own", 1.0)
+    magnitude_lr_ratio: Positive = doc("learning rate of a and b over that of A", 1.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,5 +87,6 @@ SPECS = (
         zero_grad_at_start=lambda config: (*_inner(config, "zero_grad_at_start"), "b"),
         num_columns=lambda out, in_, config: _inner(config, "num_columns", out, in_),
         keeps_output=lambda config: _inner(config, "keeps_output"),
+        refusal=inner_refusal,
     ),
 )

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from decompft.adapters.specs.base import AdapterConfig, AdapterSpec, WrapperOptions, doc, inner_config
+from decompft.adapters.specs.base import (
+    AdapterConfig,
+    AdapterSpec,
+    NotNegative,
+    WrapperOptions,
+    doc,
+    inner_config,
+    inner_refusal,
+)
 
 # not AdaLoRA, which has MPC_o as a part of it; not LieRA, whose change of the weight is of no low rank; not mpc_n,
 # which is the third of these
@@ -20,7 +28,7 @@ class MpcOptions(WrapperOptions):
     """Options of `adapter.method: mpc_o` and `mpc_d`."""
 
     over: Over = doc("the method whose A and B are regularised", "lora")
-    weight: float = doc(
+    weight: NotNegative = doc(
         "factor of the term in the loss of a step; the paper does not state it (1e-3 to 1)", 0.1
     )
     power: Literal[1, 2] = doc("of both Frobenius norms; 2 is the paper's, 1 that of its code for AdaLoRA", 2)
@@ -48,6 +56,7 @@ def _spec(name: str, title: str) -> AdapterSpec:
         zero_grad_at_start=names("zero_grad_at_start"),
         num_columns=shapes("num_columns"),
         keeps_output=names("keeps_output"),
+        refusal=inner_refusal,
     )
 
 

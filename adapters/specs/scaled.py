@@ -10,6 +10,7 @@ from decompft.adapters.specs.base import (
     AdapterSpec,
     NoOptions,
     Options,
+    Positive,
     Shapes,
     doc,
     low_rank,
@@ -22,8 +23,8 @@ class DoraOptions(Options):
     """Options of `adapter.method: dora`."""
 
     scaling: Literal["alpha/r", "rslora"] = doc("s = alpha/rank, or alpha/sqrt(rank)", "alpha/r")
-    lr_ratio: float = doc("learning rate of B over that of A", 1.0)
-    magnitude_lr_ratio: float = doc("learning rate of m over that of A", 1.0)
+    lr_ratio: Positive = doc("learning rate of B over that of A", 1.0)
+    magnitude_lr_ratio: Positive = doc("learning rate of m over that of A", 1.0)
 
 
 def _l_in(out: int, in_: int, config: AdapterConfig) -> Shapes:

@@ -3,40 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
-
-from annotated_types import Ge
+from typing import Literal
 
 from decompft.adapters.specs.base import (
     AdapterConfig,
     AdapterSpec,
+    Count,
+    CountOrZero,
     NoOptions,
     Options,
+    Positive,
     Shapes,
     doc,
     low_rank,
     names,
 )
 
-Positive = Annotated[int, Ge(1)]
-
 
 @dataclass(frozen=True, kw_only=True)
 class SpecloraOptions(Options):
     """Options of `adapter.method: speclora`."""
 
-    k: Positive = doc("leading singular directions that are rescaled; a matrix with fewer gives all", 8)
+    k: Count = doc("leading singular directions that are rescaled; a matrix with fewer gives all", 8)
     spec_mode: Literal["multiplicative", "additive"] = doc(
         "what m changes: S_i (1 + m_i), or S_i + m_i", "multiplicative"
     )
-    m_lr_ratio: float = doc("learning rate of m over that of A and B", 10.0)
+    m_lr_ratio: Positive = doc("learning rate of m over that of A and B", 10.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SvftOptions(Options):
     """Options of `adapter.method: svft`."""
 
-    k: Annotated[int, Ge(0)] = doc(
+    k: CountOrZero = doc(
         "leading singular directions that M (k, k) mixes; 0 is all, whose U and V are as large as the weight",
         64,
     )
@@ -45,7 +44,7 @@ class SvftOptions(Options):
         "(square layers only)",
         "plain",
     )
-    off_diag: Positive | None = doc(
+    off_diag: Count | None = doc(
         "diagonals on either side of the main one in a band; random and top_k train as many entries; default 2",
         None,
     )

@@ -250,7 +250,7 @@ def _hub() -> Finding:
     names = [n for n in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE") if _is_on(n)]
     where = f"cache {hub_cache(os.environ)}"
     if names:
-        fix = "right for a compute node without a network; run `decompft fetch RECIPE` where there is one"
+        fix = "right for a compute node without a network; run `hf download MODEL` where there is one"
         return Finding(name="hub", state="warn", text=f"offline by {', '.join(names)}; {where}", fix=fix)
     token = "HF_TOKEN is set" if os.environ.get("HF_TOKEN") else "no HF_TOKEN: gated models are refused"
     return Finding(name="hub", state="ok", text=f"{where}; {token}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from decompft.adapters.inject import adapters
@@ -134,7 +135,7 @@ def open_adapter(folder: Path, *, base: str | None, say: Callable[[str], None]) 
         ModelError: the base is not here.
     """
     tensors, description = load_adapter(folder)
-    model = ModelSection.model_validate_json(json.dumps(description["model"]))
+    model, quantization, adapter = _sections(folder, description)
     if base is not None:
         kept = model.revision if base == model.id else "main"
         weights = "checkpoint" if model.config is not None else model.weights
@@ -145,8 +146,8 @@ def open_adapter(folder: Path, *, base: str | None, say: Callable[[str], None]) 
         folder=folder,
         tensors=tensors,
         model=model,
-        quantization=QuantizationSection.model_validate_json(json.dumps(description["quantization"])),
-        adapter=AdapterSection.model_validate_json(json.dumps(description["adapter"])),
+        quantization=quantization,
+        adapter=adapter,
         seed=description["seed"],
         formats=tuple(description["data_formats"]),
         step=description.get("step"),  # an adapter that was not trained here has none
@@ -154,6 +155,32 @@ def open_adapter(folder: Path, *, base: str | None, say: Callable[[str], None]) 
         base_hash=description["base"]["sha256"],
         tokens=tuple(TrainedToken(**token) for token in description.get("tokens", ())),
     )
+
+
+def _sections(
+    folder: Path, description: dict[str, Any]
+) -> tuple[ModelSection, QuantizationSection, AdapterSection]:
+    """The recipe's sections that adapter.json carries.
+
+    Raises:
+        AdapterError: a method, option or key that this version does not know.
+    """
+    try:
+        return (
+            ModelSection.model_validate_json(json.dumps(description["model"])),
+            QuantizationSection.model_validate_json(json.dumps(description["quantization"])),
+            AdapterSection.model_validate_json(json.dumps(description["adapter"])),
+        )
+    except (KeyError, ValidationError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else _first(error)
+        raise AdapterError(
+            f"{folder}/adapter.json: {what}", "update decompft, if a newer one wrote it"
+        ) from error
+
+
+def _first(error: ValidationError) -> str:
+    found = error.errors()[0]
+    return f"{'.'.join(map(str, found['loc']))}: {found['msg']}"
 
 
 def _bare(base: str | None, engine: Engine, progress: Progress, say: Callable[[str], None]) -> Loaded:

@@ -60,6 +60,9 @@ def import_peft(folder: Path, out: Path, *, base: str | None, say: Callable[[str
         raise UserError(f"{out}: exists already", "name a new folder with --out")
     peft = open_peft(folder)
     model = _model(peft, base)
+    named = peft.config.get("base_model_name_or_path")
+    if base is not None and named and base != named:
+        say(f"the PEFT config was saved over {named}; that {base} is the same model cannot be checked")
     model_dir = _base_folder(model, base, say)
     quantization = _quantization(model_dir)
     bare = outline_of(model, quantization, None, model_dir)
