@@ -40,7 +40,9 @@ class LaunchedAdapter(Adapter):
         return {**zeros, "A": kaiming_uniform(self.shapes["A"], generator)}
 
     def directions(self, weight: Tensor, A: Tensor, B: Tensor, cached: Cached) -> dict[str, Tensor]:
-        """The directions T in the order of their scores: indices (k,), U (k, out), S (k,), V (k, in).
+        """The directions T in the order of their scores: indices and scores (k,), U (k, out), S (k,), V (k, in).
+
+        Scores that are all 0 say nothing: B has not moved.
 
         Args:
             weight: the full-precision one, float32 (out, in); A and B whole, on its device.
@@ -53,9 +55,9 @@ class LaunchedAdapter(Adapter):
         found = cached("full", min(weight.shape), make)
         U_PO, S_P, V_PI = found["U"], found["S"], found["V"]
         score = scores(U_PO, S_P, V_PI, A, B, s=scaling(self.config), eps=self.config.options.eps)
-        indices = score.topk(self.fixed_shapes["indices"][0]).indices
+        best, indices = score.topk(self.fixed_shapes["indices"][0])
         chosen = {"U": U_PO[indices], "S": S_P[indices], "V": V_PI[indices]}
-        return {"indices": indices.float(), **chosen}
+        return {"indices": indices.float(), "scores": best, **chosen}
 
     def launched(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Trained tensors and buffers that the second phase begins with, by name.

@@ -93,8 +93,8 @@ class LieraLinear(Adapter):
         if not self.is_exact:
             return D, None
         limit = self.config.options.clamp
-        slope = D.clamp(-limit, limit).exp_()
-        return slope - 1, torch.where(D.abs() <= limit, slope, 0)
+        E = torch.expm1(D.clamp(-limit, limit))  # exp(D) - 1 would lose a small D
+        return E, torch.where(D.abs() <= limit, E + 1, 0)
 
     def forward(self, x: Tensor) -> Tensor:
         dropped = None

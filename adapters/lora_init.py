@@ -45,8 +45,7 @@ class LoraInitLinear(LaunchedAdapter):
         weight: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         assert grads.up is not None and grads.down is not None
-        r = self.config.rank
-        return grads.down[:r], grads.up[:, :r]
+        return grads.down[: self.config.rank], self._of_B(grads.up)
 
     def launched(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         r = self.config.rank
@@ -82,7 +81,13 @@ class LoraInitLinear(LaunchedAdapter):
         if self.rewrites_base:
             return [B], [A]
         A0, B0 = fixed[:2]
-        return [B, B0], [A, -A0]
+        # B A - B0 A0 from differences in float32: as two products rounded apart, a small step would be lost
+        return [B, B - B0], [A - A0, A0]
+
+    def _of_B(self, up: Tensor) -> Tensor:
+        """The gradient of B from that of the columns of `_parts`."""
+        r = self.config.rank
+        return up[:, :r] if self.rewrites_base else up[:, :r] + up[:, r : 2 * r]
 
 
 class LoraTsdLinear(LoraInitLinear):
@@ -108,9 +113,9 @@ class LoraTsdLinear(LoraInitLinear):
         weight: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         assert grads.up is not None and grads.down is not None
-        r, k = self.config.rank, trained[2].shape[0]
+        k = trained[2].shape[0]
         dc = torch.sum(grads.up[:, -k:] * fixed[2], dim=0)
-        return grads.down[:r], grads.up[:, :r] * scaling(self.config), dc
+        return grads.down[: self.config.rank], self._of_B(grads.up) * scaling(self.config), dc
 
     def launched(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         k = self.shapes["c"][0]

@@ -47,10 +47,10 @@ class Map(Adapter):
         self._update_norm: Tensor | None = None
 
     def magnitudes(self, facts: Facts) -> dict[str, Tensor]:
-        """a, b and `base_norm` at the start."""
+        """a, b and `base_norm` at the start; over a weight of zeros a is eps, so that a / (N(W) + eps) is 1, too."""
         norm = torch.tensor([float(facts["frobenius_norm"])], dtype=torch.float32)
         b = torch.tensor([self.config.options.b_init], dtype=torch.float32)
-        return {"a": norm.clone(), "b": b, "base_norm": norm}
+        return {"a": norm.clamp_min(self.config.options.eps), "b": b, "base_norm": norm}
 
     def on_step(self, step: int) -> None:
         steps = self.config.options.b_warmup_steps

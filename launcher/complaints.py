@@ -160,8 +160,12 @@ def _method(path: KeyPath, value: dict[str, Any]) -> str:
             place = value["adapter"]["overrides"][number]
         case _:
             return ""
-    default = value["adapter"].get("method", AdapterSection.model_fields["method"].default)
-    method, given = place.get("method", default), place.get("options", {})
+    section = value["adapter"]
+    default = section.get("method", AdapterSection.model_fields["method"].default)
+    method, given = place.get("method") or default, place.get("options", {})
+    kept = section.get("options") if method == default else None  # an override's are added to the section's
+    if below and isinstance(kept, dict):
+        given = kept | given
     for step in below:
         kind = ADAPTER_SPECS[method].options
         if step != "inner" or not issubclass(kind, WrapperOptions):

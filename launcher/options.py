@@ -29,7 +29,16 @@ def options_of(method: str, options: Mapping[str, Any]) -> Any:
     try:
         return replace(made, inner=asdict(options_of(made.over, inner)))
     except ValidationError as error:
-        raise ValidationError.from_exception_data(error.title, [_inside(d) for d in error.errors()]) from None
+        raise below(error, "inner") from None
+
+
+def below(error: ValidationError, *steps: str | int) -> ValidationError:
+    """The same errors, as many steps further down in the recipe."""
+    found = [
+        InitErrorDetails(type=d["type"], loc=(*steps, *d["loc"]), input=d["input"], ctx=d.get("ctx", {}))
+        for d in error.errors()
+    ]
+    return ValidationError.from_exception_data(error.title, found)
 
 
 def _validated(method: str, options: Mapping[str, Any]) -> Any:
@@ -40,10 +49,3 @@ def _validated(method: str, options: Mapping[str, Any]) -> Any:
 @cache
 def _checker(method: str) -> TypeAdapter[Any]:
     return TypeAdapter(ADAPTER_SPECS[method].options)
-
-
-def _inside(detail: Any) -> InitErrorDetails:
-    """The same error, one step further down."""
-    return InitErrorDetails(
-        type=detail["type"], loc=("inner", *detail["loc"]), input=detail["input"], ctx=detail.get("ctx", {})
-    )

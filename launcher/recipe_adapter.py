@@ -7,7 +7,7 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from decompft.adapters.spec import ADAPTER_SPECS, UNSUPPORTED, AdapterConfig
-from decompft.launcher.options import options_of
+from decompft.launcher.options import below, options_of
 from decompft.launcher.recipe_section import Names, Section
 
 
@@ -103,11 +103,7 @@ class AdapterSection(Section):
             try:
                 self.config(override)
             except ValidationError as error:
-                first = error.errors()[0]
-                key = ".".join(map(str, first["loc"]))
-                raise ValueError(
-                    f"overrides[{number}].options.{key}: {first['msg']} (for method {self.method})"
-                ) from error
+                raise below(error, "overrides", number, "options") from None
         return self
 
     def typed_options(self) -> Any:

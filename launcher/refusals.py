@@ -113,7 +113,8 @@ def refuse_shape(work: Workload) -> None:
         PlanError: with the layer, and what it can take.
     """
     recipe = work.recipe
-    name, out, in_, config = min(work.adapted, key=lambda x: min(x[1], x[2]) - x[3].rank)
+    ranked = [x for x in work.adapted if has_rank(x[3])] or list(work.adapted)
+    name, out, in_, config = min(ranked, key=lambda x: min(x[1], x[2]) - x[3].rank)
     rank, last = config.rank, name.rpartition(".")[2]
     if has_rank(config) and rank > min(out, in_):
         raise PlanError(

@@ -6,12 +6,16 @@ import pytest
 import torch
 from peft import AdaLoraConfig, get_peft_model
 from peft.tuners.adalora.layer import RankAllocator
+from planning import CPU, DENSE, TINY, make
+from pydantic import ValidationError
 from test_adapter_contract import RANK, config_of, make_base, start, trained_away_from_start
 from torch import nn
 
 from decompft.adapters.allocation import budget, keep_largest, window
 from decompft.adapters.inject import make_adapter
 from decompft.adapters.spec import ADAPTER_SPECS, AdapterConfig
+from decompft.launcher.errors import PlanError
+from decompft.launcher.options import options_of
 from decompft.launcher.worker.engines.base import Engine
 from decompft.launcher.worker.phase_budget import Budget
 from decompft.launcher.worker.running import Running
@@ -243,3 +247,20 @@ def test_warmups_are_steps_or_shares():
 def test_counts():
     config = config_of("adalora")
     assert ADAPTER_SPECS["adalora"].num_params(24, 128, config) == RANK * (24 + 128) + RANK
+
+
+def test_a_target_of_no_direction_is_refused():
+    """All masks 0: the adapter would be its base."""
+    with pytest.raises(ValidationError, match="greater than or equal to 1"):
+        options_of("adalora", {"target_rank": 0})
+
+
+def test_a_target_above_the_rank_is_refused_with_ones_that_work():
+    def planned(target):
+        adapter = {"method": "adalora", "rank": 8, "options": {"target_rank": target}}
+        return make(CPU, TINY, **DENSE, adapter=adapter)
+
+    with pytest.raises(PlanError, match=r"target_rank: ranks only shrink, and 12 is more than .*rank 8") as error:
+        planned(12)
+    assert error.value.hint == "use target_rank <= 8, or adapter.rank >= 12"
+    assert planned(8).num_adapter_params

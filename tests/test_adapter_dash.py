@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 from test_adapter_contract import IN, OUT, RANK, config_of, make_adapter, make_base, trained_away_from_start
 
 from decompft.adapters import spectra
 from decompft.adapters.launched import scores
 from decompft.adapters.spec import ADAPTER_SPECS, AdapterConfig
+from decompft.launcher.options import options_of
 
 S = 8.0 / RANK
 K = 8
@@ -121,3 +123,18 @@ def test_a_matrix_adds_eight_numbers_to_loras():
 def test_a_matrix_smaller_than_the_number_of_directions_has_all_of_them():
     config = config_of("lora_dash", num_directions=100)
     assert ADAPTER_SPECS["lora_dash"].tensors(OUT, IN, config)["c"] == (OUT,)
+
+
+def test_an_update_that_is_still_zero_scores_zero_everywhere(weight):
+    """What a run stops at: B is 0."""
+    adapter = make_adapter("lora_dash", make_base("nf4", weight))
+    assert not launch(adapter, weight)["scores"].any()
+    assert launch(trained_away_from_start(adapter), weight)["scores"].all()
+
+
+@pytest.mark.parametrize("method", ["lora_dash", "lora_init", "lora_tsd"])
+def test_the_switch_is_not_before_a_warmups_second_step(method):
+    """The first has learning rate 0."""
+    with pytest.raises(ValidationError, match="start_step\n.*greater than or equal to 2"):
+        options_of(method, {"start_step": 1})
+    assert options_of(method, {"start_step": 2}).start_step == 2

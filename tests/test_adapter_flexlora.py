@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from planning import CPU, DENSE, TINY, make
 from test_adapter_contract import RANK, config_of, make_base, start, trained_away_from_start
 
 from decompft.adapters.allocation import entropy, exchange, num_exchanged, window
 from decompft.adapters.inject import make_adapter
+from decompft.launcher.errors import PlanError
 from decompft.launcher.worker.engines.base import Engine
 from decompft.launcher.worker.phase_exchange import Exchange
 from decompft.launcher.worker.running import Running
@@ -120,3 +122,23 @@ def test_an_exchange_between_two_steps(weight, x):
     layers["b"].zero_grad()
     b(x).square().sum().backward()
     assert b.e.grad[4] != 0, "the new direction learns"
+
+
+@pytest.mark.parametrize(
+    ("rank", "options", "instead"),
+    [
+        (8, {"spare_rank": 25}, "use spare_rank <= 24, or adapter.rank <= 16 without spare_rank"),
+        (24, {}, "use spare_rank <= 8, or adapter.rank <= 16"),
+        (32, {}, "use adapter.rank <= 16"),
+    ],
+)
+def test_more_directions_than_a_matrix_has_are_refused(rank, options, instead):
+    """k_proj of the tiny model is 32 x 64."""
+
+    def planned(rank, options):
+        return make(CPU, TINY, **DENSE, adapter={"method": "flexlora", "rank": rank, "options": options})
+
+    with pytest.raises(PlanError, match=r"spare_rank: .* more than a matrix of 32 x 64 has") as error:
+        planned(rank, options)
+    assert error.value.hint == instead
+    assert planned(8, {"spare_rank": 24}).num_adapter_params and planned(16, {}).num_adapter_params

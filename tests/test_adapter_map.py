@@ -140,3 +140,26 @@ def test_parameter_counts_of_the_papers():
     # LLaMA-7B q, k, v, up, down: 160 matrices, 320 scalars more than LoRA
     shapes = [(4096, 4096)] * 3 + [(11008, 4096), (4096, 11008)]
     assert 32 * sum(count(o, i, 16) - count(o, i, 16, "lora") for o, i in shapes) == 320
+
+
+@pytest.mark.parametrize("base_name", ["dense-bf16", "nf4", "int8"])
+def test_a_small_change_of_a_reaches_a_bfloat16_product(base_name, weight):
+    """a / N(W) rounded to bfloat16, or times weights on its grid and rounded again, would be 1 up to 1 + 1/256."""
+    adapter = make_adapter("map", make_base(base_name, weight))
+    many = torch.randn(4000, IN, generator=torch.Generator().manual_seed(8)).bfloat16()
+    exact = many.double() @ adapter.base.dense(torch.float64).T
+    with torch.no_grad():
+        gains = []
+        for factor in (1.0, 1.002):
+            adapter.a.copy_(adapter.base_norm * factor)
+            y = adapter(many).double() - (0 if adapter.base.bias is None else adapter.base.bias.bfloat16().double())
+            gains.append(torch.sum(y * exact) / torch.sum(exact * exact))
+    assert (gains[1] / gains[0]).item() == pytest.approx(1.002, abs=2e-4)
+
+
+def test_over_a_weight_of_zeros_nothing_is_divided_by_zero(weight, x):
+    adapter = trained_away_from_start(make_adapter("map", make_base("nf4", 0 * weight)))
+    start = make_adapter("map", make_base("dense-fp32", 0 * weight))
+    for layer in (adapter, start):
+        layer(x.requires_grad_(True)).square().sum().backward()
+        assert all(p.grad.isfinite().all() for p in layer.parameters(recurse=False))

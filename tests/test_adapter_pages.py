@@ -36,7 +36,10 @@ def of_base(name: str) -> str:
         "full_weight": "factors of the full-precision weight",
         "zero_fraction": "every weight, each step",
     }
-    return ", ".join(words[n] for n in spec_of(config).needs(config)) or "products"
+    found = [words[n] for n in spec_of(config).needs(config)]
+    if "start_step" in {f.name for f in dataclasses.fields(spec.options)}:
+        found.append("all singular vectors of the full-precision weight, at step t")
+    return ", ".join(found) or "products"
 
 
 def table() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, NF4, built, saved, section
+from test_adapter_contract import VARIANTS
+from tiny_models import FAMILIES, PLAIN, built, saved, section, single
 
+from decompft.adapters.inject import adapters
 from decompft.launcher.cli import main as cli
 from decompft.launcher.errors import AdapterError, DecompftError, ModelError, UserError
 from decompft.launcher.recipe import AdapterSection
 from decompft.launcher.worker.checkpoint import save_adapter
 from decompft.launcher.worker.inspecting.layers import layers_of
 from decompft.launcher.worker.modelfiles import identity
+from decompft.launcher.worker.state import place_adapter
 from decompft.launcher.worker.tools import inspect, inspect_adapter, inspect_weights
 
 Capture = pytest.CaptureFixture[str]
@@ -39,7 +43,7 @@ def adapter_over(base: Path, folder: Path, **fields: Any) -> tuple[Path, dict[st
         "adapter": given.model_dump(mode="json", exclude_unset=True),
         "formulas": {"lora": {"title": "a formula", "source": "a paper", "is_reading": False}},
         "model": section(base).model_dump(mode="json"),
-        "quantization": NF4.model_dump(mode="json"),
+        "quantization": PLAIN.model_dump(mode="json"),
         "seed": 0,
         "base": identity(base) | {"id": str(base)},
         "data_formats": ["text"],
@@ -210,6 +214,117 @@ def test_an_adapter_is_told_from_its_folder_alone(method: str, tmp_path: Path, c
         assert found["std"] == pytest.approx(dense.std(correction=0).item(), rel=1e-5)
         assert found["norm"] == pytest.approx(dense.norm().item(), rel=1e-5)
         assert found["top"] == pytest.approx(torch.linalg.svdvals(dense)[:4].tolist(), rel=1e-5)
+
+
+# by the contract's name of the method: what the caption says, and None for methods that add nothing of low rank
+FACTOR, EXPONENT = "s B A, the factor's change: W o (1 + s B A)", "s B A, the exponent: W o exp(s B A)"
+PART = "s B A"  # of what reads the base, rewrites it, or is nonlinear
+SCALED = "dW without the base's scale"
+OTHER_THAN_DW: dict[str, str | None] = {
+    **dict.fromkeys(["liera", "hira"], FACTOR),
+    "liera-exact": EXPONENT,
+    **dict.fromkeys(["dora", "map-dora", "mpc_n", "pissa", "pissa-exact", "milora", "olora"], PART),
+    **dict.fromkeys(["map", "map-trilora", "map-flora"], SCALED),
+    **dict.fromkeys(["bitfit", "ssl", "ssb", "ia3"], None),
+}
+
+
+def numbers_in(value: Any) -> list[float]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [number for item in value for number in numbers_in(item)]
+    return [value] if isinstance(value, (int, float)) else []
+
+
+def layers_in_place(base: Path, given: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The adapted layers of a whole model with these tensors, as they would run."""
+    made = built(
+        section(base), adapter=AdapterSection(**{"method": "lora", "rank": 4, "alpha": 8.0, **given})
+    )
+    place_adapter({**made.trained, **made.buffers}, tensors, single())
+    found = dict(adapters(made.model.model))
+    for layer in found.values():
+        layer.on_step(4)
+    return found
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_method_is_told_and_its_norms_are_those_of_the_dense_change(
+    variant: str, llama: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    method, options = VARIANTS[variant]
+    given = {"method": method, "options": options, "targets": ["q_proj", "down_proj"]}
+    folder, tensors = adapter_over(llama, tmp_path / "adapter", **given)
+    report = adapter_json(capsys, str(folder))
+    inspect_adapter.main([str(folder), "--all"])
+    assert "layers.1.self_attn.q_proj" in (printed := capsys.readouterr()).out and not printed.err
+    assert len(report["layers"]) == 4
+    assert all(math.isfinite(number) for number in numbers_in(report))
+    in_place = layers_in_place(llama, given, tensors)
+    for row in report["layers"]:
+        layer = in_place[row["name"]]
+        assert row["meaning"] == OTHER_THAN_DW.get(variant, "dW")
+        assert (row["product"] is None) == (row["meaning"] is None)
+        if row["meaning"] in (FACTOR, EXPONENT):
+            change = 2.0 * layer.B.detach().double() @ layer.A.detach().double()  # alpha / rank = 2
+        elif row["meaning"] == "dW":
+            weight = layer.base.dense(torch.float64)
+            change = layer.merged(weight).double() - weight
+        else:
+            continue
+        assert (row["out_features"], row["in_features"]) == tuple(change.shape)
+        assert row["product"]["norm"] == pytest.approx(change.norm().item(), rel=1e-5) != 0
+        assert row["product"]["std"] == pytest.approx(change.std(correction=0).item(), rel=1e-5)
+
+
+def test_methods_mixed_by_overrides_are_each_told(llama: Path, tmp_path: Path, capsys: Capture) -> None:
+    methods = {"q_proj": "liera", "k_proj": "hira", "v_proj": "vera", "o_proj": "bitfit", "up_proj": "dora"}
+    given = {"overrides": [{"targets": name, "method": method} for name, method in methods.items()]}
+    folder, tensors = adapter_over(llama, tmp_path / "adapter", **given)
+    report = adapter_json(capsys, str(folder))
+    inspect_adapter.main([str(folder)])
+    assert FACTOR in " ".join(capsys.readouterr().out.split())
+    assert len(report["layers"]) == 14 and all(math.isfinite(number) for number in numbers_in(report))
+    in_place = layers_in_place(llama, given, tensors)
+    for row in report["layers"]:
+        name = row["name"].rpartition(".")[2]
+        assert row["meaning"] == OTHER_THAN_DW.get(methods.get(name, "lora"), "dW"), name
+        if row["meaning"] == "dW":
+            up, down = in_place[row["name"]].delta()
+            assert row["product"]["norm"] == pytest.approx((up @ down).norm().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_vera_without_its_base_shows_what_it_trained(
+    is_replaced: bool, tmp_path: Path, capsys: Capture
+) -> None:
+    base, _ = saved(tmp_path / "base", FAMILIES["llama"])
+    folder, tensors = adapter_over(base, tmp_path / "adapter", method="vera", targets=["q_proj"])
+    for path in base.iterdir():
+        path.unlink()
+    if is_replaced:  # another model under the same name has other sizes
+        saved(base, {**FAMILIES["llama"], "hidden_size": 128})
+    inspect_adapter.main([str(folder), "--json"])
+    printed = capsys.readouterr()
+    assert "the low-rank part is left out" in printed.err
+    for layer in json.loads(printed.out[printed.out.index("{") :])["layers"]:
+        assert (layer["product"], layer["meaning"]) == (None, None)
+        norm = tensors[f"{layer['name']}.b"].norm().item()
+        assert layer["tensors"]["b"]["norm"] == pytest.approx(norm, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["liera", "vera"])
+def test_tuned_takes_methods_that_have_no_factors_of_their_own(
+    method: str, llama: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    given = {"method": method, "targets": ["down_proj"]}
+    folder, tensors = adapter_over(llama, tmp_path / "adapter", **given)
+    found = weights_json(capsys, str(llama), "--tuned", str(folder), "--layers", "down_proj")
+    for name, layer in layers_in_place(llama, given, tensors).items():
+        weight = layer.base.dense(torch.float64)
+        norm = (layer.merged(weight) - weight).norm().item()
+        assert found[name]["comparison"]["delta_norm"] == pytest.approx(norm, rel=1e-5)
 
 
 def test_overrides_and_modules_trained_whole_are_told_apart(

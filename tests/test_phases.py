@@ -168,6 +168,38 @@ def test_a_run_that_ends_before_the_second_phase_says_so(tmp_path):
     )
 
 
+@pytest.mark.parametrize(("variant", "world"), [*((v, "single") for v in LAUNCHED), ("init-residual", "fsdp")])
+def test_no_second_phase_begins_after_the_last_step_and_a_longer_run_begins_it(tmp_path, variant, world):
+    """lora_init would throw away all that was learned, and dash's c would never train."""
+    short = plan(tmp_path / "short", "short", variant, world, max_steps=3, schedule="constant")
+    whole = plan(tmp_path / "whole", "whole", variant, world, schedule="constant")
+    incarnation = run_ranks(short)
+    run_ranks(whole)
+    assert "end before its second phase" in short.rank_log(incarnation, 0).read_text()
+    tensors, _ = load_adapter(short.path / "adapter")
+    for name, tensor in tensors.items():
+        learned = name.endswith((".A", ".B"))
+        assert bool(tensor.any()) == learned, name
+    rest = plan(tmp_path / "rest", "rest", variant, world, schedule="constant")
+    run_ranks(rest, resume=checkpoint(short, 3))
+    assert losses(rest) == losses(whole)[3:]
+    assert same_adapter(rest, whole)
+
+
+@pytest.mark.parametrize(("variant", "world"), [("dash", "single"), ("init", "ddp")])
+def test_directions_are_not_chosen_while_b_is_zero(tmp_path, variant, world):
+    """A rate so small that B stays 0, as it does under a warm-up; every rank stops, none waits for another."""
+    run = make_run(
+        tmp_path, train={**TRAIN, "learning_rate": 1e-60}, parallel=WORLDS[world],
+        # before the proof of step 3, which would blame the model's wiring
+        adapter={
+            "method": VARIANTS[variant][0], "rank": 4, "alpha": 8.0, "options": {"start_step": 2}
+        },
+    )  # fmt: skip
+    with pytest.raises(AssertionError, match="(?s)B has not moved yet after the 2 steps.*lower train.warmup_steps"):
+        run_ranks(run)
+
+
 def test_warmups_that_leave_no_step_are_refused_in_words(tmp_path):
     run = make_run(
         tmp_path, train=TRAIN,

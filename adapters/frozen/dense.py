@@ -23,6 +23,19 @@ class DenseLinear(FrozenLinear):
     def pack(self, rows: Tensor) -> tuple[Tensor, ...]:
         return (rows.to(self.weight.dtype).contiguous(),)
 
+    def product(
+        self, x_TI: Tensor, storage: tuple[Tensor, ...], scale: Tensor | None, weight: Tensor | None = None
+    ) -> Tensor:
+        if scale is None or weight is not None or x_TI.dtype.itemsize > 2:
+            return super().product(x_TI, storage, scale, weight)
+        # scaled before it is rounded, see linear.py
+        weight = storage[0].to(x_TI.dtype)
+        if x_TI.is_cuda:
+            wide_TO = torch.mm(x_TI, weight.T, out_dtype=torch.float32)  # which only CUDA has
+        else:
+            wide_TO = x_TI.float() @ weight.float().T
+        return torch.mul(wide_TO, scale, out=x_TI.new_empty(wide_TO.shape))
+
     def unpack(self, storage: tuple[Tensor, ...], dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
         weight = storage[0].to(dtype)
         return weight if scale is None else weight * scale.to(dtype)

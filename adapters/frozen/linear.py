@@ -12,7 +12,10 @@ W (col * x) only where `row` is a vector, whose gradient needs it. No gradient o
 round x inside its product (int8 with an outlier threshold): the backward pass is that of the dequantized
 weight all the same. The gradient of a scalar `row` needs no further pass over the weight:
 d row = <dy, W x> = <W^T dy, x>, and W^T dy is computed for dx anyway. d q = <up^T dy, h>.
-Vectors scale in float32: rounded to bfloat16, a scale would bend its whole row, and hide what it has learned.
+Scales multiply in float32: rounded to bfloat16, a scale would bend its whole row. A scalar over a dense bfloat16
+weight scales a float32 product, because that weight, scaled and rounded again, would be what it was for every scale
+nearer to 1 than 1/512. A vector scales W (col * x) as it was rounded: like LoRA's addition, in bfloat16 it hides what
+is less than half a step of an output.
 """
 
 from __future__ import annotations
@@ -104,7 +107,8 @@ class _FrozenLinear(torch.autograd.Function):
             weight = base.unpack(storage, x.dtype)
             noted = thin.note(trained, fixed, weight)
         f = Factors() if thin is None else thin.factors(trained, (*fixed, *noted))
-        is_vector = f.row is not None and f.row.numel() > 1
+        # of one output, too: what `row` is 0 of has a slope there, which the scalar's way divides by it
+        is_vector = f.row is not None and (f.row.numel() > 1 or base.out_features == 1)
         scale = None if is_vector else f.row
         y_TO = base.product(_times(x_TI, f.col), storage, scale, weight)
         y0_TO = None
@@ -164,7 +168,7 @@ def _through_base(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx (T, in) of the base's product, the weight if it was asked for, and the gradients of row and col."""
     row = col = None
-    scale = f.row if f.row is not None and f.row.numel() == 1 else None
+    scale = f.row if y0_TO is None else None
     if y0_TO is not None:
         row = torch.sum(g_TO * y0_TO, 0, dtype=torch.float32)
         g_TO = _times(g_TO, f.row)

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, IsFinite
 
 Shapes = dict[str, tuple[int, ...]]
 
 # what a number among the options may be: every one has a bound, and none may be nan or infinite (see Options)
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
+Finite = IsFinite[float]
 Count = Annotated[int, Ge(1)]
 CountOrZero = Annotated[int, Ge(0)]  # seeds, too
 

@@ -26,9 +26,7 @@ class LoraOptions(Options):
     init: Literal["kaiming", "loftq"] = doc(
         "A and B at the start: Kaiming-uniform and 0, or LoftQ's answer to what quantization lost", "kaiming"
     )
-    loftq_iterations: Count = doc(
-        "of init: loftq; from the second on the quantized base changes, too", 1
-    )
+    loftq_iterations: Count = doc("of init: loftq; from the second on the quantized base changes, too", 1)
 
     def __post_init__(self) -> None:
         if self.init != "loftq" and self.loftq_iterations != 1:

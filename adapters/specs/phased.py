@@ -10,6 +10,8 @@ from annotated_types import Ge, Gt, Lt
 from decompft.adapters.specs.base import AdapterConfig, AdapterSpec, Options, Shapes, doc, low_rank, names
 
 Positive = Annotated[int, Ge(1)]
+# at step 1 of a warm-up the learning rate is 0: B is 0 after it, and points at no direction
+StartStep = Annotated[int, Ge(2)]
 # below 1 a share of the run's optimizer steps, else a number of them
 Steps = Annotated[float, Ge(0)]
 Decay = Annotated[float, Gt(0), Lt(1)]
@@ -19,8 +21,9 @@ Decay = Annotated[float, Gt(0), Lt(1)]
 class AdaLoraOptions(Options):
     """Options of `adapter.method: adalora`; `adapter.rank` is the rank at the start."""
 
-    target_rank: Annotated[int, Ge(0)] | None = doc(
-        "mean rank at the end; default two thirds of adapter.rank, as in the paper", None
+    target_rank: Positive | None = doc(
+        "mean rank at the end, at most adapter.rank; default two thirds of adapter.rank, as in the paper",
+        None,
     )
     init_warmup: Steps = doc("optimizer steps before ranks shrink; below 1 a share of all steps", 0.1)
     final_warmup: Steps = doc("optimizer steps at the end with ranks fixed; below 1 a share", 0.3)
@@ -49,7 +52,7 @@ class FlexLoraOptions(Options):
 class DashOptions(Options):
     """Options of `adapter.method: lora_dash`."""
 
-    start_step: Positive = doc("optimizer steps before the directions are chosen (t)", 100)
+    start_step: StartStep = doc("optimizer steps before the directions are chosen (t)", 100)
     num_directions: Positive = doc("directions a matrix whose coordinates train (s_dir)", 8)
     eps: Annotated[float, Gt(0)] = doc("added to a singular value under a score", 1e-6)
     coordinate_lr_ratio: float = doc("learning rate of c over that of A and B", 1.0)
@@ -59,7 +62,7 @@ class DashOptions(Options):
 class LoraInitOptions(Options):
     """Options of `adapter.method: lora_init`."""
 
-    start_step: Positive = doc("optimizer steps before the restart (t)", 100)
+    start_step: StartStep = doc("optimizer steps before the restart (t)", 100)
     eps: Annotated[float, Gt(0)] = doc("added to a singular value under a score", 1e-6)
     base: Literal["exact", "residual"] = doc(
         "exact: the base stays and a frozen correction of the rank is subtracted; "
@@ -89,6 +92,29 @@ def max_rank(config: AdapterConfig) -> int:
 
 def _adalora(out: int, in_: int, config: AdapterConfig) -> Shapes:
     return {**low_rank(out, in_, config), "e": (config.rank,)}
+
+
+def _adalora_refusal(out: int, in_: int, config: AdapterConfig, quantizes: bool) -> str:
+    target: int | None = config.options.target_rank
+    if target is None or target <= config.rank:
+        return ""
+    return (
+        f"adapter.options.target_rank: ranks only shrink, and {target} is more than adapter.rank {config.rank}; "
+        f"use target_rank <= {config.rank}, or adapter.rank >= {target}"
+    )
+
+
+def _flexlora_refusal(out: int, in_: int, config: AdapterConfig, quantizes: bool) -> str:
+    most, room = max_rank(config), min(out, in_) - config.rank
+    if most <= min(out, in_):
+        return ""
+    return (
+        f"adapter.options.spare_rank: {config.rank} directions that may grow to {most} are more than a matrix of "
+        f"{out} x {in_} has; use "
+        + (f"spare_rank <= {room}, or " if room > 0 else "")
+        + f"adapter.rank <= {min(out, in_) // 2}"
+        + ("" if config.options.spare_rank is None else " without spare_rank")
+    )
 
 
 def _flexlora(out: int, in_: int, config: AdapterConfig) -> Shapes:
@@ -128,6 +154,7 @@ SPECS = (
         # 1 for directions that may train; phase 1 once the last allocation is made
         buffers=lambda out, in_, config: {"mask": (config.rank,), "phase": (1,)},
         zero_grad_at_start=names("A", "B"),
+        refusal=_adalora_refusal,
     ),
     AdapterSpec(
         name="flexlora",
@@ -139,6 +166,7 @@ SPECS = (
         buffers=lambda out, in_, config: {"mask": (max_rank(config),)},
         num_columns=lambda out, in_, config: max_rank(config),
         zero_grad_at_start=names("A", "B"),
+        refusal=_flexlora_refusal,
     ),
     AdapterSpec(
         name="lora_dash",

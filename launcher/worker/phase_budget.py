@@ -49,7 +49,7 @@ class Budget:
     def averages(self) -> Mapping[str, Mapping[str, Tensor]]:
         return {} if self._is_over else {"importance": self._importance, "uncertainty": self._uncertainty}
 
-    def resume(self) -> None:
+    def resume(self, step: int) -> None:
         self._is_over = any(bool(self._running.buffers[f"{n}.phase"]) for n in self._layers)
 
     @torch.no_grad()

@@ -44,7 +44,7 @@ class Exchange:
     def averages(self) -> Mapping[str, Mapping[str, Tensor]]:
         return {}
 
-    def resume(self) -> None:
+    def resume(self, step: int) -> None:
         """Nothing: what lives is in the masks."""
 
     @torch.no_grad()

@@ -2,7 +2,8 @@
 
 One matrix at a time on a rank, as many at once as there are ranks: each reads its whole weight, decomposes
 it, scores its directions and gives the chosen ones to all. The whole A and B of a layer are gathered for that.
-A resumed run that is in the second phase already takes all from its checkpoint.
+A resumed run that is in the second phase already takes all from its checkpoint. No second phase begins after the
+run's last step: nothing would train in it. A run that goes on from there begins it before its first step.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.launched import LaunchedAdapter
-from decompft.launcher.errors import AdapterError
+from decompft.launcher.errors import AdapterError, RunFailed
 from decompft.launcher.worker.base_weights import BaseWeights
 from decompft.launcher.worker.running import Running
 
@@ -33,6 +34,7 @@ class Launch:
     ) -> None:
         self._layers, self._waiting = dict(layers), dict(layers)
         self._running, self._engine, self._weights, self._say = running, running.engine, weights, say
+        self._total_steps = total_steps
         name, first = next(iter(layers.items()))
         packed = [a for a in layers.values() if self._weights.is_packed(a.base)]
         if any(a.rewrites_base for a in packed):
@@ -57,15 +59,25 @@ class Launch:
     def averages(self) -> Mapping[str, Mapping[str, Tensor]]:
         return {}
 
-    def resume(self) -> None:
+    def resume(self, step: int) -> None:
         self._waiting = {
             n: a for n, a in self._layers.items() if not bool(self._running.buffers[f"{n}.phase"])
         }
+        # the run that wrote the checkpoint ended here, and did not begin what this one has steps for
+        self._begin(step)
+
+    def advance(self, step: int) -> None:
+        self._begin(step + 1)
 
     @torch.no_grad()
-    def advance(self, step: int) -> None:
-        due = [(n, a) for n, a in self._waiting.items() if a.start_step <= step + 1]
-        if not due:
+    def _begin(self, num_taken: int) -> None:
+        """The second phase of all adapters that are due after so many optimizer steps.
+
+        Raises:
+            RunFailed: on all ranks, if a layer's update is still 0 and points at no direction.
+        """
+        due = [(n, a) for n, a in self._waiting.items() if a.start_step <= num_taken]
+        if not due or num_taken >= self._total_steps:
             return
         rewriting: dict[int, tuple[LaunchedAdapter, dict[str, Tensor]]] = {}
         for first in range(0, len(due), self._engine.world_size):
@@ -73,6 +85,8 @@ class Launch:
             mine = self._directions(group)
             for owner, (name, adapter) in enumerate(group):
                 found = self._engine.broadcast(mine if owner == self._engine.rank else None, owner)
+                if not found["scores"].any():
+                    raise _unmoved(name, adapter)
                 values = adapter.launched(found)
                 for own, value in values.items():
                     self._running.place(f"{name}.{own}", value)
@@ -83,7 +97,7 @@ class Launch:
                 del self._waiting[name]
             done = first + len(group)
             if 10 * done // len(due) > 10 * first // len(due):
-                self._say(f"after step {step + 1}: directions of {done} of {len(due)} matrices")
+                self._say(f"after step {num_taken}: directions of {done} of {len(due)} matrices")
 
         def base_rows(layer: FrozenLinear, rows: Tensor, first: int) -> Tensor:
             adapter, values = rewriting[id(layer)]
@@ -106,3 +120,11 @@ class Launch:
             return None
         weight, A, B, adapter = found
         return adapter.directions(weight, A, B, self._weights.cached(weight))
+
+
+def _unmoved(name: str, adapter: LaunchedAdapter) -> RunFailed:
+    return RunFailed(
+        f"{name}: B has not moved yet after the {adapter.start_step} steps of adapter.options.start_step: all "
+        f"directions of {adapter.config.method} score 0, and any choice of them would be arbitrary",
+        "raise adapter.options.start_step or lower train.warmup_steps",
+    )

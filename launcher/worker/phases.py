@@ -38,7 +38,7 @@ class Phase(Protocol):
 
     def averages(self) -> Averages: ...
 
-    def resume(self) -> None: ...
+    def resume(self, step: int) -> None: ...
 
 
 class Phases:
@@ -96,10 +96,10 @@ class Phases:
                 found.setdefault(kind, {}).update(tensors)
         return found
 
-    def resume(self) -> None:
-        """Called when tensors and averages were loaded from a checkpoint."""
+    def resume(self, step: int) -> None:
+        """Called when tensors and averages were loaded from the checkpoint after `step` optimizer steps."""
         for phase in self._phases:
-            phase.resume()
+            phase.resume(step)
 
 
 def _by_config(layers: Mapping[str, A]) -> list[dict[str, A]]:

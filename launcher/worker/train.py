@@ -75,7 +75,7 @@ def train(
     at = Progress()
     if resume is not None:
         restore(resume, built, optimizer, engine, phases.averages())
-        phases.resume()
+        phases.resume(resume.step)
         at = Progress(**resume.state["progress"])
     # a fork's checkpoint lies in another run: this one has none yet
     saved_step = at.step if resume is not None and resume.path.is_relative_to(run.path) else None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from decompft.adapters.base import Adapter
 from decompft.adapters.frozen.linear import Factors
+from decompft.adapters.liera import LieraLinear
 from decompft.adapters.lora import scaling
 from decompft.launcher.worker.inspecting.by_kind import Profile, profile
 from decompft.launcher.worker.inspecting.layers import AdapterLayers
@@ -18,9 +19,15 @@ from decompft.launcher.worker.inspecting.names import kind_and_depth
 from decompft.launcher.worker.inspecting.product import Product, product
 
 # what the product is: the whole change of the weight; all of it but a scaled base; or only the method's
-# s B A, where the change needs the base as well (DoRA, LieRA), part of the base was moved into it (PiSSA), or
-# there is no changed weight (a nonlinear adapter)
-Meaning = Literal["dW", "dW without the base's scale", "s B A"]
+# s B A, where the change needs the base as well (DoRA), part of the base was moved into it (PiSSA), or there is
+# no changed weight (a nonlinear adapter); LieRA's and HiRA's s B A goes with every weight, as it says
+Meaning = Literal[
+    "dW",
+    "dW without the base's scale",
+    "s B A",
+    "s B A, the factor's change: W o (1 + s B A)",
+    "s B A, the exponent: W o exp(s B A)",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +52,7 @@ class AdapterRow:
     out_features: int
     in_features: int
     meaning: Meaning | None  # of `product`; None without one
-    product: Product | None  # the low-rank part; None for methods that only scale
+    product: Product | None  # the low-rank part; None for methods without one, and where a size is not known
     row_scale: Values | None  # W's rows are scaled by these: MAP's a / N(W), (IA)^3's vector
     column_scale: Values | None
     tensors: dict[str, Values]  # trained: A, B, MAP's a and b, DoRA's m
@@ -55,7 +62,8 @@ class AdapterRow:
 @torch.no_grad()
 def inspect_adapter(adapter: AdapterLayers) -> list[AdapterRow]:
     """Statistics of every layer; no matrix of a weight's size is made."""
-    return [_row(name, layer) for name, layer in adapter.layers.items()]
+    unsized = set(adapter.unsized)
+    return [_row(name, layer, is_sized=name not in unsized) for name, layer in adapter.layers.items()]
 
 
 def std_profile(rows: Sequence[AdapterRow]) -> Profile:
@@ -75,13 +83,13 @@ def values(tensor: Tensor) -> Values:
     )
 
 
-def _row(name: str, layer: Adapter) -> AdapterRow:
+def _row(name: str, layer: Adapter, *, is_sized: bool) -> AdapterRow:
     kind, depth = kind_and_depth(name)
-    factors, meaning = _factors(layer)
+    factors, meaning = _factors(layer) if is_sized else (Factors(), None)
     found = None
     if factors.up is not None and factors.down is not None:
         found = product(factors.up.double() * factors.q, factors.down)
-    buffers = {n: values(t) for n, t in layer.named_buffers(recurse=False)}
+    buffers = {n: values(layer.get_buffer(n)) for n in layer.fixed_shapes}
     return AdapterRow(
         name=name,
         kind=kind,
@@ -99,6 +107,11 @@ def _row(name: str, layer: Adapter) -> AdapterRow:
 
 def _factors(layer: Adapter) -> tuple[Factors, Meaning]:
     """What can be known of a layer's factors without its base."""
+    if isinstance(layer, LieraLinear):
+        meaning: Meaning = "s B A, the factor's change: W o (1 + s B A)"
+        if layer.is_exact:
+            meaning = "s B A, the exponent: W o exp(s B A)"
+        return Factors(up=layer.B, down=layer.A, q=scaling(layer.config)), meaning
     if layer.reads_weight:
         A, B = (getattr(layer, name, None) for name in ("A", "B"))
         return Factors(up=B, down=A, q=scaling(layer.config)), "s B A"

@@ -1,4 +1,4 @@
-"""An adapter's layers from its file alone: the base stays a shape, and is not looked for."""
+"""An adapter's layers from its file: the base stays a shape, looked for only where no tensor tells that shape."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from decompft.adapters.spec import AdapterConfig, spec_of
 from decompft.adapters.targets import TargetMismatch, select
 from decompft.launcher.errors import AdapterError
 from decompft.launcher.recipe import AdapterSection
+from decompft.launcher.worker.inspecting.base_sizes import Sizes, sizes_of_base
 from decompft.launcher.worker.inspecting.names import natural_order
 from decompft.launcher.worker.restore import load_adapter
 
@@ -32,6 +33,8 @@ class AdapterLayers:
 
     layers: dict[str, Adapter]  # by module name; a size that no tensor tells is 1
     whole: dict[str, Tensor]  # of modules that were trained whole
+    # layers whose derived buffers are on meta: their values follow from a size that nothing here tells (VeRA's A0)
+    unsized: tuple[str, ...] = ()
 
 
 def open_layers(folder: Path) -> tuple[AdapterLayers, dict[str, Any]]:
@@ -42,14 +45,21 @@ def open_layers(folder: Path) -> tuple[AdapterLayers, dict[str, Any]]:
     """
     tensors, description = load_adapter(folder)
     section = AdapterSection.model_validate_json(json.dumps(description["adapter"]))
-    return layers_of(section, tensors, description.get("step")), description
+    step = description.get("step")
+    found = layers_of(section, tensors, step)
+    if found.unsized and (sizes := sizes_of_base(description)):
+        found = layers_of(section, tensors, step, sizes=sizes)
+    return found, description
 
 
-def layers_of(section: AdapterSection, tensors: Mapping[str, Tensor], step: int | None) -> AdapterLayers:
-    """Put the tensors of an adapter's file into layers of their methods.
+def layers_of(
+    section: AdapterSection, tensors: Mapping[str, Tensor], step: int | None, *, sizes: Sizes | None = None
+) -> AdapterLayers:
+    """Put the tensors of an adapter's file into layers of their methods, on the tensors' device.
 
     Args:
         step: optimizer steps it was trained for; None leaves what depends on it as at the end.
+        sizes: of the base's layers, for what the shapes of the tensors do not tell.
 
     Raises:
         AdapterError: no tensors of the file are those of the method.
@@ -58,10 +68,19 @@ def layers_of(section: AdapterSection, tensors: Mapping[str, Tensor], step: int 
     for name, tensor in tensors.items():
         module, _, own = name.rpartition(".")
         inside.setdefault(module, {})[own] = tensor
-    layers = {}
+    layers: dict[str, Adapter] = {}
+    unsized: list[str] = []
+    derived: dict[str, dict[str, Tensor]] = {}  # layers of one method and shape share them
     for module, config in _configs(section, sorted(inside, key=natural_order)).items():
         if inside[module].keys() == _shapes(config, 2, 2).keys():
-            layers[module] = _layer(config, inside[module])
+            told = _sizes(config, inside[module])
+            known = (sizes or {}).get(module, told)
+            # a size that is needed: 0 is that of no layer
+            if None not in known or not spec_of(config).derived(0, 0, config):
+                layers[module] = _layer(config, inside[module], known, derived)
+            else:
+                layers[module] = _layer(config, inside[module], known, None)
+                unsized.append(module)
             if step:
                 layers[module].on_step(step - 1)
     if not layers:
@@ -71,7 +90,7 @@ def layers_of(section: AdapterSection, tensors: Mapping[str, Tensor], step: int 
             "the file and adapter.json belong to different adapters",
         )
     whole = {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in layers}
-    return AdapterLayers(layers=layers, whole=whole)
+    return AdapterLayers(layers=layers, whole=whole, unsized=tuple(unsized))
 
 
 def _configs(section: AdapterSection, names: list[str]) -> dict[str, AdapterConfig]:
@@ -91,19 +110,36 @@ def _shapes(config: AdapterConfig, out: int, in_: int) -> dict[str, tuple[int, .
     return {**spec.tensors(out, in_, config), **spec.buffers(out, in_, config)}
 
 
-def _layer(config: AdapterConfig, tensors: dict[str, Tensor]) -> Adapter:
-    out, in_ = _sizes(config, tensors)
+def _layer(
+    config: AdapterConfig,
+    tensors: dict[str, Tensor],
+    sizes: tuple[int | None, int | None],
+    derived: dict[str, dict[str, Tensor]] | None,
+) -> Adapter:
+    """
+    Args:
+        sizes: (out, in); None for what is not known.
+        derived: what was made for layers before, to which this one adds; None leaves it on meta.
+    """
+    out, in_ = (size or 1 for size in sizes)
     with torch.device("meta"):
         layer = make_adapter(DenseLinear(in_, out, dtype=torch.float32, bias_dtype=None), config)
     for own, tensor in tensors.items():
         is_trained = own in layer.shapes
         setattr(layer, own, nn.Parameter(tensor.float(), requires_grad=False) if is_trained else tensor)
+    if layer.derived_shapes and derived is not None:
+        key = f"{config.method} {config.options} {layer.derived_shapes}"
+        if key not in derived:
+            device = next(iter(tensors.values())).device
+            derived[key] = {own: value.to(device) for own, value in layer.derived().items()}
+        for own, value in derived[key].items():
+            setattr(layer, own, value)
     return layer
 
 
-def _sizes(config: AdapterConfig, tensors: dict[str, Tensor]) -> tuple[int, int]:
-    """(out, in) of the base, from where they turn up in the shapes of the method's tensors."""
-    out = in_ = 1
+def _sizes(config: AdapterConfig, tensors: dict[str, Tensor]) -> tuple[int | None, int | None]:
+    """(out, in) of the base, from where they turn up in the shapes of the method's tensors; None if nowhere."""
+    out = in_ = None
     one, other = (_shapes(config, *sizes) for sizes in _STAND_INS)
     for name, tensor in tensors.items():
         for size, *stand_ins in zip(tensor.shape, one[name], other[name], strict=True):

@@ -111,7 +111,7 @@ def open_tuned(tuned: str, weights: Weights, say: Say) -> Change:
     """
     folder = _adapter(tuned)
     if folder is not None:
-        return _merged_by(folder, weights.model, say)
+        return _merged_by(folder, weights, say)
     other = open_weights(tuned, say)
 
     def change(name: str, weight: Tensor) -> Tensor | None:
@@ -171,17 +171,18 @@ def _adapter(tuned: str) -> Path | None:
     return None
 
 
-def _merged_by(folder: Path, base: str, say: Say) -> Change:
+def _merged_by(folder: Path, base: Weights, say: Say) -> Change:
     # here and not at the top: `inspect weights` of a bare model needs none of it
     from decompft.launcher.worker.inference import open_adapter
 
-    adapter = open_adapter(folder, base=base, say=say)
+    adapter = open_adapter(folder, base=base.model, say=say)
     if not ADAPTER_SPECS[adapter.adapter.method].mergeable:
         raise AdapterError(
             f"{folder}: {adapter.adapter.method} is no change of weights: there is nothing to compare"
         )
     tensors = {name: tensor.to(_device()) for name, tensor in adapter.tensors.items()}
-    layers = layers_of(adapter.adapter, tensors, adapter.step).layers
+    sizes = {name: base.shape(name) for name in base.wants}
+    layers = layers_of(adapter.adapter, tensors, adapter.step, sizes=sizes).layers
 
     def change(name: str, weight: Tensor) -> Tensor | None:
         if name not in layers:
