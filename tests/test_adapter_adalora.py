@@ -104,12 +104,12 @@ class Two(nn.Module):
         return self.second(self.first(x).relu())
 
 
-def peft_two(total_step=12):
+def peft_two(total_step=12, **fields):
     """peft's AdaLoRA over two layers, off its start."""
     torch.manual_seed(0)
     config = AdaLoraConfig(
         init_r=RANK, target_r=2, lora_alpha=8, target_modules=["first", "second"],
-        tinit=2, tfinal=3, deltaT=2, total_step=total_step,
+        tinit=2, tfinal=3, deltaT=2, total_step=total_step, **fields,
     )  # fmt: skip
     model = get_peft_model(Two(), config)
     with torch.no_grad():
@@ -119,13 +119,13 @@ def peft_two(total_step=12):
     return model
 
 
-def ours_of(model):
+def ours_of(model, **fields):
     """The same layers and tensors as adapters of ours."""
     layers = {}
     for name in ("first", "second"):
         linear = getattr(model.base_model.model, name)
         out, in_ = linear.base_layer.weight.shape
-        options = ADAPTER_SPECS["adalora"].options(target_rank=2, **STEPS)
+        options = ADAPTER_SPECS["adalora"].options(target_rank=2, **STEPS, **fields)
         config = AdapterConfig(method="adalora", rank=RANK, alpha=8.0, dropout=0.0, options=options)
         from decompft.adapters.frozen.dense import DenseLinear
 
@@ -198,10 +198,12 @@ def test_the_budget_is_pefts():
         assert at.is_due(step) == (step == 9 or (is_due and step < 9))
 
 
-def test_masks_are_pefts_given_the_same_gradients(x):
+@pytest.mark.parametrize(("beta1", "beta2"), [(0.85, 0.85), (0.3, 0.95), (0.95, 0.3)])
+def test_masks_are_pefts_given_the_same_gradients(beta1, beta2):
     """The same noise moves both: peft looks at parameters after the optimizer's step, we before, as the paper does."""
-    model = peft_two()
-    layers = ours_of(model)
+    betas = {"beta1": beta1, "beta2": beta2}
+    model = peft_two(**betas)
+    layers = ours_of(model, **betas)
     trained = {f"{n}.{t}": p for n, a in layers.items() for t, p in a.named_parameters(recurse=False)}
     buffers = {f"{n}.{b}": t for n, a in layers.items() for b, t in a.named_buffers(recurse=False)}
     os.environ.pop("WORLD_SIZE", None)
@@ -244,6 +246,27 @@ def test_warmups_are_steps_or_shares():
         window(5.0, 5.0, 1, 10)
 
 
+@pytest.mark.parametrize(
+    ("rank", "target"), [(1, 1), (2, 1), (3, 2), (4, 3), (7, 5), (8, 5), (12, 8), (16, 11), (64, 43)]
+)
+def test_the_mean_rank_at_the_end_is_two_thirds_of_the_rank(weight, rank, target):
+    """Rounded to the nearest, and never 0."""
+    options = ADAPTER_SPECS["adalora"].options()
+    assert options.target_rank is None
+    config = AdapterConfig(method="adalora", rank=rank, alpha=8.0, dropout=0.0, options=options)
+    assert make_adapter(make_base("dense-fp32", weight), config).target_rank == target
+
+
+def test_a_and_b_start_as_narrow_as_the_authors_have_them(weight):
+    values = adapted(weight).initial_values(torch.Generator().manual_seed(0), {})
+    for name in ("A", "B"):
+        tensor = values[name]
+        # five standard errors of the deviation, and of the mean
+        assert tensor.std().item() == pytest.approx(0.02, rel=5 / (2 * tensor.numel()) ** 0.5), name
+        assert abs(tensor.mean().item()) < 5 * 0.02 / tensor.numel() ** 0.5, name
+    assert not values["e"].any() and values["mask"].all()
+
+
 def test_counts():
     config = config_of("adalora")
     assert ADAPTER_SPECS["adalora"].num_params(24, 128, config) == RANK * (24 + 128) + RANK
@@ -260,7 +283,9 @@ def test_a_target_above_the_rank_is_refused_with_ones_that_work():
         adapter = {"method": "adalora", "rank": 8, "options": {"target_rank": target}}
         return make(CPU, TINY, **DENSE, adapter=adapter)
 
-    with pytest.raises(PlanError, match=r"target_rank: ranks only shrink, and 12 is more than .*rank 8") as error:
+    with pytest.raises(
+        PlanError, match=r"target_rank: ranks only shrink, and 12 is more than .*rank 8"
+    ) as error:
         planned(12)
     assert error.value.hint == "use target_rank <= 8, or adapter.rank >= 12"
     assert planned(8).num_adapter_params

@@ -152,7 +152,9 @@ def test_a_small_change_of_a_reaches_a_bfloat16_product(base_name, weight):
         gains = []
         for factor in (1.0, 1.002):
             adapter.a.copy_(adapter.base_norm * factor)
-            y = adapter(many).double() - (0 if adapter.base.bias is None else adapter.base.bias.bfloat16().double())
+            y = adapter(many).double() - (
+                0 if adapter.base.bias is None else adapter.base.bias.bfloat16().double()
+            )
             gains.append(torch.sum(y * exact) / torch.sum(exact * exact))
     assert (gains[1] / gains[0]).item() == pytest.approx(1.002, abs=2e-4)
 

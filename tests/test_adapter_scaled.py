@@ -6,6 +6,7 @@ from peft import IA3Config, get_peft_model
 from test_adapter_contract import BASES, IN, OUT, config_of, make_adapter, make_base, trained_away_from_start
 from torch import nn
 
+from decompft.adapters.frozen.linear import _times
 from decompft.adapters.spec import ADAPTER_SPECS
 
 SCALED = ("ssl", "ia3", "ssb")
@@ -122,3 +123,34 @@ def test_peft_scales_the_bias_and_the_paper_does_not(weight, x):
     model.base_model.model[0].ia3_l["default"].data.copy_(ours.l_out.view(-1, 1))
     difference = (ours.l_out - 1) * ours.base.bias
     assert torch.allclose(model(x) - ours(x), difference.expand(7, OUT), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1,), (IN,)], ids=["number", "vector"])
+def test_a_scale_is_not_rounded_to_the_dtype_of_what_it_scales(x, shape):
+    """1.0055 in bfloat16 is 1.0078: what a scale has learned so far would be up to half as much again."""
+    scale = torch.full(shape, 1.0055)
+    x = x.bfloat16()
+    exact = x.double() * scale.double()
+    found = _times(x, scale)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, exact.float().bfloat16())
+    # rounded once: 2**-9 of each number either way, which is 0 on average
+    assert abs((found.double() / x.double()).mean().item() - 1.0055) < 2**-9 / 4
+    assert _times(x, None) is x
+    # float64, as the twin tests have it
+    torch.testing.assert_close(_times(x.double(), scale.double()), exact, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("method", SCALED)
+def test_scales_over_a_bfloat16_base_keep_what_bfloat16_has_no_number_for(method, weight, x):
+    """Of the whole layer: the mean of many outputs shows what each one's own rounding hides."""
+    x = x.repeat(20, 1).bfloat16()
+    x += 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(4)).bfloat16()
+    adapter = make_adapter(method, make_base("dense-bf16", weight))
+    start = adapter(x).detach().double()
+    with torch.no_grad():
+        for vector in adapter.trained():
+            vector.fill_(1.0055)
+    found = adapter(x).detach().double()
+    ratio = (found * start).sum() / start.square().sum()
+    assert ratio.item() == pytest.approx(1.0055 ** len(adapter.trained()), abs=5e-4)

@@ -8,6 +8,7 @@ from test_adapter_contract import VARIANTS
 from test_engine_parity import reverse_micro_batches
 from tiny import LLAMA, WORLDS, losses, make_run, run_ranks
 
+from decompft.adapters.formats import FORMAT_SPECS
 from decompft.launcher.checkpoints import newest_valid
 from decompft.launcher.runs import RunDir
 from decompft.launcher.worker.restore import load_adapter
@@ -30,7 +31,7 @@ SOON: dict[str, dict[str, object]] = {
 }
 
 
-def mixed(folder, name: str, world: str, **train: object) -> RunDir:
+def mixed(folder, name: str, world: str, *, base: str = "nf4", **train: object) -> RunDir:
     """A planned run of a model in which the n-th linear layer carries the n-th variant."""
     num_layers = -(-len(VARIANTS) // len(MODULES))
     places = [f"model.layers.{i}.{module}" for i in range(num_layers) for module in MODULES]
@@ -47,6 +48,7 @@ def mixed(folder, name: str, world: str, **train: object) -> RunDir:
             "max_steps": STEPS, "learning_rate": 0.003, "global_batch_size": 4, "micro_batch_size": 1, **train,
         },
         parallel=WORLDS[world],
+        quantization={"format": base, "compute": "float32"},
     )  # fmt: skip
 
 
@@ -118,3 +120,14 @@ def test_stopped_and_resumed(tmp_path, single, reordered, before, after):
         assert losses(first) + losses(rest) == pytest.approx(losses(single), rel=1e-4)
         found = differences(trained(rest), trained(single))
         assert not {n: (d, reordered[n]) for n, d in found.items() if d > max(10 * reordered[n], 3e-3)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", [f for f in FORMAT_SPECS if f != "nf4"])
+def test_every_base_format_under_every_method_when_sharded(tmp_path, base):
+    """With the tests above, every method over every format on an engine that cuts rows, and on one rank."""
+    alone, cut = mixed(tmp_path, "alone", "single", base=base), mixed(tmp_path, "cut", "fsdp", base=base)
+    run_ranks(alone)
+    run_ranks(cut)
+    assert losses(alone)[-1] < losses(alone)[0]
+    assert losses(cut) == pytest.approx(losses(alone), rel=1e-4)

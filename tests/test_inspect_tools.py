@@ -223,7 +223,7 @@ SCALED = "dW without the base's scale"
 OTHER_THAN_DW: dict[str, str | None] = {
     **dict.fromkeys(["liera", "hira"], FACTOR),
     "liera-exact": EXPONENT,
-    **dict.fromkeys(["dora", "map-dora", "mpc_n", "pissa", "pissa-exact", "milora", "olora"], PART),
+    **dict.fromkeys(["dora", "map-dora", "mpc_n", "pissa", "milora", "olora"], PART),
     **dict.fromkeys(["map", "map-trilora", "map-flora"], SCALED),
     **dict.fromkeys(["bitfit", "ssl", "ssb", "ia3"], None),
 }

@@ -71,6 +71,9 @@ def test_weight_decay_is_for_matrices_only(folder, kind):
     [
         ("lora", {"lr_ratio": 16.0}, {"A": 1, "B": 16}),
         ("map", {"lr_ratio": 4.0, "magnitude_lr_ratio": 0.5}, {"A": 1, "B": 4, "a": 0.5, "b": 0.5}),
+        ("lora_dash", {"coordinate_lr_ratio": 4.0}, {"A": 1, "B": 1, "c": 4}),
+        ("lora_init", {}, {"A": 1, "B": 1}),
+        ("lora_tsd", {"coordinate_lr_ratio": 4.0}, {"A": 1, "B": 1, "c": 4}),
     ],
 )
 def test_a_methods_learning_rate_ratios_reach_the_step(folder, kind, method, options, scales):

@@ -140,6 +140,34 @@ def test_the_phase_is_in_the_checkpoint(unbroken, variant):
         assert all(t.any() for t in indices) == bool(phase)
 
 
+RESTARTING = {"dash": ("c",), "init": ("A", "B"), "tsd": ("A", "B", "c")}
+
+
+@pytest.mark.parametrize(("variant", "world"), [*((v, "single") for v in RESTARTING), ("tsd", "zero2")])
+def test_the_optimizer_starts_anew_with_what_the_second_phase_places(tmp_path, variant, world):
+    """Moments of the first phase would push A and B off the factors that they have just been given."""
+    method = {"dash": "lora_dash", "init": "lora_init", "tsd": "lora_tsd"}[variant]
+    run = make_run(
+        tmp_path, train={**TRAIN, "max_steps": 3}, parallel=WORLDS[world],
+        adapter={"method": method, "rank": 4, "alpha": 8.0, "options": {"start_step": 2}},
+        checkpoint={"every_steps": 1, "keep": 9},
+    )  # fmt: skip
+    run_ranks(run)
+    before, switch, after = (open_checkpoint(checkpoint(run, step)) for step in (1, 2, 3))
+    num_seen = 0
+    for name in switch.names("exp_avg"):
+        own = name.rpartition(".")[2]
+        restarts = own in RESTARTING[variant]
+        num_seen += restarts
+        assert before.read(name, "step") == 1, name
+        assert switch.read(name, "step") == (0 if restarts else 2), name
+        assert after.read(name, "step") == (1 if restarts else 3), name
+        for kind in ("exp_avg", "exp_avg_sq"):
+            assert switch.read(name, kind).any() != restarts, (name, kind)
+            assert after.read(name, kind).any(), (name, kind)
+    assert num_seen == 14 * len(RESTARTING[variant])
+
+
 def test_ranks_end_at_the_target(unbroken):
     tensors, _ = load_adapter(unbroken("adalora").path / "adapter")
     masks = {n: t for n, t in tensors.items() if n.endswith(".mask")}
@@ -148,6 +176,19 @@ def test_ranks_end_at_the_target(unbroken):
         assert not tensors[name.removesuffix("mask") + "e"][mask == 0].any()
     kinds = open_checkpoint(checkpoint(unbroken("adalora"), 6))
     assert not kinds.names("importance")
+
+
+@pytest.mark.parametrize("world", ["single", "zero2"])
+def test_what_the_last_allocation_ends_has_no_momentum(unbroken, world):
+    """AdamW would move a masked e on for dozens of steps, and peft's too."""
+    last = open_checkpoint(checkpoint(unbroken("adalora", world), 6))
+    masks = {
+        n.removesuffix("mask"): last.read(n, "param") for n in last.names("param") if n.endswith(".mask")
+    }
+    assert len(masks) == 14
+    for name, mask in masks.items():
+        for kind in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(last.read(f"{name}e", kind) != 0, mask != 0), (name, kind)
 
 
 def test_directions_change_hands_and_none_is_lost(unbroken):
@@ -168,7 +209,9 @@ def test_a_run_that_ends_before_the_second_phase_says_so(tmp_path):
     )
 
 
-@pytest.mark.parametrize(("variant", "world"), [*((v, "single") for v in LAUNCHED), ("init-residual", "fsdp")])
+@pytest.mark.parametrize(
+    ("variant", "world"), [*((v, "single") for v in LAUNCHED), ("init-residual", "fsdp")]
+)
 def test_no_second_phase_begins_after_the_last_step_and_a_longer_run_begins_it(tmp_path, variant, world):
     """lora_init would throw away all that was learned, and dash's c would never train."""
     short = plan(tmp_path / "short", "short", variant, world, max_steps=3, schedule="constant")
@@ -196,7 +239,9 @@ def test_directions_are_not_chosen_while_b_is_zero(tmp_path, variant, world):
             "method": VARIANTS[variant][0], "rank": 4, "alpha": 8.0, "options": {"start_step": 2}
         },
     )  # fmt: skip
-    with pytest.raises(AssertionError, match="(?s)B has not moved yet after the 2 steps.*lower train.warmup_steps"):
+    with pytest.raises(
+        AssertionError, match="(?s)B has not moved yet after the 2 steps.*lower train.warmup_steps"
+    ):
         run_ranks(run)
 
 

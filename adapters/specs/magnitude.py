@@ -10,7 +10,6 @@ from decompft.adapters.specs.base import (
     AdapterConfig,
     AdapterSpec,
     CountOrZero,
-    Finite,
     NotNegative,
     Positive,
     Shapes,
@@ -33,7 +32,9 @@ class MapOptions(WrapperOptions):
 
     over: Over = doc("the method whose change of the weight is D", "lora")
     eps: Positive = doc("added to both norms, as in the equation", 1e-6)
-    b_init: Finite = doc("magnitude of the update at the start (b0)", 1.0)
+    b_init: Positive = doc(
+        "magnitude of the update at the start (b0); from 0 neither B nor b could ever move", 1.0
+    )
     b_warmup_steps: CountOrZero = doc(
         "steps over which the update's magnitude is raised linearly to b; 0 is the equation", 0
     )

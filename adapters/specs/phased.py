@@ -55,7 +55,7 @@ class DashOptions(Options):
     start_step: StartStep = doc("optimizer steps before the directions are chosen (t)", 100)
     num_directions: Positive = doc("directions a matrix whose coordinates train (s_dir)", 8)
     eps: Annotated[float, Gt(0)] = doc("added to a singular value under a score", 1e-6)
-    coordinate_lr_ratio: float = doc("learning rate of c over that of A and B", 1.0)
+    coordinate_lr_ratio: Annotated[float, Gt(0)] = doc("learning rate of c over that of A and B", 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class LoraTsdOptions(LoraInitOptions):
     """Options of `adapter.method: lora_tsd`."""
 
     num_directions: Positive = doc("directions a matrix whose coordinates train (s_dir)", 8)
-    coordinate_lr_ratio: float = doc("learning rate of c over that of A and B", 1.0)
+    coordinate_lr_ratio: Annotated[float, Gt(0)] = doc("learning rate of c over that of A and B", 1.0)
 
 
 def num_directions(out: int, in_: int, config: AdapterConfig) -> int:

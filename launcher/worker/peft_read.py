@@ -218,7 +218,7 @@ def _adalora(peft: PeftFolder, name: str, found: dict[str, Tensor]) -> ReadLayer
         method="adalora",
         rank=rank,
         alpha=float(alpha if alpha > 0 else rank),
-        options={"target_rank": min(int(peft.config.get("target_r", 8)), rank)},
+        options={"target_rank": max(1, min(int(peft.config.get("target_r", 8)), rank))},
         tensors=tensors,
     )
 

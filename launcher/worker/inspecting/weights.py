@@ -176,10 +176,10 @@ def _merged_by(folder: Path, base: Weights, say: Say) -> Change:
     from decompft.launcher.worker.inference import open_adapter
 
     adapter = open_adapter(folder, base=base.model, say=say)
-    if not ADAPTER_SPECS[adapter.adapter.method].mergeable:
-        raise AdapterError(
-            f"{folder}: {adapter.adapter.method} is no change of weights: there is nothing to compare"
-        )
+    section = adapter.adapter
+    for method in (section.method, *(o.method for o in section.overrides if o.method)):
+        if not ADAPTER_SPECS[method].mergeable:
+            raise AdapterError(f"{folder}: {method} is no change of weights: there is nothing to compare")
     tensors = {name: tensor.to(_device()) for name, tensor in adapter.tensors.items()}
     sizes = {name: base.shape(name) for name in base.wants}
     layers = layers_of(adapter.adapter, tensors, adapter.step, sizes=sizes).layers

@@ -40,8 +40,8 @@ def main(argv: list[str]) -> None:
     layers, description = open_layers(folder)
     if layers.unsized:
         say(
-            f"{len(layers.unsized)} layers, e.g. {layers.unsized[0]}: the low-rank part is left out: it follows from the "
-            "size of the base's layer, which the file does not tell, and the base is not here"
+            f"{len(layers.unsized)} layers, e.g. {layers.unsized[0]}: the low-rank part is left out: it follows "
+            "from the size of the base's layer, which the file does not tell, and the base is not here"
         )
     rows = inspect_adapter(layers)
     report: dict[str, Any] = {
