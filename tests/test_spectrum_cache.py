@@ -174,21 +174,19 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path):
     assert str(tmp_path / "file") in cache.warning and "DECOMPFT_CACHE" in cache.warning
 
 
-@pytest.fixture
-def disk_of_1000_bytes():
-    """As a full disk: no file grows past this (a root user ignores permissions, not this)."""
-    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, kept[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, kept)
-    signal.signal(signal.SIGXFSZ, handler)
+@pytest.mark.dist
+def test_a_disk_that_is_full_costs_a_warning_and_leaves_nothing(tmp_path):
+    """In a process of its own: pytest's log may be a file, too."""
 
+    def work(rank):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        # no file grows past this (a root user ignores permissions, not this)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        cache = SpectrumCache(tmp_path)
+        assert_right(cache.get(WEIGHT, kind="full", k=32, make=make_full))
+        assert cache.warning and not list(tmp_path.iterdir())
 
-def test_a_disk_that_is_full_costs_a_warning_and_leaves_nothing(tmp_path, disk_of_1000_bytes):
-    cache = SpectrumCache(tmp_path)
-    assert_right(cache.get(WEIGHT, kind="full", k=32, make=make_full))
-    assert cache.warning and not list(tmp_path.iterdir())
+    fork(work, 1)
 
 
 def test_without_a_folder_everything_is_made():
