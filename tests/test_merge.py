@@ -10,6 +10,7 @@ from safetensors import safe_open
 from tiny import LLAMA, make_run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from decompft.adapters.inject import adapters
 from decompft.adapters.merge import make_dense
 from decompft.launcher.errors import AdapterError, UserError
 from decompft.launcher.worker.checkpoint import save_adapter
@@ -93,6 +94,11 @@ def unmerged_logits(adapter, into):
         description["quantization"]["format"] = "none"
         path.write_text(json.dumps(description))
     loaded = load(adapter, base=None, say=quiet)
+    with torch.no_grad():
+        for _, layer in adapters(loaded.model):  # norms of rows are those of the weight that is merged into
+            fixed = layer.fixed_over(layer.base.dense(torch.float32))
+            for buffer, value in zip(layer.fixed(), fixed, strict=True):
+                buffer.copy_(value)
     with torch.inference_mode():
         return loaded.model.logits(TOKENS, None)
 
