@@ -44,6 +44,7 @@ class Adapter(nn.Module):
     """
 
     reads_weight = False  # `note` is shown the weight in every pass
+    pulls_through_weight = False  # and so is `pull_back`
     note_has_slope = False  # and what it returns has a gradient, which `pull_back` carries on
 
     def __init__(self, base: FrozenLinear, config: AdapterConfig) -> None:
@@ -101,7 +102,7 @@ class Adapter(nn.Module):
         Args:
             found: what `factors` returned in the forward pass.
             grads: a gradient in the place of each tensor of `factors`, None for what has none.
-            weight: what `note` was shown, where `reads_weight`.
+            weight: what `note` was shown, where `pulls_through_weight`.
         """
         with torch.enable_grad():
             leaves = tuple(t.detach().requires_grad_(True) for t in trained)

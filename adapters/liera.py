@@ -28,8 +28,11 @@ from decompft.adapters.base import Adapter, Facts, kaiming_uniform
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.lora import scaling
 
-# weights in a tile: 16 MiB of float32
-TILE_NUMBERS = 1 << 22
+# weights in a tile: 32 MiB of float32
+TILE_NUMBERS = 1 << 23
+# rows of a tile are a multiple of it: where an array's rows are not whole 16 bytes apart, a GPU's products take a
+# path three times slower
+_ALIGN = 128
 # exact zeros that are worth a word
 MANY_ZEROS = 0.01
 
@@ -181,7 +184,8 @@ def _is_apart(base: FrozenLinear, dtype: torch.dtype) -> bool:
 
 def _tiles(base: FrozenLinear, storage: tuple[Tensor, ...]) -> Iterator[tuple[slice, Tensor]]:
     """Rows of the weight that is used, in float32 and in memory of their own, and where they lie."""
-    size = max(1, TILE_NUMBERS // base.in_features)
+    size = TILE_NUMBERS // base.in_features
+    size = size - size % _ALIGN if size >= _ALIGN else max(1, size)
     for first in range(0, base.out_features, size):
         rows = slice(first, first + size)
         dtype = torch.float64 if storage[0].dtype == torch.float64 else torch.float32

@@ -97,6 +97,7 @@ class MapOverDora(MapOver):
     """Trains A, B, m, a, b. At the start rho is exactly 1 and B is 0: D is 0."""
 
     reads_weight = True
+    pulls_through_weight = True
     note_has_slope = True
 
     def note(

@@ -17,7 +17,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ import torch  # noqa: E402
 from dense_tensors import dense_tensors  # noqa: E402
 from scoreboard_cases import ALPHA, RANK, REFERENCE, Case, cases  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from trial import Trial, prepare, random_batch  # noqa: E402
 
 from decompft.adapters.inject import adapters, make_adapter  # noqa: E402
@@ -37,6 +38,7 @@ from decompft.launcher.planner import make  # noqa: E402
 from decompft.launcher.recipe import AdapterSection  # noqa: E402
 from decompft.launcher.source import load  # noqa: E402
 from decompft.launcher.worker.engines.choose import make_engine  # noqa: E402
+from decompft.launcher.worker.liger import keep_outputs  # noqa: E402
 from decompft.launcher.worker.optimizer import clip_gradients, make_optimizer  # noqa: E402
 
 RECIPE = Path(__file__).resolve().parent / "llama7b_shape.yaml"
@@ -132,6 +134,7 @@ class Bench:
             new.penalty_share = 1.0
             fill(new)
             self.model.set_submodule(name, new)
+        keep_outputs(ADAPTER_SPECS[case.method].keeps_output(config))
         self.model.train()
         gc.collect()
         if self.on_gpu:
@@ -151,11 +154,8 @@ class Bench:
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         optimizer = make_optimizer(self.model, trained, recipe.train, self.engine)
         batch = random_batch(micro, length).to(self.engine.device)
-        seconds = []
-        for number in range(2 + steps):
-            if number == 2 and self.on_gpu:
-                torch.cuda.reset_peak_memory_stats()
-            began = time.perf_counter()
+
+        def step(number: int) -> float:
             for _, adapter in layers:
                 adapter.on_step(LATE + number)
             loss = self.engine.forward(self.model, batch) / batch.num_targets
@@ -163,15 +163,37 @@ class Bench:
             clip_gradients(layers, trained, self.engine, recipe.train.max_grad_norm)
             optimizer.step()
             self.engine.zero_gradients(list(trained.values()))
-            value = loss.item()
+            return loss.item()
+
+        seconds = []
+        for number in range(2 + steps):
+            if number == 2 and self.on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            began = time.perf_counter()
+            value = step(number)
             if self.on_gpu:  # the step's last launches too
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
-        return {
+        found = {
             "step_s": statistics.median(seconds[2:]), "steps_s": [round(s, 5) for s in seconds], "loss": value,
             "tokens_per_s": round(micro * length / statistics.median(seconds[2:])),
             "peak_bytes": torch.cuda.max_memory_allocated() if self.on_gpu else None,
         }  # fmt: skip
+        return found | (kernels(lambda: step(2 + steps)) if self.on_gpu else {})
+
+
+def kernels(step: Callable[[], float]) -> dict[str, Any]:
+    """What the GPU does in one more step: seconds busy, launches, and the ten kernels that take longest."""
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        step()
+        torch.cuda.synchronize()
+    found = [e for e in trace.key_averages() if e.self_device_time_total > 0]  # not the runtime's own calls
+    every = sorted(found, key=lambda e: -e.self_device_time_total)
+    return {
+        "gpu_busy_s": round(sum(e.self_device_time_total for e in every) / 1e6, 5),
+        "launches": sum(e.count for e in every),
+        "kernels": [[e.key[:90], round(e.self_device_time_total / 1e3, 2), e.count] for e in every[:10]],
+    }
 
 
 def fill(adapter: nn.Module) -> None:

@@ -14,6 +14,10 @@ begin)
   nvidia-smi --query-gpu=index,name,memory.total --format=csv,noheader; nproc
   tar xJf .carry/1/site.tar.xz
   mkdir -p "$work/input"; tar xJf .carry/1/data.tar.xz -C "$work/input"; cp .carry/1/model.aa "$work/input/"
+  # every call brings the checkout anew, while processes of the call before read theirs: they get a copy
+  rm -rf "$work/tree"; mkdir "$work/tree"
+  cp -r adapters launcher recipes slurm benchmarks pyproject.toml "$work/tree/"; ln -s "$PWD/.gpu-site" "$work/tree/.gpu-site"
+  cd "$work/tree"
   . benchmarks/gpu_env.sh
   python3 -c 'import bitsandbytes, liger_kernel, torch, decompft.launcher.planner; print(torch.__version__, torch.cuda.device_count())'
   rm -f "$work/7b.done" "$work"/7b-*
@@ -28,6 +32,7 @@ go)
   gpus=$2 per=$3 minutes=$4
   cat "$work/input/model.aa" .carry/2/model.a[b-z] >"$work/input/model.gguf"
   echo "$(cat .carry/2/model.sha256)  $work/input/model.gguf" | sha256sum -c
+  cd "$work/tree"
   . benchmarks/gpu_env.sh
   export DECOMPFT_CACHE=$work/cache  # gpu_env.sh's is another in every call
   merge=""; [ -f benchmarks/results/scoreboard.json ] && merge="--merge benchmarks/results/scoreboard.json"

@@ -17,6 +17,9 @@ class FrozenLinear(nn.Module):
     adapters are the same for all.
     """
 
+    # whether something may write over an output before its backward pass: then it is not kept by reference
+    output_is_overwritten = False
+
     def __init__(self, in_features: int, out_features: int, *, bias_dtype: torch.dtype | None) -> None:
         super().__init__()
         self.in_features = in_features
@@ -35,8 +38,12 @@ class FrozenLinear(nn.Module):
         raise NotImplementedError
 
     def unpack(self, storage: tuple[Tensor, ...], dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
-        """Storage tensors with n rows -> dense (n, in) in `dtype`, times the scalar `scale` if given."""
+        """Storage tensors with n rows -> dense (n, in), times `scale`, (1,) or (n, 1), rounded once to `dtype`."""
         raise NotImplementedError
+
+    def folds(self, storage: tuple[Tensor, ...]) -> bool:
+        """Whether a scale near 1 survives when rows times it are rounded: a quantized weight lies on no grid."""
+        return True
 
     def product(
         self, x_TI: Tensor, storage: tuple[Tensor, ...], scale: Tensor | None, weight: Tensor | None = None
@@ -44,7 +51,7 @@ class FrozenLinear(nn.Module):
         """x (tokens, in) -> scale W x (tokens, out) in x's dtype, in memory of its own; not seen by autograd.
 
         Args:
-            scale: (1,), or None for 1.
+            scale: (1,), or None for 1; (out, 1) where the format `folds` and without `weight`.
             weight: W unpacked already, in x's dtype.
         """
         if weight is None:

@@ -26,7 +26,7 @@ class DenseLinear(FrozenLinear):
     def product(
         self, x_TI: Tensor, storage: tuple[Tensor, ...], scale: Tensor | None, weight: Tensor | None = None
     ) -> Tensor:
-        if scale is None or weight is not None or x_TI.dtype.itemsize > 2:
+        if scale is None or weight is not None or x_TI.dtype.itemsize > 2 or self.folds(storage):
             return super().product(x_TI, storage, scale, weight)
         # scaled before it is rounded, see linear.py
         weight = storage[0].to(x_TI.dtype)
@@ -37,5 +37,13 @@ class DenseLinear(FrozenLinear):
         return torch.mul(wide_TO, scale, out=x_TI.new_empty(wide_TO.shape))
 
     def unpack(self, storage: tuple[Tensor, ...], dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
-        weight = storage[0].to(dtype)
-        return weight if scale is None else weight * scale.to(dtype)
+        weight = storage[0]
+        if scale is None:
+            return weight.to(dtype)
+        wide = torch.promote_types(torch.promote_types(weight.dtype, dtype), scale.dtype)
+        if wide == torch.float64:
+            return (weight.to(wide) * scale).to(dtype)
+        return torch.mul(weight, scale, out=torch.empty(weight.shape, dtype=dtype, device=weight.device))
+
+    def folds(self, storage: tuple[Tensor, ...]) -> bool:
+        return storage[0].dtype.itemsize > 2

@@ -50,7 +50,7 @@ class Int8Linear(EightBitLinear):
         W_OI = codes.view(torch.int8)[:, : self.in_features].contiguous()
         scale_O = as_float32(absmax).view(-1)
         if scale is not None:
-            scale_O = scale_O * scale
+            scale_O = scale_O * scale.view(-1)
         # a copy in any case: on a CPU the operator sets outliers to 0 in its input, and back
         half_TI = x_TI.to(torch.float16, copy=True)
         Xq_TI, scale_T, outliers = torch.ops.bitsandbytes.int8_vectorwise_quant(

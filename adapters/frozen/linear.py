@@ -7,15 +7,17 @@ x_d is x, or x after dropout. The factors are functions of the adapter's trained
 computed inside, and their gradients carried back to those tensors, because what costs is the number of
 launches and of autograd nodes, of which a model has one per linear layer.
 
-Saved for backward: x, x_d, h (T, k), the trained tensors, and the packed weight, which is dequantized again;
-W (col * x) only where `row` is a vector, whose gradient needs it. No gradient of W is made. A format may
-round x inside its product (int8 with an outlier threshold): the backward pass is that of the dequantized
-weight all the same. The gradient of a scalar `row` needs no further pass over the weight:
-d row = <dy, W x> = <W^T dy, x>, and W^T dy is computed for dx anyway. d q = <up^T dy, h>.
-Scales multiply in float32: rounded to bfloat16, a scale would bend its whole row. A scalar over a dense bfloat16
-weight scales a float32 product, because that weight, scaled and rounded again, would be what it was for every scale
-nearer to 1 than 1/512. A vector scales W (col * x) as it was rounded: like LoRA's addition, in bfloat16 it hides what
-is less than half a step of an output.
+Saved for backward: x, x_d, h (T, k), the trained tensors, and the packed weight, which is dequantized again. No
+gradient of W is made. A format may round x inside its product (int8 with an outlier threshold): the backward pass is
+that of the dequantized weight all the same. Gradients of the scales need no further pass over the weight:
+- a scalar `row`: d row = <dy, W x> = <W^T dy, x>, and W^T dy is computed for dx anyway; d q = <up^T dy, h>; `col`
+  likewise, by columns.
+- a vector `row` that multiplies the weight while it is dequantized: with Y the output without bias, kept by
+  reference, d row_o = (sum_t dY_to Y_to - sum_k up_ok (dup)_ok) / row_o, as the thin part of Y has the slope dup.
+- a vector `row` over a dense bfloat16 weight, which scaled and rounded again would be what it was for every scale
+  nearer to 1 than 1/512: W (col * x) is scaled instead, and saved. Like LoRA's addition, in bfloat16 that hides what
+  is less than half a step of an output. A scalar scales a float32 product there.
+Scales multiply in float32: rounded to bfloat16, a scale would bend its whole row.
 """
 
 from __future__ import annotations
@@ -27,6 +29,10 @@ import torch
 from torch import Tensor
 
 from decompft.adapters.frozen.base import FrozenLinear
+from decompft.adapters.kernels.columns import dot, dot_columns, dot_columns_and_scale_, times_columns
+
+# what a row's scale of exactly 0 is taken for: its slope is found by a division
+_NEARLY_ZERO = 1e-20
 
 Grads = tuple[Tensor | None, ...]
 
@@ -49,6 +55,7 @@ class Thin(Protocol):
     """What an adapter gives the node; see decompft.adapters.base.Adapter."""
 
     reads_weight: bool
+    pulls_through_weight: bool
 
     def factors(self, trained: tuple[Tensor, ...], fixed: tuple[Tensor, ...]) -> Factors: ...
 
@@ -107,35 +114,43 @@ class _FrozenLinear(torch.autograd.Function):
             weight = base.unpack(storage, x.dtype)
             noted = thin.note(trained, fixed, weight)
         f = Factors() if thin is None else thin.factors(trained, (*fixed, *noted))
-        # of one output, too: what `row` is 0 of has a slope there, which the scalar's way divides by it
-        is_vector = f.row is not None and (f.row.numel() > 1 or base.out_features == 1)
-        scale = None if is_vector else f.row
-        y_TO = base.product(_times(x_TI, f.col), storage, scale, weight)
-        y0_TO = None
-        if is_vector:
-            y0_TO, y_TO = y_TO, _times(y_TO, f.row)
+        if f.col is not None:
+            x_TI = times_columns(x_TI, f.col)
+        row, kept_TO = f.row, None
+        is_vector = row is not None and (row.numel() > 1 or base.out_features == 1)
+        folds = is_vector and base.folds(storage)
+        if row is not None and folds:
+            row = row.masked_fill(row == 0, _NEARLY_ZERO)
+            y_TO = base.product(x_TI, storage, row.view(-1, 1))
+        elif row is not None and is_vector:
+            kept_TO = base.product(x_TI, storage, None, weight)
+            y_TO = times_columns(kept_TO, row)
+        else:
+            y_TO = base.product(x_TI, storage, row, weight)
         h_TR = None
         if f.up is not None and f.down is not None:
-            d_TI = x_TI if dropped is None else dropped.reshape(-1, base.in_features)
+            d_TI = (x if dropped is None else dropped).reshape(-1, base.in_features)
             h_TR = d_TI @ f.down.to(x.dtype).T
             if f.relu:
                 h_TR.relu_()
             hq_TR = h_TR if isinstance(f.q, float) and f.q == 1.0 else (h_TR * f.q).to(x.dtype)
             y_TO.addmm_(hq_TR, f.up.to(x.dtype).T)
-        if base.bias is not None:
-            y_TO += base.bias.to(x.dtype)
-        if f.bias is not None:
-            y_TO += f.bias.to(x.dtype)
+        biases = [b for b in (base.bias, f.bias) if b is not None]
+        if folds:  # by reference where nothing else writes to it
+            kept_TO = y_TO.clone() if biases or base.output_is_overwritten else y_TO
+        for bias in biases:
+            y_TO += bias.to(x.dtype)
         q, ctx.q = (f.q, 1.0) if isinstance(f.q, Tensor) else (None, f.q)
-        found = (f.up, f.down, q, f.row, f.col, f.bias)
-        ctx.save_for_backward(x, dropped, h_TR, y0_TO, *found, *trained, *fixed, *storage, *noted, *f.keep)
-        ctx.base, ctx.thin, ctx.relu, ctx.counts = base, thin, f.relu, (*counts, len(noted), len(f.keep))
+        found = (f.up, f.down, q, row, f.col, f.bias)
+        ctx.save_for_backward(x, dropped, h_TR, kept_TO, *found, *trained, *fixed, *storage, *noted, *f.keep)
+        ctx.base, ctx.thin, ctx.relu, ctx.folds = base, thin, f.relu, folds
+        ctx.counts = (*counts, len(noted), len(f.keep))
         return y_TO.view(*x.shape[:-1], base.out_features)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Grads:
         (dy,) = grads
-        x, dropped, h_TR, y0_TO, up, down, q, row, col, bias, *rest = ctx.saved_tensors
+        x, dropped, h_TR, kept_TO, up, down, q, row, col, bias, *rest = ctx.saved_tensors
         trained, fixed, storage, noted, keep = _split(rest, ctx.counts)
         base: FrozenLinear = ctx.base
         thin: Thin | None = ctx.thin
@@ -143,11 +158,16 @@ class _FrozenLinear(torch.autograd.Function):
         f = Factors(up=up, down=down, q=q, row=row, col=col, bias=bias, relu=ctx.relu, keep=keep)
         g_TO = dy.reshape(-1, base.out_features)
         needs_dx = ctx.needs_input_grad[0]
-        dx, weight, row, col = _through_base(g_TO, x, base, storage, f, y0_TO, needs_dx, _reads(thin))
+        pulls = thin is not None and thin.pulls_through_weight
+        dx, weight, row, col = _through_base(g_TO, x, base, storage, f, kept_TO, ctx.folds, needs_dx, pulls)
         d_trained: Grads = ()
         dd = None
         if thin is not None:
             up, down, q, dd = _through_thin(g_TO, x, dropped, h_TR, f, dx, ctx.needs_input_grad[1])
+            if ctx.folds and row is not None and f.row is not None:
+                if up is not None and f.up is not None:
+                    row -= torch.linalg.vecdot(up, f.up)
+                row /= f.row
             bias = None if f.bias is None else g_TO.sum(0, dtype=torch.float32)
             found = Factors(up=up, down=down, q=q, row=row, col=col, bias=bias)  # type: ignore[arg-type]
             d_trained = thin.pull_back(trained, (*fixed, *noted), f, found, weight)
@@ -162,32 +182,37 @@ def _through_base(
     base: FrozenLinear,
     storage: tuple[Tensor, ...],
     f: Factors,
-    y0_TO: Tensor | None,
+    kept_TO: Tensor | None,
+    folds: bool,
     needs_dx: bool,
-    reads_weight: bool,
+    pulls: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dx (T, in) of the base's product, the weight if it was asked for, and the gradients of row and col."""
-    row = col = None
-    scale = f.row if y0_TO is None else None
-    if y0_TO is not None:
-        row = torch.sum(g_TO * y0_TO, 0, dtype=torch.float32)
-        g_TO = _times(g_TO, f.row)
-    weight = base.unpack(storage, g_TO.dtype, None if reads_weight else scale) if (
-        needs_dx or scale is not None or f.col is not None or reads_weight) else None  # fmt: skip
-    if weight is None:
+    """dx (T, in) of the base's product, the weight if it was asked for, and the gradients of row and col.
+
+    Where the row's scale is folded into the weight, its gradient is still to be finished: see the module docstring.
+    """
+    row = col = scale = None
+    if kept_TO is not None and f.row is not None:
+        row = dot_columns(g_TO, kept_TO)
+        if pulls or not folds:
+            g_TO = times_columns(g_TO, f.row)
+        else:
+            scale = f.row.view(-1, 1)
+    elif f.row is not None:
+        scale = f.row
+    if not (needs_dx or f.col is not None or pulls or (scale is not None and kept_TO is None)):
         return None, None, row, col
-    if reads_weight and scale is not None:
-        g_TO = _times(g_TO, scale)
+    weight = base.unpack(storage, g_TO.dtype, None if pulls else scale)
+    if pulls and scale is not None:
+        g_TO = times_columns(g_TO, scale.expand(g_TO.shape[1]).contiguous())
     dx_TI = g_TO @ weight
-    x_TI = x.reshape(-1, base.in_features)
     if f.col is not None:
-        col = torch.sum(x_TI * dx_TI, 0, dtype=torch.float32)
-        dx_TI.mul_(f.col)
-    if scale is not None:
-        # products are rounded once to the compute dtype, then summed in float32. dx holds
-        # row W^T dy: at row == 0 exactly the quotient is NaN and stops the run, in words
-        row = (torch.sum(x_TI * dx_TI, dtype=torch.float32) / scale).reshape(1)
-    return dx_TI, weight if reads_weight else None, row, col
+        col = dot_columns_and_scale_(x.reshape(-1, base.in_features), dx_TI, f.col)
+    if scale is not None and kept_TO is None:
+        # products summed in float32. dx holds row W^T dy: at row == 0 exactly the quotient is NaN and stops the
+        # run, in words
+        row = (dot(x.reshape(-1, base.in_features), dx_TI) / scale).reshape(1)
+    return dx_TI, weight if pulls else None, row, col
 
 
 def _through_thin(
@@ -219,17 +244,6 @@ def _through_thin(
     elif dx_TI is not None:
         dx_TI.addmm_(gq_TR, f.down.to(dtype))
     return up, down, q, dd_TI
-
-
-def _times(x: Tensor, scale: Tensor | None) -> Tensor:
-    """x * scale in float32, rounded once to x's dtype; x itself without a scale."""
-    if scale is None:
-        return x
-    return torch.mul(x, scale, out=torch.empty_like(x)) if x.dtype != torch.float64 else x * scale
-
-
-def _reads(thin: Thin | None) -> bool:
-    return thin is not None and thin.reads_weight
 
 
 def _split(tensors: Any, counts: tuple[int, ...]) -> tuple[tuple[Tensor, ...], ...]:

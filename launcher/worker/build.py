@@ -16,7 +16,7 @@ from decompft.adapters.base import Adapter
 from decompft.adapters.formats import FORMAT_SPECS
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.inject import MakeFrozen, adapters, inject
-from decompft.adapters.spec import AdapterConfig
+from decompft.adapters.spec import AdapterConfig, spec_of
 from decompft.adapters.targets import TargetMismatch, select
 from decompft.adapters.token_rows import token_rows
 from decompft.launcher.errors import AdapterError
@@ -26,6 +26,7 @@ from decompft.launcher.recipe import AdapterSection, ModelSection, QuantizationS
 from decompft.launcher.tensor_names import find_key
 from decompft.launcher.worker.base_weights import BaseWeights
 from decompft.launcher.worker.engines.base import Engine, full_shape
+from decompft.launcher.worker.liger import keep_outputs
 from decompft.launcher.worker.load import Progress, load_base
 from decompft.launcher.worker.loaded import Loaded
 from decompft.launcher.worker.model import (
@@ -315,6 +316,11 @@ def _use_liger(hf: Any, engine: Engine) -> str:
     # the loss is ours: it never holds all logits and makes no gradient of the frozen head
     off = {n: False for n in ("cross_entropy", "fused_linear_cross_entropy") if n in known}
     apply(model=hf, **off)
+    keeps = any(spec_of(a.config).keeps_output(a.config) for _, a in adapters(hf))
+    if not keep_outputs(keeps):
+        for module in hf.modules():
+            if isinstance(module, FrozenLinear):
+                module.output_is_overwritten = True
     return "liger-kernel"
 
 

@@ -1,0 +1,103 @@
+"""Column scales and their gradients over (tokens, columns) arrays, in one pass each.
+
+Torch's own operators take a slow path where a bfloat16 array meets a float32 scale, and a product that is summed
+costs it two passes and an array of the product's size. Sums are taken in float32 over fixed blocks of rows, then over
+the blocks: the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ROWS, _COLUMNS = 32, 128  # of a tile
+_TILES = 8  # a program's, one below the other
+
+
+def times_columns(x_TC: Tensor, scale_C: Tensor) -> Tensor:
+    """x * scale in the wider of both dtypes, rounded once to x's dtype, in memory of its own."""
+    if not _fits(x_TC):
+        if x_TC.dtype == torch.float64:
+            return x_TC * scale_C
+        return torch.mul(x_TC, scale_C, out=torch.empty(x_TC.shape, dtype=x_TC.dtype, device=x_TC.device))
+    out_TC = torch.empty(x_TC.shape, dtype=x_TC.dtype, device=x_TC.device)
+    _launch(x_TC, x_TC, scale_C, out_TC, None)
+    return out_TC
+
+
+def dot_columns(a_TC: Tensor, b_TC: Tensor) -> Tensor:
+    """Sum over the rows of a * b (columns,), float32 or better."""
+    if not (_fits(a_TC) and _fits(b_TC)):
+        return torch.sum(a_TC * b_TC, 0, dtype=_sum_dtype(a_TC))
+    parts_NC = _parts(a_TC)
+    _launch(a_TC, b_TC, None, None, parts_NC)
+    return parts_NC.sum(0)
+
+
+def dot(a_TC: Tensor, b_TC: Tensor) -> Tensor:
+    """Sum of a * b (), float32 or better."""
+    if not (_fits(a_TC) and _fits(b_TC)):
+        return torch.sum(a_TC * b_TC, dtype=_sum_dtype(a_TC))
+    parts_NC = _parts(a_TC)
+    _launch(a_TC, b_TC, None, None, parts_NC)
+    return parts_NC.sum()
+
+
+def dot_columns_and_scale_(a_TC: Tensor, b_TC: Tensor, scale_C: Tensor) -> Tensor:
+    """`dot_columns`, and b becomes b * scale, in place."""
+    if not (_fits(a_TC) and _fits(b_TC)):
+        found_C = torch.sum(a_TC * b_TC, 0, dtype=_sum_dtype(a_TC))
+        b_TC.mul_(scale_C)
+        return found_C
+    parts_NC = _parts(a_TC)
+    _launch(a_TC, b_TC, scale_C, b_TC, parts_NC)
+    return parts_NC.sum(0)
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _fits(x_TC: Tensor) -> bool:
+    return x_TC.is_cuda and x_TC.dtype in (torch.bfloat16, torch.float16, torch.float32) and (
+        x_TC.stride(1) == 1 and x_TC.numel() > 0 and _triton() is not None)  # fmt: skip
+
+
+def _parts(x_TC: Tensor) -> Tensor:
+    num_rows, num_columns = x_TC.shape
+    blocks = -(-num_rows // (_ROWS * _TILES))
+    return torch.empty(blocks, num_columns, dtype=torch.float32, device=x_TC.device)
+
+
+def _launch(
+    a_TC: Tensor,
+    b_TC: Tensor,
+    scale_C: Tensor | None,
+    out_TC: Tensor | None,
+    parts_NC: Tensor | None,
+) -> None:
+    kernel = _triton()
+    num_rows, num_columns = a_TC.shape
+    grid = (-(-num_columns // _COLUMNS), -(-num_rows // (_ROWS * _TILES)))
+    out = b_TC if out_TC is None else out_TC
+    with torch.cuda.device(a_TC.device):
+        kernel[grid](
+            a_TC, b_TC, scale_C, out, parts_NC, num_rows, num_columns, a_TC.stride(0), b_TC.stride(0), out.stride(0),
+            DOTS=parts_NC is not None, SCALES=scale_C is not None,
+            ROWS=_ROWS, COLUMNS=_COLUMNS, TILES=_TILES,
+        )  # fmt: skip
+
+
+@cache
+def _triton() -> Any:
+    """The kernel, or None where triton is not installed."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return None
+    from decompft.adapters.kernels.columns_triton import kernel
+
+    return kernel
