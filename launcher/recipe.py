@@ -211,6 +211,11 @@ class ParallelSection(Section):
         description="zero1 to zero3: further keys of DeepSpeed's config; what the plan sets is an error here",
     )
     timeout_s: float = Field(600.0, gt=0, description="a rank that is silent this long ends the run")
+    hang_s: Annotated[float, Field(gt=0)] | Auto | None = Field(
+        "auto",
+        description="a run that stands still this long ends, and the rank it waits for is named with its stack; "
+        "auto: four fifths of timeout_s, but at least 20 median steps, and an hour before the third; null: never",
+    )
     gpu_memory_gib: Annotated[float, Field(gt=0)] | Auto = Field(
         "auto", description="memory of one device, for the forecast"
     )
@@ -221,6 +226,19 @@ class CheckpointSection(Section):
 
     every_steps: int | None = Field(None, ge=1, description="default: at the end and on a stop only")
     keep: int = Field(3, ge=1, description="newest checkpoints that are kept")
+    keep_best: int = Field(
+        0,
+        ge=0,
+        description="besides them, so many with the lowest evaluation loss; an evaluation that gains saves",
+    )
+    keep_every_hours: float | None = Field(
+        None, gt=0, description="besides them, one for each such span of time, for good"
+    )
+    grace_s: float = Field(
+        120.0,
+        gt=0,
+        description="seconds after a stop signal by which the last completed step is on disk, whatever runs",
+    )
 
 
 class WandbSection(Section):

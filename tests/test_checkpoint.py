@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import subprocess
-import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +25,8 @@ from decompft.launcher.worker.checkpoint import (
     open_checkpoint,
     save,
 )
+from decompft.launcher.worker.meeting import Patience
+from decompft.launcher.worker.retention import Kept, Retention, choose
 
 Whole = dict[tuple[str, str], Tensor]  # (name, kind) -> the whole tensor
 STATE = {"cursor": {"epoch": 1, "sample": 640}, "best_loss": 0.1 + 0.2, "seed": 2**63 - 1}
@@ -67,36 +69,25 @@ def save_all(
     incarnation: int = 1,
     keep: int = 3,
     shards: Callable[[Whole, int, int], Iterable[Slice]] = shard,
-    before_commit: Callable[[], None] = lambda: None,
+    before_commit: Callable[[], None] | None = None,
 ) -> list[Path | BaseException]:
-    """Each rank's call on a thread of its own; a rank that hangs breaks the barrier and fails the test."""
-    barrier = threading.Barrier(world_size, timeout=20)
-    votes = [True] * world_size
-    rounds = [0] * world_size
+    """Each rank's call on a thread of its own; rank 0 comes last where something happens `before_commit`."""
+    state = run_dir / f"checkpoints/.tmp-step-{step:08d}-inc{incarnation}/state"
 
     def one(rank: int) -> Path:
-        def all_ok(ok: bool) -> bool:
-            votes[rank] = ok
-            rounds[rank] += 1
-            if barrier.wait() == 0 and rounds[rank] == 2:
-                before_commit()
-            verdict = all(votes)
-            barrier.wait()
-            return verdict
-
+        if rank == 0 and before_commit is not None:
+            while not all((state / f"rank-{k:05d}.json").exists() for k in range(1, world_size)):
+                time.sleep(0.01)
+            before_commit()
         return save(
             run_dir, step, shards(whole, rank, world_size), STATE, rank=rank, world_size=world_size,
-            barrier=lambda: void(barrier.wait()), all_ok=all_ok, incarnation=incarnation, keep=keep,
-            adapter_json=ADAPTER_JSON,
+            incarnation=incarnation, retention=Retention(newest=keep), adapter_json=ADAPTER_JSON,
+            patience=Patience(timeout_s=20),
         )  # fmt: skip
 
     with ThreadPoolExecutor(world_size) as pool:
         futures = [pool.submit(one, rank) for rank in range(world_size)]
         return [f.exception() or f.result() for f in futures]
-
-
-def void(_: object) -> None:
-    return None
 
 
 def saved(run_dir: Path, step: int, whole: Whole, **options: int) -> Path:

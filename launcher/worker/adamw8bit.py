@@ -61,6 +61,23 @@ class AdamW8bit(WholeAdamW8bit):  # type: ignore[misc]  # bitsandbytes has no ty
                     for name, own in _OWN_NAMES.items():
                         _write(self.state[rows], own, moments[name])
 
+    def raw(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """This rank's 8-bit moments as they are: codes (numbers,) and absmax (blocks,); {} where they are float32."""
+        state = self.state.get(self._rows[parameter], {})
+        found = {}
+        for name, own in _OWN_NAMES.items():
+            if state and state[f"state{own}"].dtype != torch.float32:
+                found[f"{name}.codes"] = state[f"state{own}"].reshape(-1)
+                found[f"{name}.absmax"] = state[f"absmax{own}"].reshape(-1)
+        return found
+
+    def set_raw(self, parameter: nn.Parameter, raw: Mapping[str, Tensor]) -> None:
+        """Set what `raw` gave, bit for bit; after `set_moments`."""
+        state = self.state[self._rows[parameter]]
+        for name, own in _OWN_NAMES.items():
+            state[f"state{own}"].view(-1).copy_(raw[f"{name}.codes"])
+            state[f"absmax{own}"].view(-1).copy_(raw[f"{name}.absmax"])
+
     def _local(self, parameter: nn.Parameter) -> nn.Parameter:
         rows = self._engine.local(parameter)
         return parameter if rows is parameter else nn.Parameter(rows.detach())

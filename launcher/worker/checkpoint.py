@@ -1,17 +1,17 @@
 """How is training state written so that no crash, full disk or stale job can spoil a checkpoint?
 
 Every rank writes the rows it holds into a temp folder; rank 0 proves that the rows of all ranks cover
-every tensor exactly once, reads all files back, and only then renames the folder into place.
+every tensor exactly once, reads all files back, and only then renames the folder into place. No collective: see
+meeting.py.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,8 +19,19 @@ from typing import Any
 
 from torch import Tensor
 
-from decompft.launcher.checkpoints import FORMAT_VERSION, list_checkpoints, step_of
+from decompft.launcher.checkpoints import FORMAT_VERSION
 from decompft.launcher.errors import AdapterError, CheckpointError, RunFailed
+from decompft.launcher.worker.meeting import (
+    PATIENT,
+    AnotherRankFailed,
+    Patience,
+    has_failed,
+    leave,
+    stem,
+    wait_for_parts,
+    wait_for_verdict,
+    write_verdict,
+)
 from decompft.launcher.worker.restore import (
     Checkpoint,
     load_adapter,
@@ -28,6 +39,7 @@ from decompft.launcher.worker.restore import (
     tensor_key,
     verify,
 )
+from decompft.launcher.worker.retention import Retention, rotate
 from decompft.launcher.worker.tensorfile import (
     DTYPE_NAMES,
     DTYPES,
@@ -39,8 +51,6 @@ from decompft.launcher.worker.tensorfile import (
 )
 
 __all__ = ["Checkpoint", "Slice", "load_adapter", "open_checkpoint", "save", "save_adapter"]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,18 +76,19 @@ def save(
     *,
     rank: int,
     world_size: int,
-    barrier: Callable[[], None],
-    all_ok: Callable[[bool], bool],
     incarnation: int,
-    keep: int,
+    retention: Retention,
     adapter_json: Mapping[str, Any],
+    eval_loss: float | None = None,
+    patience: Patience = PATIENT,
+    tag: str = "",
 ) -> Path:
-    """Writes checkpoints/step-N; every rank calls it, and all return, or all raise.
+    """Writes checkpoints/step-N; every rank calls it, from any thread, and all return, or all raise.
 
     Args:
         state: JSON that does not depend on the mesh (schedule, data cursor, seeds); rank 0's is written.
-        all_ok: all-reduce MIN over the ranks: True when every rank said True.
-        keep: newest checkpoints that stay, this one included.
+        eval_loss: of this very step, if it was evaluated.
+        tag: tells two saves of one step apart; the same on every rank.
 
     Raises:
         RunFailed: some rank could not write (full disk, ...), the slices have gaps, or a newer incarnation
@@ -85,32 +96,40 @@ def save(
     """
     root = run_dir / "checkpoints"
     final = root / f"step-{step:08d}"
-    temp = root / f".tmp-{final.name}-inc{incarnation}"
-    head = {"version": FORMAT_VERSION, "step": step, "world_size": world_size, "incarnation": incarnation}
+    temp = root / f".tmp-{final.name}-inc{incarnation}{tag}"
+    verdict = run_dir / f"incarnations/{incarnation}/save{tag}.json"
+    head = {
+        "version": FORMAT_VERSION, "step": step, "world_size": world_size, "incarnation": incarnation,
+        "time_s": time.time(), "eval_loss": eval_loss,
+    }  # fmt: skip
 
-    def phase(work: Callable[[], None] | None) -> None:
-        failure: RunFailed | None = None
-        try:
-            if work is not None:
-                work()
-        except (OSError, CheckpointError, RunFailed) as error:
-            failure = _in_words(final, error)
-        if not all_ok(failure is None):
-            if rank == 0:
-                shutil.rmtree(temp, ignore_errors=True)
-            barrier()  # a rank that exits now would have rank 0 killed half-way through the removal
-            raise failure or RunFailed(f"{final}: not saved, because another rank could not write its part")
-
-    def commit() -> None:
-        _write_manifest(temp, {**head, "state": dict(state)}, adapter_json)
+    def commit(there: Sequence[int]) -> None:
+        _write_manifest(temp, {**head, "state": dict(state)}, adapter_json, there)
         verify(temp)
         _refuse_stale(run_dir, incarnation)
         _move_into_place(temp, final)
-        _rotate(final, keep, incarnation)
+        rotate(final, retention, incarnation)
 
-    phase(partial(_prepare, run_dir, temp, incarnation) if rank == 0 else None)
-    phase(lambda: _write_slices(temp / "state", rank, list(slices)))
-    phase(commit if rank == 0 else None)
+    try:
+        _prepare(run_dir, temp, incarnation, cleans=rank == 0)
+        _write_slices(temp / "state", rank, slices)
+        if rank == 0:
+            commit(wait_for_parts(temp / "state", world_size, patience))
+        else:
+            wait_for_verdict(verdict, step, patience)
+    except (OSError, CheckpointError, RunFailed) as error:
+        failure = _in_words(final, error)
+        if rank == 0:
+            shutil.rmtree(temp, ignore_errors=True)
+            if world_size > 1:
+                write_verdict(verdict, step, failure)
+        else:
+            failure = leave(temp, rank, failure, failed_elsewhere=has_failed(verdict, step))
+        if failure is error:
+            raise
+        raise failure from error
+    if rank == 0 and world_size > 1:
+        write_verdict(verdict, step, None)
     return final
 
 
@@ -144,19 +163,20 @@ def save_adapter(
         raise _in_words(folder, error) from error
 
 
-def _prepare(run_dir: Path, temp: Path, incarnation: int) -> None:
-    """Clears what interrupted saves left, and makes the temp folder."""
+def _prepare(run_dir: Path, temp: Path, incarnation: int, *, cleans: bool) -> None:
+    """Makes the temp folder, whoever comes first; rank 0 clears what interrupted saves left."""
     _refuse_stale(run_dir, incarnation)
-    temp.parent.mkdir(parents=True, exist_ok=True)
-    for aside in temp.parent.glob(".old-*"):
-        original = temp.parent / aside.name.removeprefix(".old-")
-        if original.exists():
-            shutil.rmtree(aside)
-        else:  # cut short between the two renames of a replacement: the old one is still the checkpoint
-            aside.rename(original)
-    for leftover in temp.parent.glob(".tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    (temp / "state").mkdir(parents=True)
+    if cleans and temp.parent.is_dir():
+        for aside in temp.parent.glob(".old-*"):
+            original = temp.parent / aside.name.removeprefix(".old-")
+            if original.exists():
+                shutil.rmtree(aside)
+            else:  # cut short between the two renames of a replacement: the old one is still the checkpoint
+                aside.rename(original)
+        for leftover in temp.parent.glob(".tmp-*"):
+            if leftover != temp:
+                shutil.rmtree(leftover, ignore_errors=True)
+    (temp / "state").mkdir(parents=True, exist_ok=True)
 
 
 def _refuse_stale(run_dir: Path, incarnation: int) -> None:
@@ -170,27 +190,30 @@ def _refuse_stale(run_dir: Path, incarnation: int) -> None:
         )
 
 
-def _write_slices(folder: Path, rank: int, slices: list[Slice]) -> None:
-    """This rank's state file and, beside it, the index that rank 0 reads."""
-    stem = f"rank-{rank:05d}"
-    index = []
+def _write_slices(folder: Path, rank: int, given: Iterable[Slice]) -> None:
+    """This rank's state file and, whole or not at all, the index that rank 0 waits for."""
+    index, slices = [], list(given)
     for s in slices:
         assert s.full_shape and s.tensor.dim() == 1, (s.name, s.kind, s.full_shape)
         whole = {"shape": list(s.full_shape), "dtype": DTYPE_NAMES[s.tensor.dtype]}
         span = {"start": s.start, "numel": s.tensor.numel()}
         index.append({"name": s.name, "kind": s.kind, "whole": whole, **span})
     entries = [_entry(tensor_key(s.name, s.kind, s.start), s.tensor) for s in slices if s.tensor.numel()]
-    record = write_tensors(folder / f"{stem}.safetensors", entries)
-    write_json(folder / f"{stem}.json", {"file": record, "slices": index})
+    record = write_tensors(folder / f"{stem(rank)}.safetensors", entries)
+    temp = folder / f".{stem(rank)}.json"
+    write_json(temp, {"file": record, "slices": index})
+    temp.rename(folder / f"{stem(rank)}.json")
     fsync_folder(folder)
 
 
-def _write_manifest(temp: Path, head: dict[str, Any], adapter_json: Mapping[str, Any]) -> None:
+def _write_manifest(
+    temp: Path, head: dict[str, Any], adapter_json: Mapping[str, Any], ranks: Sequence[int]
+) -> None:
     """Rank 0's part: checks that no row is missing, then writes the adapter, the manifest and COMPLETE."""
     tensors: dict[str, dict[str, Any]] = {}
     files: dict[str, Any] = {}
-    for rank in range(head["world_size"]):
-        file, sidecar = f"state/rank-{rank:05d}.safetensors", temp / f"state/rank-{rank:05d}.json"
+    for rank in ranks:
+        file, sidecar = f"state/{stem(rank)}.safetensors", temp / f"state/{stem(rank)}.json"
         index = json.loads(sidecar.read_bytes())
         sidecar.unlink()  # the manifest will say it all
         files[file] = index["file"]
@@ -253,34 +276,6 @@ def _move_into_place(temp: Path, final: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _rotate(new: Path, keep: int, incarnation: int) -> None:
-    """Deletes all but the newest `keep` whole checkpoints; `new`, just verified, is the first of them."""
-    kept = 1
-    for folder in reversed(list_checkpoints(new.parent)):
-        if step_of(folder) > step_of(new):
-            # The run was resumed from before it: it must not pass for the newest, but it is the user's.
-            aside = folder.with_name(f"abandoned-{folder.name}-inc{incarnation}")
-            logger.warning("%s is later than this run's step; set aside as %s", folder.name, aside.name)
-            folder.rename(aside)
-        elif folder != new and kept < keep and _looks_whole(folder):
-            kept += 1
-        elif folder != new:
-            doomed = folder.with_name(f".tmp-deleted-{folder.name}")  # never a half-deleted step-*
-            with suppress(OSError):  # e.g. a reader on NFS; the new one is safe, the next save tries again
-                folder.rename(doomed)
-                shutil.rmtree(doomed)
-
-
-def _looks_whole(folder: Path) -> bool:
-    """Whether every file is there in its full size: cheap enough for each save."""
-    try:
-        files = json.loads((folder / "manifest.json").read_bytes())["files"]
-        whole = all((folder / name).stat().st_size == record["size"] for name, record in files.items())
-        return whole and (folder / "COMPLETE").exists()
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 def _write_adapter(folder: Path, entries: list[Entry], adapter_json: Mapping[str, Any]) -> dict[str, Any]:
     record = write_tensors(folder / "adapter.safetensors", entries)
     description = {**adapter_json, "format_version": FORMAT_VERSION, **record}
@@ -292,6 +287,8 @@ def _entry(key: str, tensor: Tensor) -> Entry:
 
 
 def _in_words(target: Path, error: Exception) -> RunFailed:
+    if isinstance(error, AnotherRankFailed):
+        return AnotherRankFailed(f"{target}: not saved, because {error.message}", error.hint)
     if isinstance(error, RunFailed):
         return error
     if isinstance(error, OSError):

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 from decompft.launcher.errors import CheckpointError, DecompftError, UserError
 from decompft.launcher.outcome import Outcome, Result, write_outcome, write_rank
 from decompft.launcher.runs import RunDir
+from decompft.launcher.worker.emergency import Emergency
 from decompft.launcher.worker.loaded import Loaded, size_text
+from decompft.launcher.worker.pulse import Pulse
 
 if TYPE_CHECKING:
     from decompft.launcher.worker.metrics import Metrics
@@ -34,6 +36,8 @@ class Rank:
     resume: Path | None
     rank: int
     stream: TextIO  # what a person sees of this rank
+    pulse: Pulse = field(default_factory=Pulse)
+    emergency: Emergency | None = None  # where nobody asks this process to stop: a benchmark
 
 
 def main() -> None:
@@ -45,8 +49,17 @@ def main() -> None:
     args = parser.parse_args()
     run, rank = RunDir.open(args.run_dir), int(os.environ.get("RANK", "0"))
     stream = _redirect(run.rank_log(args.incarnation, rank), show=rank == 0)
-    this = Rank(run=run, incarnation=args.incarnation, resume=args.resume, rank=rank, stream=stream)
+    pulse = Pulse()
+    emergency = Emergency(
+        run, args.incarnation, rank=rank, world_size=int(os.environ.get("WORLD_SIZE", "1")), pulse=pulse,
+        resumed_from=args.resume,
+    )  # fmt: skip
+    this = Rank(
+        run=run, incarnation=args.incarnation, resume=args.resume, rank=rank, stream=stream, pulse=pulse,
+        emergency=emergency,
+    )  # fmt: skip
     folder = run.incarnation_dir(args.incarnation)
+    emergency.start()
     _stop_in_order_on_sigterm(run.stop_file(args.incarnation))
     try:
         outcome = run_rank(this)
@@ -54,6 +67,7 @@ def main() -> None:
             write_outcome(folder, outcome)
             _show(outcome.message, stream)
     except Exception as error:  # the one place that records a failure; the launcher puts it into words
+        emergency.stand_aside()
         step = _last_step(run)
         hint = error.hint if isinstance(error, DecompftError) else ""
         message = error.message if isinstance(error, DecompftError) else f"{type(error).__name__}: {error}"
@@ -68,6 +82,7 @@ def main() -> None:
             logger.error("rank %d could not leave word: %s", rank, full)
         # a foreseen error is said in words; its traceback is in rank-K.json
         logger.error("rank %d failed: %s", rank, error, exc_info=not isinstance(error, DecompftError))
+        emergency.call("failed", f"rank {rank}: {message}")
         # without unwinding: a collective that other ranks still wait in must not hang this exit
         os._exit(error.exit_code if isinstance(error, DecompftError) else 3)
 
@@ -93,6 +108,10 @@ def run_rank(this: Rank) -> Outcome:
     began = time.perf_counter()
     recipe = plan.recipe
     prepared = Prepared.read(this.run.path)
+    emergency = this.emergency or Emergency(
+        this.run, this.incarnation, rank=this.rank, world_size=1, pulse=this.pulse, resumed_from=this.resume
+    )
+    emergency.grace_s = recipe.checkpoint.grace_s
     engine = make_engine(plan)
     if engine.world_size != plan.world.size:
         raise UserError(
@@ -105,6 +124,7 @@ def run_rank(this: Rank) -> Outcome:
     adapter_json = describe(plan, prepared)
     if resume is not None:
         _same_base(resume.state["base"], prepared.identity, this.resume)
+    this.pulse.at("loading")
     built = build(
         recipe.model, recipe.quantization, recipe.adapter, engine, seed=recipe.train.seed,
         model_dir=prepared.model_dir, recompute=plan.recompute == "full", tokens=prepared.tokens,
@@ -126,7 +146,7 @@ def run_rank(this: Rank) -> Outcome:
             metrics.message(remark)
         outcome = train(
             plan, built, engine, data, held_out, this.run, incarnation=this.incarnation,
-            resume=resume, metrics=metrics, adapter_json=adapter_json,
+            resume=resume, metrics=metrics, adapter_json=adapter_json, pulse=this.pulse, emergency=emergency,
         )  # fmt: skip
         peak = peak_memory(plan, engine)
         metrics.message(peak.line())
@@ -177,6 +197,7 @@ def _loading(this: Rank, what: str = "") -> Any:
     began, shown = time.monotonic(), [0]
 
     def progress(done: int, total: int) -> None:
+        this.pulse.at("loading")
         tenth = 10 * done // max(total, 1)
         if this.rank == 0 and tenth > shown[0] and time.monotonic() - began > 2:
             shown[0] = tenth

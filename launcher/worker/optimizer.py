@@ -113,3 +113,13 @@ def write_moments(
         optimizer.set_moments(parameter, moments)
     else:
         engine.set_moments(optimizer, parameter, moments)
+
+
+def read_raw(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """8-bit moments as they are stored, for a run that goes on with its rows cut as now; {} for other optimizers."""
+    return optimizer.raw(parameter) if hasattr(optimizer, "raw") else {}
+
+
+def write_raw(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, raw: Mapping[str, Tensor]) -> None:
+    """Set what `read_raw` gave, after `write_moments`."""
+    optimizer.set_raw(parameter, raw)  # type: ignore[attr-defined]  # AdamW8bit

@@ -11,7 +11,7 @@ from decompft.launcher.errors import CheckpointError
 from decompft.launcher.worker.build import Built
 from decompft.launcher.worker.checkpoint import Checkpoint, Slice
 from decompft.launcher.worker.engines.base import MOMENTS, Engine, full_shape
-from decompft.launcher.worker.optimizer import read_moments, write_moments
+from decompft.launcher.worker.optimizer import read_moments, read_raw, write_moments, write_raw
 
 Averages = Mapping[str, Mapping[str, Tensor]]  # kind -> trained tensor -> this rank's piece, flat
 
@@ -36,6 +36,9 @@ def slices(
         for kind in MOMENTS if moments else ():
             values = moments[kind].reshape(-1)
             yield Slice(name=name, kind=kind, full_shape=shape, start=piece[0], tensor=values)
+        for kind, values in read_raw(optimizer, parameter).items():
+            kind = f"{_raw(engine.piece(parameter))}{kind}"
+            yield Slice(name=name, kind=kind, full_shape=tuple(values.shape), start=0, tensor=values)
         if moments and engine.rank == 0:
             yield Slice(name=name, kind="step", full_shape=(1,), start=0, tensor=moments["step"])
     if engine.rank == 0:
@@ -50,8 +53,11 @@ def restore(
     optimizer: torch.optim.Optimizer,
     engine: Engine,
     averages: Averages,
-) -> None:
+) -> int:
     """Load this rank's rows, whatever the world size that wrote them.
+
+    Returns:
+        How many tensors' 8-bit moments were quantized again here, as their rows were cut otherwise.
 
     Raises:
         CheckpointError: the checkpoint trains other tensors.
@@ -63,6 +69,7 @@ def restore(
             f"{checkpoint.path}: trains other tensors than this run, e.g. {odd}",
             "resume with the recipe that wrote it, or start a new run with --run-dir DIR",
         )
+    num_requantized = 0
     with torch.no_grad():
         for name, buffer in built.buffers.items():
             buffer.copy_(checkpoint.read(name, "param"))
@@ -74,10 +81,26 @@ def restore(
                 moments = {kind: checkpoint.read_span(name, kind, *piece) for kind in MOMENTS}
                 moments["step"] = checkpoint.read(name, "step")
                 write_moments(optimizer, parameter, moments, engine)
+                known = {
+                    k: k.removeprefix(_raw(piece))
+                    for k in checkpoint.kinds(name)
+                    if k.startswith(_raw(piece))
+                }
+                if known:
+                    raw = {kind: checkpoint.read(name, stored) for stored, kind in known.items()}
+                    write_raw(optimizer, parameter, raw)
+                elif read_raw(optimizer, parameter):
+                    num_requantized += 1
             for kind, tensors in averages.items():
                 if name in tensors and kind in checkpoint.kinds(name):
                     tensors[name].copy_(checkpoint.read_span(name, kind, *engine.piece(parameter)))
     engine.after_restore()
+    return num_requantized
+
+
+def _raw(piece: tuple[int, int]) -> str:
+    """Before the kinds of 8-bit moments as they are: their blocks are those of this span of numbers alone."""
+    return f"raw{piece[0]}-{piece[1]}."
 
 
 def whole_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:

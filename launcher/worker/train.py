@@ -6,7 +6,7 @@ import gc
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,17 +17,21 @@ from decompft.launcher.outcome import Outcome
 from decompft.launcher.plan import Plan
 from decompft.launcher.runs import RunDir
 from decompft.launcher.worker.build import Built
-from decompft.launcher.worker.checkpoint import Checkpoint, save
+from decompft.launcher.worker.checkpoint import Checkpoint
 from decompft.launcher.worker.data.ahead import Ahead
 from decompft.launcher.worker.data.batches import collate
 from decompft.launcher.worker.data.feed import EvalData, TrainData
+from decompft.launcher.worker.emergency import Emergency
 from decompft.launcher.worker.engines.base import Engine
 from decompft.launcher.worker.metrics import Metrics, StepRow
 from decompft.launcher.worker.model import LossModel
 from decompft.launcher.worker.optimizer import clip_gradients, make_optimizer, schedule, set_learning_rate
 from decompft.launcher.worker.phases import Phases
 from decompft.launcher.worker.proofs import prove_gradients, steps_to_prove
+from decompft.launcher.worker.pulse import Pulse
 from decompft.launcher.worker.report import peak_bytes
+from decompft.launcher.worker.retention import Retention
+from decompft.launcher.worker.saver import Held, Saver
 from decompft.launcher.worker.state import restore, slices
 
 
@@ -41,6 +45,8 @@ class Progress:
     evals_without_gain: int = 0
     start_eval: float | None = None  # of the untouched base
     last_eval: float | None = None
+    eval_step: int | None = None  # that of last_eval
+    eval_due: bool = False  # one was interrupted
 
 
 def train(
@@ -55,6 +61,8 @@ def train(
     resume: Checkpoint | None,
     metrics: Metrics,
     adapter_json: dict[str, object],
+    pulse: Pulse,
+    emergency: Emergency,
 ) -> Outcome:
     """Train to the last step, or to an orderly stop.
 
@@ -74,46 +82,80 @@ def train(
     to_prove = steps_to_prove(built)
     at = Progress()
     if resume is not None:
-        restore(resume, built, optimizer, engine, phases.averages())
+        requantized = restore(resume, built, optimizer, engine, phases.averages())
+        if engine.any_rank(requantized > 0):
+            metrics.message(
+                "the 8-bit moments were saved with their rows cut otherwise: quantized again, so that the run goes on "
+                "within their rounding, not bit for bit"
+            )
         phases.resume(resume.step)
         at = Progress(**resume.state["progress"])
     # a fork's checkpoint lies in another run: this one has none yet
     saved_step = at.step if resume is not None and resume.path.is_relative_to(run.path) else None
 
-    def checkpoint() -> None:
-        nonlocal saved_step
-        began = time.perf_counter()
-        path = save(
-            run.path, at.step, slices(built, optimizer, engine, phases.averages()),
-            {"progress": vars(at), "base": adapter_json["base"]},
-            rank=engine.rank, world_size=engine.world_size, barrier=engine.barrier,
-            all_ok=engine.all_ranks, incarnation=incarnation, keep=recipe.checkpoint.keep,
-            adapter_json=adapter_json,
+    def held() -> Held:
+        return Held(
+            step=at.step, slices=slices(built, optimizer, engine, phases.averages()),
+            state={"progress": dict(vars(at)), "base": adapter_json["base"], "strategy": plan.strategy},
+            eval_loss=at.last_eval if at.eval_step == at.step else None,
         )  # fmt: skip
-        saved_step = at.step
-        metrics.event(
-            "save", step=at.step, path=str(path.relative_to(run.path)), save_s=time.perf_counter() - began
-        )
-        metrics.message(f"checkpoint at step {at.step}: {path}")
+
+    keeping = recipe.checkpoint
+    saver = Saver(
+        run, engine, held, incarnation=incarnation, adapter_json=adapter_json, saved_step=saved_step,
+        retention=Retention(newest=keeping.keep, best=keeping.keep_best, every_hours=keeping.keep_every_hours),
+    )  # fmt: skip
+
+    def checkpoint(reason: str) -> None:
+        nonlocal saved_step
+        if saved_step != at.step:
+            pulse.at("saving")
+            saver.begin(reason)
+            saved_step = at.step
+
+    def tell() -> None:
+        """What was saved in the background meanwhile."""
+        for done in saver.news():
+            emergency.note_save(done.save_s)
+            path = str(done.path.relative_to(run.path))
+            metrics.event(
+                "save", step=done.step, path=path, save_s=done.save_s, stall_s=done.stall_s, bytes=done.bytes,
+                reason=done.reason,
+            )  # fmt: skip
+            metrics.message(f"checkpoint at step {done.step}: {done.path}")
+
+    stop_after = recipe.train.stop_after_steps
+    stopped = stop_after is not None and at.step >= stop_after
+
+    def asked() -> bool:
+        return run.stop_file(incarnation).exists()
 
     def evaluation() -> bool:
-        """Evaluate; True when training should stop early."""
+        """Evaluate; True when training should stop early. A stop interrupts it: the resumed run does it first."""
+        nonlocal stopped
         if held_out is None:
             return False
-        loss = evaluate(model, held_out, engine)
+        at.eval_due = True
+        pulse.at("evaluating", at.step)
+        loss = evaluate(model, held_out, engine, pulse, asked)
+        if loss is None:
+            stopped = True
+            return False
         metrics.evaluation(at.step, loss, num_tokens=held_out.num_targets)
         gained = at.best_eval is None or loss < at.best_eval
         at.best_eval = loss if gained else at.best_eval
         at.evals_without_gain = 0 if gained else at.evals_without_gain + 1
         at.start_eval = loss if at.step == 0 else at.start_eval
-        at.last_eval = loss
+        at.last_eval, at.eval_step, at.eval_due = loss, at.step, False
+        if gained and keeping.keep_best and at.step:
+            checkpoint("best")
         patience = recipe.train.early_stop_evals
         return patience is not None and at.evals_without_gain >= patience
 
-    if at.step == 0:
+    pulse.at("data", at.step)
+    emergency.arm(saver)
+    if at.step == 0 or at.eval_due:
         evaluation()
-    stop_after = recipe.train.stop_after_steps
-    stopped = stop_after is not None and at.step >= stop_after
     ahead = Ahead(
         data, first=at.step, last=total, world_size=engine.world_size, rank=engine.rank,
         micro=batch_law.micro_size, accumulation=batch_law.accumulation,
@@ -123,6 +165,7 @@ def train(
     gc.freeze()  # what was built stays: no collection during training need look at it again
     while at.step < total and not stopped:
         began = time.perf_counter()
+        pulse.at("data", at.step)
         step = ahead.step(at.step)
         for _, adapter in layers:
             adapter.on_step(at.step)
@@ -133,24 +176,37 @@ def train(
             num_tokens += batch.num_tokens
             seed_step(recipe.train.seed, at.step, index, engine.rank)
             with engine.accumulate(last=index == len(step.micro_batches) - 1):
+                pulse.at("forward")
                 loss = engine.forward(model, batch.to(engine.device)) / max(step.num_targets_global, 1)
+                pulse.at("backward")
                 engine.backward(loss)
             loss_sum += loss.detach()
+        pulse.at("reducing")
         engine.reduce_gradients()
         if at.step in to_prove:
             prove_gradients(built, engine, at.step)
         grad_norm = clip_gradients(layers, built.trained, engine, recipe.train.max_grad_norm)
-        # the one agreement of a step: loss, tokens, who was asked to stop
-        asked = run.stop_file(incarnation).exists()
-        loss_value, tokens, stops = engine.sum_ranks([loss_sum.item(), num_tokens, float(asked)])
+        # the one agreement of a step: loss, tokens, who was asked to stop, whose save failed
+        loss_value, tokens, stops, failed = engine.sum_ranks(
+            [loss_sum.item(), num_tokens, float(asked()), float(saver.failed)]
+        )
+        saver.check(failed > 0)
+        tell()
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
+            checkpoint("non-finite")
+            saver.finish()
+            tell()
             raise not_finite(at.step + 1, loss_value, grad_norm, step.sample_ids, saved_step)
-        phases.observe(at.step)
-        optimizer.step()
-        engine.zero_gradients(parameters)
-        phases.advance(at.step)
-        at.step += 1
-        at.trained_tokens += step.num_targets_global
+        pulse.at("optimizer")
+        with emergency.changing():
+            phases.observe(at.step)
+            optimizer.step()
+            engine.zero_gradients(parameters)
+            phases.advance(at.step)
+            saver.settle()
+            at.step += 1
+            at.trained_tokens += step.num_targets_global
+            pulse.at("logging", at.step)
         step_s = time.perf_counter() - began
         if at.step % recipe.logging.every_steps == 0 or at.step == total:
             metrics.step(
@@ -171,14 +227,14 @@ def train(
                     f"stopping early: the evaluation loss has not improved {at.evals_without_gain} times"
                 )
                 total = at.step
-        save_every = recipe.checkpoint.every_steps
-        if saved_step != at.step and (
-            stopped or at.step == total or (save_every and at.step % save_every == 0)
-        ):
-            checkpoint()
+        if not stopped and at.step < total and keeping.every_steps and at.step % keeping.every_steps == 0:
+            checkpoint("interval")
     ahead.close()
-    if saved_step != at.step:  # nothing was left to train: the run still ends with a checkpoint of its own
-        checkpoint()
+    # also where nothing was left to train: a run ends with a checkpoint of its own
+    checkpoint("end" if at.step == total else "stop")
+    saver.finish()
+    tell()
+    emergency.disarm()
     if at.step < total:
         return Outcome(
             result="checkpointed", step=at.step, message=f"stopped in order after step {at.step} of {total}"
@@ -186,12 +242,17 @@ def train(
     return Outcome(result="finished", step=at.step, message=_summary(at))
 
 
-def evaluate(model: LossModel, held_out: EvalData, engine: Engine) -> float:
-    """Mean loss per trained token of the held-out rows, over all ranks."""
+def evaluate(
+    model: LossModel, held_out: EvalData, engine: Engine, pulse: Pulse, asked: Callable[[], bool]
+) -> float | None:
+    """Mean loss per trained token of the held-out rows, over all ranks; None when some rank was asked to stop."""
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     with torch.no_grad():
         for rows in held_out.micro_batches(engine.world_size, engine.rank):
+            pulse.at("evaluating")
+            if engine.any_rank(asked()):
+                return None
             total += engine.forward(model, collate(rows, held_out.pad_id).to(engine.device)).double()
     return engine.sum_ranks([total.item()])[0] / held_out.num_targets
 
@@ -204,7 +265,7 @@ def seed_step(seed: int, step: int, micro_batch: int, rank: int) -> None:
 
 def not_finite(step: int, loss: float, grad_norm: float, ids: Sequence[int], saved: int | None) -> RunFailed:
     """Stop before the optimizer sees it: the last checkpoint stays good."""
-    kept = f"the checkpoint of step {saved} is untouched" if saved else "no checkpoint was written yet"
+    kept = f"the checkpoint of step {saved} has the state before it" if saved else "there is no checkpoint"
     return RunFailed(
         f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; "
         f"the optimizer step was not taken and {kept}"

@@ -1,0 +1,186 @@
+"""Saves beside training: the loop pauses for a copy, a thread of each rank writes it.
+
+All ranks begin a save at the same step and never two at once: when one is slower than the interval between two, the
+loop waits for it (back-pressure). A save that failed on some rank ends the run on all of them, at the step where they
+next agree.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from decompft.launcher.errors import RunFailed
+from decompft.launcher.runs import RunDir
+from decompft.launcher.worker.checkpoint import Slice, save
+from decompft.launcher.worker.engines.base import Engine
+from decompft.launcher.worker.meeting import AnotherRankFailed, Patience
+from decompft.launcher.worker.retention import Retention
+from decompft.launcher.worker.snapshot import Snapshot, Snapshots
+
+_JOIN_S = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A rank's training state between two steps."""
+
+    step: int
+    slices: Iterable[Slice]  # live: what training goes on to change
+    state: Mapping[str, Any]  # JSON, see checkpoint.save
+    eval_loss: float | None  # of this very step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A checkpoint that is in place."""
+
+    step: int
+    path: Path
+    reason: str
+    stall_s: float  # for which training stood still, waiting for the save before included
+    save_s: float  # from its first byte to its rename
+    bytes: int  # this rank's state
+
+
+class Saver:
+    """One for each rank; `begin`, `check` and `finish` are called by all ranks at the same step.
+
+    Args:
+        held: the state of now, on the thread that asks.
+        saved_step: of the run's checkpoint that was resumed from.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        engine: Engine,
+        held: Callable[[], Held],
+        *,
+        incarnation: int,
+        retention: Retention,
+        adapter_json: Mapping[str, Any],
+        saved_step: int | None,
+    ) -> None:
+        self._run, self._engine, self._held, self._incarnation = run, engine, held, incarnation
+        self._retention, self._adapter_json = retention, adapter_json
+        self._snapshots = Snapshots(engine.device)
+        self._thread: threading.Thread | None = None
+        self._called_off = threading.Event()
+        self._failure: RunFailed | None = None
+        self._done: list[Saved] = []
+        self._in_place = saved_step
+        self._settled = torch.cuda.Event() if engine.device.type == "cuda" else None
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save of this rank failed; the other ranks learn it where all agree."""
+        return self._failure is not None
+
+    def begin(self, reason: str) -> None:
+        """Copy this rank's slices and write them in the background.
+
+        Raises:
+            RunFailed: the save before failed.
+        """
+        began = time.perf_counter()
+        self.finish()
+        held = self._held()
+        snapshot = self._snapshots.take(held.slices)
+        stall_s = time.perf_counter() - began
+        self._thread = threading.Thread(
+            target=self._write, args=(held, snapshot, reason, stall_s), name="save", daemon=True
+        )
+        self._thread.start()
+
+    def check(self, any_failed: bool) -> None:
+        """End the run where a save failed on some rank.
+
+        Raises:
+            RunFailed: it did.
+        """
+        if not any_failed:
+            return
+        self._called_off.set()
+        if self._thread is not None:
+            self._thread.join()
+        raise self._failure or AnotherRankFailed("not saved, because another rank could not write its part")
+
+    def finish(self) -> None:
+        """Wait until the save that is under way is in place, on every rank.
+
+        Raises:
+            RunFailed: it failed.
+        """
+        while self._thread is not None:
+            self._thread.join(_JOIN_S)
+            writing, failed = self._engine.sum_ranks([float(self._thread.is_alive()), float(self.failed)])
+            self.check(failed > 0)
+            if not writing:
+                self._thread = None
+
+    def news(self) -> list[Saved]:
+        """What was saved since the last call."""
+        found, self._done = self._done, []
+        return found
+
+    def settle(self) -> None:
+        """Note that a step was handed to the device: `write` waits for no more than that."""
+        if self._settled is not None:
+            self._settled.record()
+
+    def saved_step(self, wait_s: float) -> int | None:
+        """The step of the newest checkpoint in place; a save under way has so long to end. Any thread."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(wait_s)
+            if thread.is_alive():
+                self._called_off.set()
+                thread.join(wait_s)
+        return self._in_place
+
+    def write(self, patience: Patience, tag: str) -> Path:
+        """This rank's part of a save of now, on the calling thread; nothing changes the state meanwhile.
+
+        Raises:
+            RunFailed: it is not complete.
+        """
+        if self._settled is None:
+            return self._save(self._held(), None, patience, tag)
+        # a stream of its own: on the usual one a collective may hang
+        torch.cuda.set_device(self._engine.device)
+        stream = torch.cuda.Stream()
+        stream.wait_event(self._settled)
+        with torch.cuda.stream(stream):
+            return self._save(self._held(), None, patience, tag)
+
+    def _write(self, held: Held, snapshot: Snapshot, reason: str, stall_s: float) -> None:
+        began = time.perf_counter()
+        try:
+            snapshot.wait()
+            path = self._save(held, snapshot, Patience(called_off=self._called_off.is_set), "")
+        except RunFailed as error:
+            self._failure = error
+        except Exception as error:  # a thread's error must end the run, whatever it is
+            self._failure = RunFailed(f"step {held.step}: not saved: {type(error).__name__}: {error}")
+        else:
+            self._in_place = held.step
+            saved = Saved(
+                step=held.step, path=path, reason=reason, stall_s=stall_s,
+                save_s=time.perf_counter() - began, bytes=snapshot.num_bytes,
+            )  # fmt: skip
+            self._done.append(saved)
+
+    def _save(self, held: Held, snapshot: Snapshot | None, patience: Patience, tag: str) -> Path:
+        return save(
+            self._run.path, held.step, held.slices if snapshot is None else snapshot.slices, held.state,
+            rank=self._engine.rank, world_size=self._engine.world_size, incarnation=self._incarnation,
+            retention=self._retention, adapter_json=self._adapter_json, eval_loss=held.eval_loss,
+            patience=patience, tag=tag,
+        )  # fmt: skip

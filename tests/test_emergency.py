@@ -1,0 +1,224 @@
+"""What is on disk after a rank fails, hangs, or cannot obey: the last completed step, and a run goes on from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import WORLDS, losses, make_run
+from workers import end_ranks, run_worker, start_ranks
+
+import decompft.launcher.worker.build as build_module
+import decompft.launcher.worker.train as train_module
+from decompft.launcher.checkpoints import list_checkpoints, newest_valid
+from decompft.launcher.runs import RunDir
+from decompft.launcher.worker.data.ahead import Ahead
+from decompft.launcher.worker.restore import load_adapter, open_checkpoint
+
+pytestmark = pytest.mark.dist
+
+TRAIN = {
+    "max_steps": 6,
+    "learning_rate": 0.01,
+    "global_batch_size": 4,
+    "micro_batch_size": 1,
+    "warmup_steps": 2,
+}
+GRACE = {"grace_s": 3.0}
+
+
+def make(folder: Path, world: str, name: str = "run", **sections: Any) -> RunDir:
+    return make_run(
+        folder, name, **{"train": TRAIN, "parallel": WORLDS[world], "checkpoint": GRACE, **sections}
+    )
+
+
+def in_step(monkeypatch: pytest.MonkeyPatch, rank: int, step: int, do: Callable[[], None]) -> None:
+    """Have one rank do something when it takes the data of the step after `step` completed ones."""
+    original = Ahead.step
+
+    def faulty(self: Ahead, index: int) -> Any:
+        if index == step and os.environ["RANK"] == str(rank):
+            do()
+        return original(self, index)
+
+    monkeypatch.setattr(Ahead, "step", faulty)
+
+
+def fail() -> None:
+    raise OSError(5, "Input/output error", "shard-00007.jsonl")
+
+
+def events(run: RunDir, name: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["event"] == name]
+
+
+def assert_resumes_as_unbroken(run: RunDir, unbroken: RunDir) -> None:
+    checkpoint, skipped = newest_valid(run.checkpoints_dir)
+    assert checkpoint is not None and not skipped
+    assert run_worker(run, resume=checkpoint).outcome.result == "finished"
+    assert losses(run) == losses(unbroken)
+    tensors, _ = load_adapter(run.path / "adapter")
+    expected, _ = load_adapter(unbroken.path / "adapter")
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+@pytest.fixture
+def unbroken(tmp_path: Path, request: pytest.FixtureRequest) -> RunDir:
+    run = make(tmp_path, request.getfixturevalue("world"), "unbroken")
+    assert run_worker(run).outcome.result == "finished"
+    return run
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("world", ["ddp", "fsdp", "zero2", "zero3"])
+def test_an_exception_in_one_rank_costs_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: str, rank: int, unbroken: RunDir
+) -> None:
+    run = make(tmp_path, world)
+    with monkeypatch.context() as patch:
+        in_step(patch, rank, 3, fail)
+        ended = run_worker(run)
+    assert ended.outcome.result == "failed" and ended.outcome.rank == rank
+    assert "shard-00007.jsonl" in ended.outcome.message
+    assert [p.name for p in list_checkpoints(run.checkpoints_dir)] == ["step-00000003"]
+    assert [(e["reason"], e["step"]) for e in events(run, "save")] == [("emergency", 3)]
+    assert_resumes_as_unbroken(run, unbroken)
+
+
+@pytest.mark.parametrize("world", ["single"])
+def test_an_exception_in_the_only_rank_costs_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: str, unbroken: RunDir
+) -> None:
+    run = make(tmp_path, world)
+    with monkeypatch.context() as patch:
+        in_step(patch, 0, 4, fail)
+        assert run_worker(run).outcome.result == "failed"
+    assert_resumes_as_unbroken(run, unbroken)
+
+
+@pytest.mark.parametrize("world", ["ddp", "fsdp"])
+def test_a_rank_that_was_killed_takes_only_what_it_alone_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: str
+) -> None:
+    """Under ddp rank 0 has everything; under fsdp half of it is gone, and the checkpoint before stays the newest."""
+    run = make(tmp_path, world, checkpoint={"every_steps": 2, **GRACE})
+    with monkeypatch.context() as patch:
+        in_step(patch, 1, 3, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        ended = run_worker(run)
+    assert ended.outcome.result == "failed"
+    newest, skipped = newest_valid(run.checkpoints_dir)
+    assert newest is not None and not skipped
+    assert newest.name == ("step-00000003" if world == "ddp" else "step-00000002")
+
+
+@pytest.mark.parametrize("world", ["ddp"])
+def test_the_state_before_a_non_finite_loss_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: str, unbroken: RunDir
+) -> None:
+    run = make(tmp_path, world)
+    with monkeypatch.context() as patch:
+        in_step(patch, 1, 4, _poison_next_backward)
+        ended = run_worker(run)
+    assert ended.outcome.result == "failed" and "the loss is" in ended.outcome.message
+    assert [(e["reason"], e["step"]) for e in events(run, "save")] == [("non-finite", 4)]
+    assert_resumes_as_unbroken(run, unbroken)
+
+
+def _poison_next_backward() -> None:
+    """This rank's next loss is not a number."""
+    original = torch.Tensor.backward
+
+    def backward(self: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        torch.Tensor.backward = original  # type: ignore[method-assign]
+        original(self * float("nan"), *args, **kwargs)
+
+    torch.Tensor.backward = backward  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("world", ["ddp", "fsdp"])
+def test_a_stop_during_an_evaluation_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: str
+) -> None:
+    """One rank never comes back from a batch: its thread and the others' write the step, within the grace."""
+    data = {"eval_fraction": 0.3}
+    run = make(tmp_path, world, train={**TRAIN, "eval_every_steps": 3}, data=data)
+    original = train_module.evaluate
+
+    def hanging(model: Any, *args: Any) -> Any:
+        if os.environ["RANK"] == "1" and args[2].beat.step == 3:
+            run.stop_file(1).touch()
+            time.sleep(3600)
+        return original(model, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "evaluate", hanging)
+        began = time.monotonic()
+        incarnation, ranks = start_ranks(run)
+        ended = end_ranks(run, incarnation, ranks)
+    assert ended.outcome.result == "checkpointed" and ended.outcome.step == 3
+    assert "still evaluating" in ended.outcome.message
+    assert time.monotonic() - began < 60
+    checkpoint = open_checkpoint(newest_valid(run.checkpoints_dir)[0])
+    assert checkpoint.step == 3 and checkpoint.state["progress"]["eval_due"]
+    assert run_worker(run, resume=checkpoint.path).outcome.result == "finished"
+    # the evaluation that was cut short is done first
+    assert [e["step"] for e in events(run, "eval")] == [0, 3, 6]
+
+
+def test_a_stop_during_an_evaluation_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing hangs: the loop itself looks between two batches, on all ranks alike."""
+    run = make(tmp_path, "fsdp", train={**TRAIN, "eval_every_steps": 3}, data={"eval_fraction": 0.5})
+    original = train_module.evaluate
+
+    def stopped_meanwhile(model: Any, *args: Any) -> Any:
+        if os.environ["RANK"] == "1" and args[2].beat.step == 3:
+            run.stop_file(1).touch()
+        return original(model, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "evaluate", stopped_meanwhile)
+        ended = run_worker(run)
+    assert ended.outcome.result == "checkpointed" and ended.outcome.message.startswith(
+        "stopped in order after step 3"
+    )
+    assert [e["step"] for e in events(run, "eval")] == [0]
+    assert run_worker(run, resume=newest_valid(run.checkpoints_dir)[0]).outcome.result == "finished"
+    assert [e["step"] for e in events(run, "eval")] == [0, 3, 6]
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_a_stop_before_the_first_step_leaves_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumes: bool
+) -> None:
+    """A rank still loads when the stop comes: there is nothing to save; the outcome says what a resume begins with."""
+    checkpoint = None
+    run = make(tmp_path, "ddp", train={**TRAIN, "stop_after_steps": 2})
+    if resumes:
+        run_worker(run)
+        checkpoint, _ = newest_valid(run.checkpoints_dir)
+    original = build_module.build
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        if os.environ["RANK"] == "1":
+            run.stop_file(2 if resumes else 1).touch()
+            time.sleep(3600)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "build", slow)
+        began = time.monotonic()
+        ended = run_worker(run, resume=checkpoint)
+    assert ended.outcome.result == "checkpointed"
+    assert "before the first step" in ended.outcome.message
+    assert ("step-00000002" if resumes else "from the beginning") in ended.outcome.message
+    assert time.monotonic() - began < 30
+    assert len(list_checkpoints(run.checkpoints_dir)) == int(resumes)
