@@ -20,10 +20,12 @@ from decompft.launcher.forecast_fitted import (
     NCCL_HOST_BYTES,
 )
 from decompft.launcher.forecast_states import (
+    ADAMW8BIT_BYTES,
     TRAINED_BYTES,
     gathered,
     largest_tensor,
     pinned_rounding,
+    snapshot,
     states,
 )
 from decompft.launcher.models import ModelShape
@@ -75,6 +77,7 @@ def forecast(
         process += NCCL_HOST_BYTES * (layout.world_size > 1)
         host = (
             *((*held, *pinned_rounding(work, layout)) if is_away else ()),
+            snapshot(work, layout),
             Term(name="loading", num_bytes=slices, note=f"{LOAD_SLICES} slices of the largest tensor"),
             Term(name="process", num_bytes=process, note="Python, torch, CUDA's host side"),
         )
@@ -88,9 +91,10 @@ def forecast(
 
 def checkpoint_bytes(work: Workload) -> int:
     """One checkpoint on disk: trained numbers with two float32 moments, and the adapter's own file."""
-    # eight-bit moments are written as float32, so that another optimizer can go on with them
+    # eight-bit moments are written as float32, so that another engine can go on with them, and as they are
     written = work.num_trained + work.num_adapter_fixed
-    return work.num_trained * TRAINED_BYTES * 2 + 2 * written * TRAINED_BYTES
+    raw = ADAMW8BIT_BYTES if work.recipe.train.optimizer == "adamw8bit" else 0
+    return int(work.num_trained * (TRAINED_BYTES * 2 + raw)) + 2 * written * TRAINED_BYTES
 
 
 def _activations(work: Workload, layout: Layout) -> list[Term]:

@@ -10,7 +10,7 @@ import pytest
 
 from decompft.launcher.forecast_fitted import EFFECTIVE_FLOPS
 from decompft.launcher.machine import Machine
-from decompft.launcher.plan import Plan
+from decompft.launcher.plan import Forecast, Plan
 from decompft.launcher.planner import make
 from decompft.launcher.source import load
 
@@ -65,10 +65,15 @@ def test_forecast_is_within_5_percent_of_the_measured_peak_or_a_known_miss() -> 
     assert missed.keys() == KNOWN_MISSES.keys(), missed
 
 
+def without_saves(found: Forecast) -> int:
+    """The rows were measured before saves had a copy of their own, and by a script that saves nothing."""
+    return sum(term.num_bytes for term in found.host_terms if term.name != "copy for saves")
+
+
 def test_host_forecast_is_within_20_percent() -> None:
     """The host's peak holds mapped file pages and what libraries keep; nothing is decided by a tenth of it."""
     rows = [row for row in ROWS if row.get("phase") in ("engines", "big")]  # launched, not in-process
-    off = {r["name"]: forecast_of(r).forecast.host_total_bytes / (r["host_gib"] * GIB) - 1 for r in rows}
+    off = {r["name"]: without_saves(forecast_of(r).forecast) / (r["host_gib"] * GIB) - 1 for r in rows}
     assert rows and all(abs(error) < 0.2 for error in off.values()), off
 
 
