@@ -38,6 +38,14 @@ def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def put_back(checkpoints_dir: Path) -> None:
+    """Undo a replacement of a checkpoint that was cut short between its two renames: the old one is the checkpoint."""
+    for aside in checkpoints_dir.glob(".old-step-*") if checkpoints_dir.is_dir() else ():
+        original = checkpoints_dir / aside.name.removeprefix(".old-")
+        if not original.exists():
+            aside.rename(original)
+
+
 def step_of(checkpoint_dir: Path) -> int:
     """The optimizer step in a checkpoint folder's name."""
     match = _NAME.fullmatch(checkpoint_dir.name)
@@ -48,6 +56,14 @@ def step_of(checkpoint_dir: Path) -> int:
 
 def find_problem(checkpoint_dir: Path) -> str | None:
     """Why a checkpoint cannot be trusted, in words, or None if it can."""
+    try:
+        return _find_problem(checkpoint_dir)
+    except OSError as error:  # a medium that fails is a reason to take the one before, too
+        name = Path(error.filename).name if error.filename else "a file of it"
+        return f"{name} cannot be read ({error.strerror or error})"
+
+
+def _find_problem(checkpoint_dir: Path) -> str | None:
     if not (checkpoint_dir / "COMPLETE").is_file():
         return "it has no COMPLETE file: the save was cut short"
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from decompft.launcher.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER
 
@@ -102,8 +102,8 @@ def add_tools(
         flags=("prompt", "base", "no_adapter", "max_new_tokens", "format"),
     )
 
-    inspect = verb("inspect", "look at training samples, at weights, or at an adapter")
-    kinds = inspect.add_subparsers(dest="kind", metavar="data|weights|adapter", required=True)
+    inspect = verb("inspect", "look at training samples, weights, an adapter, or checkpoints")
+    kinds = inspect.add_subparsers(dest="kind", metavar="data|weights|adapter|checkpoint", required=True)
     data = kinds.add_parser("data", help="samples as tokens, the trained ones marked")
     add_recipe(data)
     data.add_argument("--num", type=int, metavar="N", help="samples to show")
@@ -122,6 +122,11 @@ def add_tools(
     adapter.add_argument("adapter", metavar="ADAPTER", help="an adapter folder, a run, or a checkpoint")
     _add_view(adapter)
     adapter.set_defaults(run=_tool, positional=("kind", "adapter"), flags=("all", "json", "out"))
+    checkpoint = kinds.add_parser("checkpoint", help="list and verify checkpoints, or compare two")
+    checkpoint.add_argument("path", metavar="PATH", help="a checkpoint, a run, or a folder of checkpoints")
+    checkpoint.add_argument("other", metavar="PATH2", nargs="?", help="compare with this one")
+    checkpoint.add_argument("--json", action="store_true", help="print all of it as JSON")
+    checkpoint.set_defaults(run=_inspect_checkpoint)
 
 
 def _add_combine(combine: argparse.ArgumentParser) -> None:
@@ -172,8 +177,6 @@ def _add_adapter(parser: argparse.ArgumentParser, *, optional: bool = False) -> 
 
 def _tool(args: argparse.Namespace) -> int:
     """Run the worker tool of this verb with the arguments as typed after it."""
-    import subprocess
-
     given = vars(args)
     words: list[str] = []
     for name in args.positional:
@@ -188,10 +191,16 @@ def _tool(args: argparse.Namespace) -> int:
         elif value is not None and value is not False:
             # with =, a value may begin with a dash
             words.append(f"{flag}={value}")
+    return _run("import_" if args.verb == "import" else args.verb, words)  # a keyword is no module's name
+
+
+def _run(tool: str, words: Sequence[str]) -> int:
+    """Run a worker tool to its end; its exit code, or 3 for a code that is not its own."""
+    import subprocess
+
     # the folders of a checkout have generic names; the tool must not import them from the current folder
-    name = "import_" if args.verb == "import" else args.verb  # a keyword is no module's name
     child = subprocess.Popen(
-        [sys.executable, "-m", f"{_TOOLS}.{name}", *words], env={**os.environ, "PYTHONSAFEPATH": "1"}
+        [sys.executable, "-m", f"{_TOOLS}.{tool}", *words], env={**os.environ, "PYTHONSAFEPATH": "1"}
     )
     while True:
         try:
@@ -207,3 +216,15 @@ def _inspect(args: argparse.Namespace) -> int:
 
     args.recipe = shipped.find(args.recipe)
     return _tool(args)
+
+
+def _inspect_checkpoint(args: argparse.Namespace) -> int:
+    """Listing and verifying need no tensors; comparing does."""
+    from decompft.launcher.inspect_checkpoint import inspect_checkpoint, pair_to_compare
+
+    if args.other is None:
+        return inspect_checkpoint(args.path, as_json=args.json)
+    pair = pair_to_compare(args.path, args.other)
+    if pair is None:
+        return EXIT_FAILED
+    return _run("compare_checkpoints", [*map(str, pair), *(["--json"] if args.json else [])])

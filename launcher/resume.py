@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from decompft.launcher.checkpoints import find_problem, list_checkpoints, newest_valid
+from decompft.launcher.checkpoints import find_problem, list_checkpoints, newest_valid, put_back
 from decompft.launcher.errors import CheckpointError, UserError
 from decompft.launcher.plan import Plan
-from decompft.launcher.recipe import Recipe
+from decompft.launcher.recipe import AdapterSection, Recipe
 from decompft.launcher.runs import RunDir
 
 # what may differ on resume; every other recipe key must be as it was
@@ -61,7 +61,26 @@ def check_resume(old: Plan, new: Plan) -> None:
     Raises:
         UserError: names every key that differs, with both values.
     """
-    before, after = _flat(_filled(old.recipe)), _flat(_filled(new.recipe))
+    _refuse(_flat(_filled(old.recipe)), _flat(_filled(new.recipe)))
+
+
+def _check_bare(checkpoint: Path, plan: Plan) -> None:
+    """As far as a checkpoint without its run can tell; the ranks compare the base."""
+    try:
+        told = json.loads((checkpoint / "adapter.json").read_bytes())
+        section, seed = AdapterSection.model_validate(told["adapter"]), told["seed"]
+    except (OSError, ValueError, KeyError, TypeError) as error:  # pydantic's errors are ValueErrors
+        raise CheckpointError(
+            f"{checkpoint}: adapter.json describes no adapter of this version of decompft",
+            "give its run instead: --resume RUN",
+        ) from error
+    recipe = plan.recipe
+    before = {"adapter": _filled_adapter(section), "train": {"seed": seed}}
+    after = {"adapter": _filled_adapter(recipe.adapter), "train": {"seed": recipe.train.seed}}
+    _refuse(_flat(before), _flat(after))
+
+
+def _refuse(before: dict[str, Any], after: dict[str, Any]) -> None:
     lines = [
         f"{key}: was {_shown(before, key)}, now {_shown(after, key)}"
         for key in sorted(before.keys() | after.keys())
@@ -77,6 +96,7 @@ def check_resume(old: Plan, new: Plan) -> None:
 
 def _continue(run: RunDir, plan: Plan) -> Start:
     origin = run.read_origin()
+    put_back(run.checkpoints_dir)
     if origin is None and not list_checkpoints(run.checkpoints_dir):
         # nothing was trained that another recipe could spoil
         note = f"{run.path} has no checkpoint yet: starting afresh"
@@ -115,6 +135,9 @@ def _fork(run: RunDir, plan: Plan, resume: str) -> Start:
         )
     if (origin / "plan.json").is_file():
         check_resume(RunDir(origin).read_plan(), plan)
+    else:
+        _check_bare(checkpoint, plan)
+        origin = checkpoint.parent
     notes = [f"skipped checkpoint {line}" for line in skipped]
     notes.append(f"forking {origin} at {checkpoint.name} into {run.path}")
     return Start(run=run, is_new=True, checkpoint=checkpoint, notes=tuple(notes))
@@ -129,10 +152,13 @@ def _intact(checkpoint: Path) -> Path:
 
 def _filled(recipe: Recipe) -> dict[str, Any]:
     """The recipe with every option of its methods: one that is written at its default changes nothing."""
-    dumped = recipe.model_dump(mode="json")
-    section = recipe.adapter
-    dumped["adapter"]["options"] = asdict(section.typed_options())
-    for kept, override in zip(dumped["adapter"]["overrides"], section.overrides, strict=True):
+    return {**recipe.model_dump(mode="json"), "adapter": _filled_adapter(recipe.adapter)}
+
+
+def _filled_adapter(section: AdapterSection) -> dict[str, Any]:
+    dumped = section.model_dump(mode="json")
+    dumped["options"] = asdict(section.typed_options())
+    for kept, override in zip(dumped["overrides"], section.overrides, strict=True):
         if not override.skip:
             kept["options"] = asdict(section.config(override).options)
     return dumped

@@ -180,6 +180,15 @@ def test_resume_auto_starts_continues_or_starts_afresh(tmp_path: Path) -> None:
         choose_start(make_plan(train={"seed": 3}), run_dir=path, resume="auto")
 
 
+def test_a_replacement_that_was_cut_short_is_undone_before_a_resume(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    RunDir.create(path, recipe_text=RECIPE, plan=make_plan())
+    make_checkpoint(path, 100)
+    newest = make_checkpoint(path, 200)
+    newest.rename(newest.with_name(".old-step-00000200"))
+    assert choose_start(make_plan(), run_dir=path, resume="auto").checkpoint == newest
+
+
 def test_a_fork_that_died_before_its_first_checkpoint_begins_at_its_origin_again(tmp_path: Path) -> None:
     RunDir.create(tmp_path / "old", recipe_text=RECIPE, plan=make_plan())
     origin = make_checkpoint(tmp_path / "old", 100)

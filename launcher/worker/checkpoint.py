@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from decompft.launcher.checkpoints import FORMAT_VERSION
+from decompft.launcher.checkpoints import FORMAT_VERSION, put_back
 from decompft.launcher.errors import AdapterError, CheckpointError, RunFailed
 from decompft.launcher.worker.meeting import (
     PATIENT,
@@ -167,12 +167,9 @@ def _prepare(run_dir: Path, temp: Path, incarnation: int, *, cleans: bool) -> No
     """Makes the temp folder, whoever comes first; rank 0 clears what interrupted saves left."""
     _refuse_stale(run_dir, incarnation)
     if cleans and temp.parent.is_dir():
+        put_back(temp.parent)
         for aside in temp.parent.glob(".old-*"):
-            original = temp.parent / aside.name.removeprefix(".old-")
-            if original.exists():
-                shutil.rmtree(aside)
-            else:  # cut short between the two renames of a replacement: the old one is still the checkpoint
-                aside.rename(original)
+            shutil.rmtree(aside)
         for leftover in temp.parent.glob(".tmp-*"):
             if leftover != temp:
                 shutil.rmtree(leftover, ignore_errors=True)

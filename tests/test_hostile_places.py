@@ -1,0 +1,360 @@
+"""Runs of two ranks in hostile places: full and read-only disks, damaged checkpoints, another base, another recipe.
+
+Each is named in words, the older checkpoints stay as they were, and the run goes on once the place is a good one.
+The ranks are the worker's own main in forked processes; one test goes through the whole of `decompft launch`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_bad_input import content, is_plain, local_model, write_recipe
+from test_checkpoint import flip
+from test_launch_end_to_end import TWO, Launch
+from tiny import CPU, LLAMA, make_run
+from workers import Ended, end_ranks, run_worker, start_ranks
+
+from decompft.launcher.checkpoints import FORMAT_VERSION, find_problem, list_checkpoints
+from decompft.launcher.cli import main
+from decompft.launcher.planner import make
+from decompft.launcher.resume import choose_start
+from decompft.launcher.runs import RunDir
+from decompft.launcher.source import load
+from decompft.launcher.worker.tokenizers import byte_tokenizer, save_tokenizer
+from decompft.launcher.worker.tools import prepare
+
+Capture = pytest.CaptureFixture[str]
+FSDP = {"strategy": "fsdp", "gpus_per_node": 2}
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DECOMPFT_DEVICE", "cpu")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small file system of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a small disk needs root")
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """Two ranks, each with its shard, saved at steps 2, 4 and 6 and stopped there; never changed."""
+    train = {"max_steps": 8, "stop_after_steps": 6}
+    run = planned(tmp_path_factory.mktemp("trained"), train=train, checkpoint={"every_steps": 2, "keep": 9})
+    prepare.main([str(run.path)])
+    assert run_worker(run).outcome.exit_code == 75
+    assert [path.name for path in list_checkpoints(run.checkpoints_dir)] == [name(2), name(4), name(6)]
+    return run
+
+
+def planned(folder: Path, **sections: dict[str, Any]) -> RunDir:
+    """A run directory as `launch` makes it from folder/recipe.yaml, not yet prepared."""
+    path = write_recipe(folder, **{"parallel": FSDP} | sections)
+    return RunDir.create(folder / "run", recipe_text=path.read_text(), plan=make(load(path), machine=CPU))
+
+
+def name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def copied(run: RunDir, folder: Path) -> RunDir:
+    return RunDir(shutil.copytree(run.path, folder / "run"))
+
+
+def remount(disk: Path, options: str, *, patience_s: float = 30) -> None:
+    """A file system on which a file is open for writing refuses to become read-only."""
+    end = time.monotonic() + patience_s
+    while subprocess.run(["mount", "-o", f"remount,{options}", str(disk)], capture_output=True).returncode:
+        assert time.monotonic() < end, f"cannot be remounted: {options}"
+
+
+def until(is_true: Callable[[], Any], *, patience_s: float = 60) -> None:
+    end = time.monotonic() + patience_s
+    while not is_true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def all_whole(run: RunDir) -> list[str]:
+    """The names of the run's checkpoints, each of which is as it was written."""
+    found = list_checkpoints(run.checkpoints_dir)
+    assert {path.name: find_problem(path) for path in found} == {path.name: None for path in found}
+    return [path.name for path in found]
+
+
+def go_on(run: RunDir) -> Ended:
+    """What `--resume auto` does, from where it would."""
+    start = choose_start(run.read_plan(), run_dir=run.path, resume="auto")
+    assert start.checkpoint is not None
+    return run_worker(run, resume=start.checkpoint)
+
+
+def assert_words(ended: Ended, *words: str) -> None:
+    assert all(each in ended.said for each in words), ended.said
+    assert is_plain(ended.said + ended.screen), ended.said + ended.screen
+
+
+# -- damaged checkpoints --
+
+
+def lose_a_shard(checkpoint: Path) -> None:
+    (checkpoint / "state/rank-00001.safetensors").unlink()
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    shard = checkpoint / "state/rank-00000.safetensors"
+    flip(shard, shard.stat().st_size * 3 // 4)
+
+
+def write_newer(checkpoint: Path) -> None:
+    """As a later version of decompft would: sealed, and of another format."""
+    manifest = json.loads((checkpoint / "manifest.json").read_bytes())
+    text = json.dumps({**manifest, "version": FORMAT_VERSION + 1}).encode()
+    (checkpoint / "manifest.json").write_bytes(text)
+    (checkpoint / "COMPLETE").write_text(hashlib.sha256(text).hexdigest() + "\n")
+
+
+def cut_short(checkpoint: Path) -> None:
+    (checkpoint / "COMPLETE").unlink()
+
+
+def fail_to_read(checkpoint: Path) -> None:
+    """A folder in a file's place: any error of reading, where no medium can be made to fail."""
+    (checkpoint / "manifest.json").unlink()
+    (checkpoint / "manifest.json").mkdir()
+
+
+DAMAGES = {
+    lose_a_shard: "state/rank-00001.safetensors is missing",
+    flip_a_bit: "state/rank-00000.safetensors is damaged: its sha256 is not the manifest's",
+    write_newer: f"it was written by a newer version of decompft (format {FORMAT_VERSION + 1})",
+    cut_short: "it has no COMPLETE file: the save was cut short",
+    fail_to_read: "manifest.json cannot be read (Is a directory)",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_resume_auto_names_each_damaged_checkpoint_and_goes_on_from_the_one_before(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    launch = Launch(tmp_path)
+    words = [*TWO, "train.max_steps=14", "checkpoint.every_steps=2", "checkpoint.keep=99"]
+    assert launch(*words, "train.stop_after_steps=12") == 75
+    first = {row["step"]: row["loss"] for row in launch.rows()}
+    checkpoints = launch.run.checkpoints_dir
+    oldest = content(checkpoints / name(2))
+    steps = dict(zip(DAMAGES, (12, 10, 8, 6, 4), strict=True))
+    for damage, step in steps.items():
+        damage(checkpoints / name(step))
+    assert main(["inspect", "checkpoint", str(launch.run.path)]) == 3
+    shown = capsys.readouterr().out
+    assert launch(*words, "--resume", "auto") == 0
+    for damage, why in DAMAGES.items():
+        assert f"skipped checkpoint {name(steps[damage])}: {why}" in launch.text
+        assert f"{name(steps[damage])}: " in shown and why in shown
+    assert (
+        f"resuming from run/checkpoints/{name(2)}" in launch.text
+        and f"newest whole one is {name(2)}" in shown
+    )
+    # the lost steps again, bit for bit, and the rest
+    losses = {row["step"]: row["loss"] for row in launch.rows()}
+    assert list(losses) == list(range(1, 15))
+    assert {step: losses[step] for step in first} == first
+    assert content(checkpoints / name(2)) == oldest
+    assert all_whole(launch.run) == [name(step) for step in range(2, 15, 2)]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_that_was_asked_for_is_refused(
+    damage: Callable[[Path], None], trained: RunDir, tmp_path: Path, capsys: Capture
+) -> None:
+    run = copied(trained, tmp_path)
+    damage(run.checkpoints_dir / name(6))
+    before = content(tmp_path)
+    argv = ["launch", str(trained.path.parent / "recipe.yaml"), "--run-dir", str(tmp_path / "new")]
+    assert main([*argv, "--resume", str(run.checkpoints_dir / name(6))]) == 2
+    err = capsys.readouterr().err
+    assert (
+        f"{name(6)}: {DAMAGES[damage]}" in err and "hint: choose another checkpoint" in err and is_plain(err)
+    )
+    assert content(tmp_path) == before, "something was written"
+
+
+@pytest.mark.dist
+def test_where_nothing_is_whole_it_says_so_for_each(trained: RunDir, tmp_path: Path, capsys: Capture) -> None:
+    run = copied(trained, tmp_path)
+    for folder in list_checkpoints(run.checkpoints_dir):
+        lose_a_shard(folder)
+    argv = ["launch", str(trained.path.parent / "recipe.yaml"), "--run-dir", str(run.path)]
+    assert main([*argv, "--resume", "auto", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"skipped checkpoint {name(step)}: state/rank-00001" in out for step in (2, 4, 6))
+    assert "has no valid checkpoint: starting afresh" in out
+
+
+# -- disks --
+
+
+@pytest.mark.dist
+def test_a_disk_that_fills_under_two_ranks_keeps_what_was_saved(disk: Path, tmp_path: Path) -> None:
+    checkpoint = {"every_steps": 1, "keep": 999}
+    made = make_run(tmp_path, "made", train={"max_steps": 14}, parallel=FSDP, checkpoint=checkpoint)
+    run = RunDir(shutil.copytree(made.path, disk / "run"))
+    remount(disk, "size=2m")
+    ended = run_worker(run)
+    assert ended.outcome.exit_code == 3
+    assert_words(ended, "No space left on device", "free some space")
+    kept = all_whole(run)
+    assert 2 < len(kept) < 14 and kept == [name(step) for step in range(1, len(kept) + 1)]
+    remount(disk, "size=64m")  # some space was freed
+    assert go_on(run).outcome.exit_code == 0
+    assert all_whole(run) == [name(step) for step in range(1, 15)]
+
+
+@pytest.mark.dist
+def test_a_disk_that_turns_read_only_under_two_ranks_keeps_what_was_saved(disk: Path, tmp_path: Path) -> None:
+    checkpoint = {"every_steps": 5, "keep": 999}
+    run = make_run(tmp_path, "run", train={"max_steps": 400}, parallel=FSDP, checkpoint=checkpoint)
+    # only the checkpoints lie there: what else a run keeps open for writing would keep the disk from turning
+    run.checkpoints_dir.symlink_to(disk)
+    incarnation, ranks = start_ranks(run)
+    until(lambda: list_checkpoints(disk))
+    remount(disk, "ro")
+    before = {path.name: content(path) for path in list_checkpoints(disk)}
+    ended = end_ranks(run, incarnation, ranks)
+    assert ended.outcome.exit_code == 3
+    assert_words(ended, "Read-only file system")
+    assert {path.name: content(path) for path in list_checkpoints(disk)} == before
+    remount(disk, "rw")
+    assert go_on_to_a_stop(run, after=max(before)).outcome.exit_code == 75
+    assert all_whole(run)[: len(before)] == sorted(before)
+
+
+def go_on_to_a_stop(run: RunDir, *, after: str) -> Ended:
+    """Resume, and stop in order after the next save."""
+    start = choose_start(run.read_plan(), run_dir=run.path, resume="auto")
+    assert start.checkpoint is not None and start.checkpoint.name == after
+    incarnation, ranks = start_ranks(run, resume=start.checkpoint)
+    until(lambda: list_checkpoints(run.checkpoints_dir)[-1].name > after)
+    run.stop_file(incarnation).touch()
+    return end_ranks(run, incarnation, ranks)
+
+
+@pytest.mark.dist
+def test_a_run_on_a_read_only_disk_is_refused_but_can_be_inspected_and_forked(
+    disk: Path, trained: RunDir, tmp_path: Path, capsys: Capture
+) -> None:
+    there = copied(trained, disk)
+    remount(disk, "ro")
+    recipe = str(trained.path.parent / "recipe.yaml")
+    assert main(["launch", recipe, "--run-dir", str(there.path), "--resume", "auto"]) == 2
+    err = capsys.readouterr().err
+    assert "the run directory cannot be written (Read-only file system)" in err and "--run-dir DIR" in err
+    assert is_plain(err)
+    assert main(["inspect", "checkpoint", str(there.path)]) == 0
+    start = choose_start(there.read_plan(), run_dir=tmp_path / "new", resume=str(there.path))
+    assert start.checkpoint == there.checkpoints_dir / name(6) and start.is_new
+    sections = {"train": {"max_steps": 8}, "checkpoint": {"every_steps": 2}, "parallel": FSDP}
+    fork = make_run(tmp_path, "new", **sections)
+    assert run_worker(fork, resume=start.checkpoint).outcome.exit_code == 0
+    assert all_whole(fork) == [name(8)]
+    assert content(there.path) == content(trained.path)
+
+
+# -- another base, another recipe --
+
+
+@pytest.mark.dist
+def test_another_base_is_refused_by_two_ranks_and_the_right_one_goes_on(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**{key: value for key, value in LLAMA.items() if key != "model_type"})
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    save_tokenizer(byte_tokenizer(), tmp_path / "llama")
+    base, sections = local_model(tmp_path, tmp_path / "llama")
+    train = {"max_steps": 6, "stop_after_steps": 4}
+    run = make_run(tmp_path, train=train, parallel=FSDP, checkpoint={"every_steps": 2}, **sections)
+    assert run_worker(run).outcome.exit_code == 75
+    before = content(run.checkpoints_dir)
+    right = (base / "model.safetensors").read_bytes()
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] += 1e-3
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    prepare.main([str(run.path)])  # as launch does
+    ended = go_on(run)
+    assert ended.outcome.exit_code == 2
+    assert_words(
+        ended, "cannot train: rank ", f"{name(4)}: was trained over another base: sha256 was", "hint: "
+    )
+    assert content(run.checkpoints_dir) == before
+    (base / "model.safetensors").write_bytes(right)
+    prepare.main([str(run.path)])
+    run.plan_path.write_text(
+        run.plan_path.read_text().replace('"stop_after_steps": 4', '"stop_after_steps": null')
+    )
+    assert go_on(run).outcome.exit_code == 0
+    assert all_whole(run) == [name(2), name(4), name(6)]
+
+
+CHANGES = {
+    "adapter.rank=8": "adapter.rank: was 4, now 8",
+    "adapter.method=lora": 'adapter.method: was "map", now "lora"',
+    "adapter.alpha=16": "adapter.alpha: was 8.0, now 16.0",
+    "adapter.targets=[q_proj]": 'adapter.targets: was "all-linear", now absent',
+    "train.seed=7": "train.seed: was 0, now 7",
+}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("change", [*CHANGES, "quantization.format=int8", "train.learning_rate=0.5"])
+def test_another_recipe_is_refused_by_the_key_and_nothing_is_touched(
+    change: str, trained: RunDir, capsys: Capture
+) -> None:
+    before = content(trained.path)
+    recipe = str(trained.path.parent / "recipe.yaml")
+    assert main(["launch", recipe, change, "--run-dir", str(trained.path), "--resume", "auto"]) == 2
+    err = capsys.readouterr().err
+    words = CHANGES.get(change, f"{change.partition('=')[0]}: was ")
+    assert "cannot resume with another recipe" in err and words in err and is_plain(err)
+    assert content(trained.path) == before
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_checkpoint_that_was_copied_out_of_its_run_still_refuses_another_adapter(
+    change: str, trained: RunDir, tmp_path: Path, capsys: Capture
+) -> None:
+    bare = shutil.copytree(trained.checkpoints_dir / name(6), tmp_path / name(6))
+    recipe = str(trained.path.parent / "recipe.yaml")
+    argv = ["launch", recipe, "--run-dir", str(tmp_path / "new"), "--resume", str(bare), "--dry-run"]
+    assert main([*argv[:2], change, *argv[2:]]) == 2
+    err = capsys.readouterr().err
+    assert CHANGES[change] in err and is_plain(err)
+    assert main(argv) == 0
+    assert f"forking {tmp_path} at {name(6)}" in capsys.readouterr().out

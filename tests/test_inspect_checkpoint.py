@@ -1,0 +1,396 @@
+"""`inspect checkpoint`: what lies there is listed and verified without torch, and two are compared number by number."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from decompft.launcher.checkpoint_survey import leftovers, survey
+from decompft.launcher.checkpoints import FORMAT_VERSION
+from decompft.launcher.cli import main
+from decompft.launcher.worker.tools import compare_checkpoints
+
+Capture = pytest.CaptureFixture[str]
+Whole = dict[tuple[str, str], Tensor]  # (name, kind) -> the whole tensor
+BASE = {"id": "org/llama", "sha256": "c0ffee" * 10 + "beef", "quantization": {"format": "nf4"}}
+ADAPTER = {"adapter": {"method": "map", "rank": 4}, "base": BASE}
+
+
+def make_whole() -> Whole:
+    g = torch.Generator().manual_seed(0)
+    whole = {
+        (f"layers.{n}.{part}", kind): torch.randn(shape, generator=g)
+        for n in range(2)
+        for part, shape in (("A", (4, 8)), ("B", (8, 4)))
+        for kind in ("param", "exp_avg", "exp_avg_sq")
+    }
+    whole |= {(name, "step"): torch.tensor([3.0]) for name, kind in list(whole) if kind == "param"}
+    return whole | {("layers.0.A", "codes"): torch.arange(32, dtype=torch.uint8).view(4, 8)}
+
+
+def write_checkpoint(
+    folder: Path, whole: Whole, *, world_size: int = 2, version: int = FORMAT_VERSION, **state: Any
+) -> Path:
+    """A checkpoint as the ranks write it, each tensor cut into as many spans as there are ranks."""
+    (folder / "state").mkdir(parents=True)
+    tensors: dict[str, Any] = {}
+    ranks: list[Whole] = [{} for _ in range(world_size)]
+    for (name, kind), tensor in whole.items():
+        parts, flat = [], tensor.reshape(-1)
+        chunk = math.ceil(flat.numel() / world_size)
+        for rank in range(world_size):
+            piece = flat[rank * chunk : (rank + 1) * chunk].clone()
+            if piece.numel():
+                ranks[rank][f"{name}|{kind}|{rank * chunk}"] = piece  # type: ignore[index]
+                file = f"state/rank-{rank:05d}.safetensors"
+                parts.append({"file": file, "start": rank * chunk, "numel": piece.numel()})
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        tensors.setdefault(name, {})[kind] = {"dtype": dtype, "shape": list(tensor.shape), "parts": parts}
+    files = {f"state/rank-{rank:05d}.safetensors": save(pieces) for rank, pieces in enumerate(ranks)}
+    files["adapter.safetensors"] = save({name: t for (name, kind), t in whole.items() if kind == "param"})
+    files["adapter.json"] = json.dumps(ADAPTER).encode()
+    records = {}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+        records[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    step = int(folder.name.rpartition("-")[2])
+    head = {"version": version, "step": step, "world_size": world_size, "incarnation": 7}
+    head |= {"time_s": time.time() - 7300, "eval_loss": 0.25}
+    state = {"base": BASE, "progress": {"step": step, "trained_tokens": 10 * step}} | state
+    seal(folder, head | {"state": state, "tensors": tensors, "files": records})
+    return folder
+
+
+def seal(folder: Path, manifest: dict[str, Any]) -> None:
+    content = json.dumps(manifest).encode()
+    (folder / "manifest.json").write_bytes(content)
+    (folder / "COMPLETE").write_text(hashlib.sha256(content).hexdigest() + "\n")
+
+
+def make_run(folder: Path, *steps: int) -> Path:
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "plan.json").write_text("{}")
+    for step in steps:
+        write_checkpoint(folder / f"checkpoints/step-{step:08d}", make_whole())
+    return folder
+
+
+def inspect(*words: str | Path) -> int:
+    return main(["inspect", "checkpoint", *map(str, words)])
+
+
+def report(capsys: Capture) -> dict[str, Any]:
+    return json.loads(capsys.readouterr().out)
+
+
+# -- a folder of checkpoints --
+
+
+def test_a_run_of_whole_checkpoints_is_listed_and_exits_with_0(tmp_path: Path, capsys: Capture) -> None:
+    run = make_run(tmp_path / "run", 100, 200)
+    assert inspect(run) == 0
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines()]
+    header = "step state size ranks incarnation age eval loss method base"
+    assert " ".join(rows[1]) == header
+    assert [row[:2] for row in rows[2:4]] == [["100", "whole"], ["200", "whole"]]
+    assert rows[2][4:6] == ["2", "7"]
+    assert " ".join(rows[2][6:]) == "2 h 0.2500 map r=4 org/llama nf4 c0ffeec0ffee"
+    assert "the newest whole one is step-00000200" in out and "leftovers" not in out
+    size = sum(
+        path.stat().st_size for path in (run / "checkpoints/step-00000200").rglob("*") if path.is_file()
+    )
+    assert f"{size / 1024:.1f} KiB" in out
+
+
+@pytest.mark.parametrize("typed", ["run", "run/checkpoints", "named"])
+def test_a_run_by_path_by_name_or_its_folder_is_the_same(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, typed: str
+) -> None:
+    make_run(tmp_path / "run", 100)
+    make_run(tmp_path / "runs/named", 100)
+    monkeypatch.chdir(tmp_path)
+    assert inspect(typed, "--json") == 0
+    told = report(capsys)
+    assert [c["step"] for c in told["checkpoints"]] == [100]
+    assert told["path"] == {"named": "runs/named/checkpoints"}.get(typed, "run/checkpoints")
+
+
+def test_each_damage_is_named_and_exits_with_3(tmp_path: Path, capsys: Capture) -> None:
+    run = make_run(tmp_path / "run", 100, 200, 300, 400, 500, 600, 700)
+    at = [run / f"checkpoints/step-{step:08d}" for step in (100, 200, 300, 400, 500, 600, 700)]
+    flip(at[1] / "state/rank-00001.safetensors")
+    (at[2] / "state/rank-00000.safetensors").unlink()
+    os.truncate(at[3] / "adapter.safetensors", 99)
+    (at[4] / "COMPLETE").unlink()
+    flip(at[5] / "manifest.json")
+    shutil.rmtree(at[6])
+    write_checkpoint(at[6], make_whole(), version=FORMAT_VERSION + 1)
+    assert inspect(run, "--json") == 3
+    told = report(capsys)
+    verdicts = {c["step"]: c["verdict"] for c in told["checkpoints"]}
+    assert verdicts == {
+        100: "whole", 200: "damaged", 300: "damaged", 400: "damaged", 500: "damaged", 600: "damaged",
+        700: f"format {FORMAT_VERSION + 1}",
+    }  # fmt: skip
+    words = {
+        200: "state/rank-00001.safetensors is damaged", 300: "state/rank-00000.safetensors is missing",
+        400: "adapter.safetensors has 99 bytes", 500: "no COMPLETE file", 600: "manifest.json is damaged",
+        700: "newer version of decompft",
+    }  # fmt: skip
+    problems = {c["step"]: c["problem"] for c in told["checkpoints"]}
+    assert problems.pop(100) is None
+    assert all(words[step] in problems[step] for step in words)
+    assert told["newest_whole"] == "step-00000100"
+    assert inspect(run) == 3
+    out = capsys.readouterr().out
+    assert all(f"step-{step:08d}: {verdicts[step]}: {problems[step]}" in out for step in words)
+
+
+def test_a_manifest_that_cannot_be_read_is_damage_and_not_a_crash(tmp_path: Path, capsys: Capture) -> None:
+    run = make_run(tmp_path / "run", 100, 200)
+    manifest = run / "checkpoints/step-00000200/manifest.json"
+    manifest.unlink()
+    manifest.mkdir()
+    assert inspect(run) == 3
+    assert "step-00000200: damaged: manifest.json cannot be read (Is a directory)" in capsys.readouterr().out
+
+
+def test_a_run_without_a_checkpoint_is_fine(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    assert inspect(tmp_path) == 0
+    assert "checkpoints: no checkpoint" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_is_rotated_away_meanwhile_is_not_damage(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 100, 150, 200)
+    doomed = run / "checkpoints/step-00000100"
+    os.truncate(doomed / "adapter.safetensors", 2**28)  # sparse, and large enough to be spoken of
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        shutil.rmtree(doomed)
+        shutil.rmtree(run / "checkpoints/step-00000150")
+
+    assert [each.step for each in survey(run / "checkpoints", say)] == [200]
+    assert said == ["verifying step-00000100 (1 of 3): 256.0 MiB"]
+
+
+# -- what is left beside them --
+
+
+def test_leftovers_say_whether_they_may_be_deleted(tmp_path: Path, capsys: Capture) -> None:
+    run = make_run(tmp_path / "run", 100)
+    names = {
+        ".tmp-step-00000200-inc1": True,  # incarnation 1 has ended, and 3 has started
+        ".tmp-step-00000200-inc3": False,  # perhaps it is saving now
+        ".tmp-deleted-step-00000050": True,
+        ".old-step-00000100": True,
+        ".old-step-00000090": False,  # the only copy
+        "abandoned-step-00000300-inc3": True,
+    }
+    for name in names:
+        (run / "checkpoints" / name).mkdir()
+        (run / "checkpoints" / name / "file").write_bytes(bytes(3000))
+    for number in (1, 2, 3):
+        (run / f"incarnations/{number}").mkdir(parents=True)
+    assert inspect(run) == 0
+    out = capsys.readouterr().out
+    for name, may_delete in names.items():
+        (line,) = [line for line in out.splitlines() if name in line]
+        assert "2.9 KiB" in line and ("may be deleted" if may_delete else "do not delete") in line, line
+    assert "it is step-00000090: replacing it was cut short" in out
+    (run / "incarnations/3/outcome.json").write_text("{}")
+    told = {b.path.name: b.may_delete for b in leftovers(run / "checkpoints")}
+    assert told == names | {".tmp-step-00000200-inc3": True}
+
+
+def test_a_leftover_can_be_looked_at_itself(tmp_path: Path, capsys: Capture) -> None:
+    run = make_run(tmp_path / "run", 100)
+    aside = run / "checkpoints/abandoned-step-00000100-inc2"
+    (run / "checkpoints/step-00000100").rename(aside)
+    assert inspect(aside) == 0
+    assert "step 100, " in capsys.readouterr().out
+    (aside / "COMPLETE").unlink()
+    assert inspect(aside) == 3
+
+
+# -- one checkpoint --
+
+
+def test_one_checkpoint_shows_kinds_shapes_bytes_and_state(tmp_path: Path, capsys: Capture) -> None:
+    path = write_checkpoint(tmp_path / "best-100", make_whole(), world_size=3)  # renamed, outside any run
+    assert inspect(path) == 0
+    out = capsys.readouterr().out
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert f"{path}: whole: every file is as its manifest says" in lines
+    assert any(line.startswith("step 100, ") and "by incarnation 7 on 3 ranks" in line for line in lines)
+    assert "adapter map r=4 over org/llama nf4 c0ffeec0ffee" in lines
+    assert "param 4 128 512 B float32 2 x [4, 8], 2 x [8, 4]" in lines
+    assert "step 4 4 16 B float32 4 x [1]" in lines
+    assert "codes 1 32 32 B uint8 1 x [4, 8]" in lines
+    assert "progress.trained_tokens 1000" in lines and f"base.sha256 {BASE['sha256']}" in lines
+    assert inspect(path, "--json") == 0
+    told = report(capsys)
+    assert told["state"]["base"] == BASE and told["tensors"]["exp_avg"]["num_numbers"] == 128
+    assert list(told["tensors"]["param"]["shapes"][0].values()) == [2, [4, 8]]
+
+
+def test_damage_of_one_is_said_with_what_can_still_be_known(tmp_path: Path, capsys: Capture) -> None:
+    path = write_checkpoint(tmp_path / "step-00000100", make_whole())
+    flip(path / "state/rank-00000.safetensors")
+    assert inspect(path) == 3
+    out = capsys.readouterr().out
+    assert "step-00000100: damaged: state/rank-00000.safetensors is damaged" in out
+    assert "incarnation 7 on 2 ranks" in out and "exp_avg" in out
+    flip(path / "manifest.json")
+    assert inspect(path) == 3
+    out = capsys.readouterr().out
+    assert "manifest.json is damaged" in out and "step 100, " in out
+    assert "exp_avg" not in out, "what a damaged manifest says cannot be relied on"
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        (["nowhere"], "nowhere: no such folder"),
+        (["empty"], "empty: neither a checkpoint, nor a run, nor a folder of checkpoints"),
+        (["file"], "file: neither a checkpoint"),
+        (["run", "nowhere"], "nowhere: no such folder"),
+        (["run", "new"], "new: has no checkpoint to compare"),
+    ],
+)
+def test_a_mistake_is_said_in_words_and_exits_with_2(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, typed: list[str], words: str
+) -> None:
+    make_run(tmp_path / "run", 100)
+    make_run(tmp_path / "new")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert inspect(*typed) == 2
+    err = capsys.readouterr().err
+    assert f"error: {words}" in err and "\n  hint: " in err
+
+
+# -- two checkpoints --
+
+
+def compared(capsys: Capture, first: Path, second: Path) -> dict[str, Any]:
+    compare_checkpoints.main([str(first), str(second), "--json"])
+    told = report(capsys)
+    return told | {kind["kind"]: kind for kind in told["kinds"]}
+
+
+def test_other_cuts_of_the_same_numbers_are_bit_equal(tmp_path: Path, capsys: Capture) -> None:
+    whole = make_whole()
+    whole["layers.1.B", "param"][0, 0] = math.nan
+    first = write_checkpoint(tmp_path / "a/step-00000100", whole, world_size=1)
+    second = write_checkpoint(tmp_path / "b/step-00000100", whole, world_size=5)
+    told = compared(capsys, first, second)
+    assert [k["kind"] for k in told["kinds"]] == ["param", "exp_avg", "exp_avg_sq", "step", "codes"]
+    assert all(k["num_bit_equal"] == k["num_compared"] > 0 for k in told["kinds"])
+    assert all(k["absolute"] is None for k in told["kinds"]) and told["holds_the_same"] is True
+    assert told["state"] == {"world_size": [1, 5]}
+
+
+def test_the_largest_difference_is_found_with_its_tensor(tmp_path: Path, capsys: Capture) -> None:
+    whole = make_whole()
+    other = {key: tensor.clone() for key, tensor in whole.items()}
+    other["layers.0.B", "param"][7, 3] += 25
+    other["layers.1.A", "param"][1, 2] *= 1 + 2**-20
+    other["layers.1.B", "exp_avg"].mul_(1e-6)
+    other["layers.1.B", "exp_avg_sq"][2, 2] = math.nan
+    other["layers.0.A", "codes"][0, 0] = 200
+    first = write_checkpoint(tmp_path / "a/step-00000100", whole)
+    second = write_checkpoint(tmp_path / "b/step-00000101", other, trained="longer")
+    told = compared(capsys, first, second)
+    param = told["param"]
+    assert (param["num_compared"], param["num_bit_equal"]) == (4, 2)
+    assert param["absolute"] == {"tensor": "layers.0.B", "value": pytest.approx(25, rel=1e-6)}
+    largest = max(
+        whole["layers.0.B", "param"].abs().max().item(), other["layers.0.B", "param"].abs().max().item()
+    )
+    assert param["relative"]["value"] == pytest.approx(25 / largest, rel=1e-6)
+    assert told["exp_avg"]["relative"]["tensor"] == "layers.1.B"
+    assert told["exp_avg_sq"]["absolute"] == {"tensor": "layers.1.B", "value": None}  # no number in JSON
+    assert told["codes"]["absolute"] == {"tensor": "layers.0.A", "value": 200}
+    assert told["step"]["num_bit_equal"] == 4
+    assert told["state"] == {
+        "progress.step": [100, 101], "progress.trained_tokens": [1000, 1010], "step": [100, 101],
+        "trained": [None, "longer"],
+    }  # fmt: skip
+    compare_checkpoints.main([str(first), str(second)])
+    out = capsys.readouterr().out
+    assert "param: 2 of 4 bit-equal" in out and "largest difference 25 in layers.0.B" in out
+    assert "largest difference inf in layers.1.B" in out and "trained: A null" in out
+
+
+def test_tensors_that_only_one_holds_are_named(tmp_path: Path, capsys: Capture) -> None:
+    whole = make_whole()
+    other = {key: tensor for key, tensor in whole.items() if key != ("layers.0.A", "codes")}
+    other["layers.0.A", "exp_avg"] = torch.zeros(4, 9)
+    other["layers.0.B", "exp_avg"] = whole["layers.0.B", "exp_avg"].bfloat16()
+    other["layers.2.A", "param"] = torch.zeros(3)
+    first = write_checkpoint(tmp_path / "a/step-00000100", whole)
+    second = write_checkpoint(tmp_path / "b/step-00000100", other)
+    told = compared(capsys, first, second)
+    assert told["holds_the_same"] is False
+    assert (told["codes"]["only_first"], told["codes"]["num_compared"]) == (["layers.0.A"], 0)
+    assert told["param"]["only_second"] == ["layers.2.A"] and told["param"]["num_bit_equal"] == 4
+    assert told["exp_avg"]["other_shape"] == ["layers.0.A", "layers.0.B"]
+    compare_checkpoints.main([str(first), str(second)])
+    out = capsys.readouterr().out
+    assert "they hold other tensors" in out and "only in B: layers.2.A" in out
+
+
+def test_a_damaged_one_is_not_compared(tmp_path: Path, capsys: Capture) -> None:
+    run = make_run(tmp_path / "run", 100, 200)
+    flip(run / "checkpoints/step-00000200/adapter.json")
+    good, damaged = (run / f"checkpoints/step-00000{n}00" for n in (1, 2))
+    assert inspect(good, damaged) == 3
+    captured = capsys.readouterr()
+    assert "step-00000200: damaged: adapter.json is damaged" in captured.err and captured.out == ""
+
+
+@pytest.mark.dist
+def test_the_verb_compares_the_newest_whole_ones_of_two_runs(tmp_path: Path, capfd: Any) -> None:
+    first, second = make_run(tmp_path / "first", 50, 100, 200), make_run(tmp_path / "second", 100)
+    (first / "checkpoints/step-00000200/COMPLETE").unlink()
+    assert inspect(first, second, "--json") == 0
+    captured = capfd.readouterr()
+    told = json.loads(captured.out)
+    assert told["first"].endswith("first/checkpoints/step-00000100") and told["state"] == {}
+    assert "step-00000200: damaged: it has no COMPLETE file" in captured.err
+
+
+def test_listing_loads_no_torch(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 100)
+    probe = (
+        "import sys; from decompft.launcher.cli import main; main(sys.argv[1:]); "
+        "sys.exit(sorted({'torch', 'numpy', 'safetensors', 'transformers'} & sys.modules.keys()) or 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", probe, "inspect", "checkpoint", str(run)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "") and "step-00000100" in done.stdout
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) * 3 // 4] ^= 1
+    path.write_bytes(content)
