@@ -139,6 +139,30 @@ def _recipes(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _drill(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from decompft.launcher.drill import drill
+
+    return drill(
+        args.kind,
+        args.recipe,
+        args.overrides,
+        run_dir=args.run_dir,
+        steps=args.steps,
+        keep=args.keep,
+        json_path=args.json,
+        console=Console(),
+    )
+
+
+def _report(args: argparse.Namespace) -> int:
+    from decompft.launcher.report import write_report
+
+    print(write_report(args.runs, args.out))
+    return EXIT_DONE
+
+
 def _recipe(args: argparse.Namespace, *, strict: bool) -> tuple[Path, Recipe]:
     """Read and check the RECIPE argument; warnings go to stderr."""
     from decompft.launcher import checking, shipped, source
@@ -194,8 +218,26 @@ def _parser() -> argparse.ArgumentParser:
     copy.add_argument("name", metavar="NAME")
     copy.add_argument("to", metavar="DIR", type=Path, nargs="?", default=Path("."), help="default: here")
 
+    _add_drill(verb("drill", "prove on this machine that a run of a recipe survives"))
+    report = verb("report", "write a page of plots about a run, or about several side by side")
+    report.add_argument("runs", metavar="RUN", nargs="+", help="a folder, or a name under ./runs")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/report.html; of several: here")
+    report.set_defaults(run=_report)
+
     add_tools(verb, _add_recipe)
     return parser
+
+
+def _add_drill(drill: argparse.ArgumentParser) -> None:
+    drill.add_argument("kind", metavar="kill|resume|preempt", choices=("kill", "resume", "preempt"))
+    _add_recipe(drill)
+    drill.add_argument(
+        "--run-dir", type=Path, metavar="DIR", help="scratch folder; default: runs/drill-NAME-KIND-TIME"
+    )
+    drill.add_argument("--steps", type=int, default=12, metavar="N", help="of each run; default: 12")
+    drill.add_argument("--keep", action="store_true", help="leave the scratch folder when all claims hold")
+    drill.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts as JSON too")
+    drill.set_defaults(run=_drill)
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:

@@ -25,7 +25,7 @@ from decompft.launcher.worker.trackers import open_trackers
 
 ROW = StepRow(
     step=1, epoch=0.01, loss=2.5, learning_rate=2e-4, grad_norm=0.5, tokens_per_s=12345.6,
-    trained_tokens=700, peak_mem_bytes=3 * 2**30, step_s=2.0,
+    trained_tokens=700, peak_mem_bytes=3 * 2**30, step_s=2.0, samples=7,
 )  # fmt: skip
 QUIET = LoggingSection(tensorboard=False)
 
@@ -49,6 +49,7 @@ def test_rows_are_out_at_once_with_units_in_their_keys(tmp_path: Path) -> None:
     assert row == {
         "step": 1, "epoch": 0.01, "loss": 2.5, "learning_rate": 2e-4, "grad_norm": 0.5,
         "tokens_per_s": 12345.6, "trained_tokens": 700, "peak_mem_bytes": 3 * 2**30, "step_s": 2.0,
+        "samples": 7,
     }  # fmt: skip
     metrics.event("save", step=1, path="checkpoints/step-00000001")
     (event,) = rows_of(tmp_path / "events.jsonl")

@@ -30,6 +30,7 @@ class StepRow:
     trained_tokens: int  # tokens that carried loss in this step, over all ranks
     peak_mem_bytes: int  # of the fullest rank
     step_s: float
+    samples: int = 0  # CRC-32 of the ids of the rows trained on, in order: equal where the data is
 
 
 class Console:

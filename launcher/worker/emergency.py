@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from decompft.launcher.checkpoints import step_of
 from decompft.launcher.errors import RunFailed
 from decompft.launcher.outcome import Outcome, write_atomic, write_outcome
 from decompft.launcher.runs import RunDir
@@ -71,6 +72,7 @@ class Emergency:
         self._incarnation, self._rank, self._world_size = incarnation, rank, world_size
         self._stop_file = run.stop_file(incarnation)
         self._pulse, self._resumed_from = pulse, resumed_from
+        self._start_step = 0 if resumed_from is None else step_of(resumed_from)
         self.grace_s = 60.0  # until the plan has been read
         self._holder: Holder | None = None
         self._lock = threading.Lock()
@@ -238,5 +240,6 @@ class Emergency:
                 message = f"stopped at step {self.saved}, cut short: {why}"
             else:
                 result, message = "failed", f"stopped at step {target}, which could not be saved: {why}"
-            write_outcome(self._folder, Outcome(result=result, step=target, message=message))
+            step = self._start_step if before_training else target
+            write_outcome(self._folder, Outcome(result=result, step=step, message=message))
         os._exit(0)

@@ -72,7 +72,7 @@ class Metrics:
         numbers = asdict(row)
         self._metrics.append(numbers)
         self._console.step(row)
-        self._track(row.step, {f"train/{name}": value for name, value in numbers.items() if name != "step"})
+        self._track(row.step, {f"train/{name}": value for name, value in numbers.items() if name not in _UNTRACKED})
 
     def evaluation(self, step: int, loss: float, *, num_tokens: int) -> None:
         """Records an evaluation: events.jsonl, the console, the trackers."""
@@ -115,6 +115,9 @@ class Metrics:
                 tracker.log(step, values)
         except OSError as error:
             raise _not_written(self._run_dir, error) from error
+
+
+_UNTRACKED = ("step", "samples")  # the axis, and a check sum
 
 
 class _Lines:

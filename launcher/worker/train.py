@@ -6,6 +6,7 @@ import gc
 import hashlib
 import math
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -215,6 +216,7 @@ def train(
                     learning_rate=recipe.train.learning_rate * factor(at.step - 1), grad_norm=grad_norm,
                     tokens_per_s=tokens / step_s, trained_tokens=step.num_targets_global,
                     peak_mem_bytes=peak_bytes(engine.device), step_s=step_s,
+                    samples=zlib.crc32(repr(step.sample_ids).encode()),
                 )
             )  # fmt: skip
         stopped = stops > 0 or at.step == stop_after
