@@ -96,7 +96,9 @@ def _samples(part: str, unbroken: RunDir, broken: RunDir) -> Verdict:
     for step, row in before.items():
         for key in ("samples", "trained_tokens", "epoch"):
             if row.get(key) != after[step].get(key):
-                return judge(part, SAMPLES, False, f"step {step}: {key} {after[step].get(key)}, not {row.get(key)}")
+                return judge(
+                    part, SAMPLES, False, f"step {step}: {key} {after[step].get(key)}, not {row.get(key)}"
+                )
     measured = f"{len(before)} of {len(before)} steps trained on the same rows, as many tokens of them"
     return judge(part, SAMPLES, True, measured)
 

@@ -15,7 +15,13 @@ Say = Callable[[str], None]
 
 
 def conclude(
-    run: RunDir, incarnation: int, returncode: int, *, was_killed: bool = False, log_start: int = 0
+    run: RunDir,
+    incarnation: int,
+    returncode: int,
+    *,
+    was_killed: bool = False,
+    log_start: int = 0,
+    oom_kills: int = 0,
 ) -> Outcome:
     """The outcome of an incarnation whose processes are gone; written to outcome.json where ranks left none.
 
@@ -23,10 +29,11 @@ def conclude(
         returncode: of torchrun, of the only rank, or of srun.
         was_killed: by us, at the user's second signal.
         log_start: size in bytes of metrics.jsonl when the incarnation began.
+        oom_kills: processes of this machine that the kernel killed for memory since then.
     """
     folder = run.incarnation_dir(incarnation)
     told = read_outcome(folder)
-    outcome = told or _find_outcome(run, incarnation, returncode, was_killed, log_start)
+    outcome = told or _find_outcome(run, incarnation, returncode, was_killed, log_start, oom_kills)
     try:
         if told is None:
             write_outcome(folder, outcome)
@@ -41,27 +48,53 @@ def conclude(
 def report(
     run: RunDir, incarnation: int, outcome: Outcome, *, again: str, say: Callable[[str], None]
 ) -> None:
-    """Say how it ended and what to type next (`again`)."""
+    """Say how it ended and what to type next (`again`); a failure goes into events.jsonl in the same words."""
     if outcome.result == "finished":
         say(f"finished at step {outcome.step}: {run.path}")
         return
     if outcome.result == "checkpointed":
-        say(f"stopped in order at step {outcome.step}, state saved: {run.path}")
+        if "stopped in order" in outcome.message or not outcome.message:
+            say(f"stopped in order at step {outcome.step}, state saved: {run.path}")
+        else:  # cut short, or before the first step
+            say(f"{outcome.message}: {run.path}")
         say(f"next: {again}")
         return
-    what = "cannot train" if outcome.result == "user_error" else "run failed"
-    is_named = outcome.rank is None or f"rank {outcome.rank}" in outcome.message
-    say(f"{what}: {outcome.message}" if is_named else f"{what}: rank {outcome.rank}: {outcome.message}")
-    if outcome.hint:
-        say(f"  hint: {outcome.hint}")
     if outcome.result == "failed":
-        say(f"  last step: {outcome.step or 'none'}")
         path, lines = log_tail(run, incarnation, outcome.rank)
         if lines:
-            say(f"  end of {path}:")
+            say(f"end of {path}:")
             for line in lines:
                 say(f"    | {line}")
+    for line in words(outcome):
+        say(line)
     say(f"next: {again}")
+    try:
+        run.append_event(
+            "failure", incarnation=incarnation, result=outcome.result, cause=outcome.cause, meaning=outcome.meaning,
+            rank=outcome.rank, node=outcome.node, step=outcome.step, message=outcome.message,
+            evidence=outcome.evidence, hint=outcome.hint, next=again,
+        )  # fmt: skip
+    except OSError:
+        pass  # the disk may be what the run died of; the terminal has just said it
+
+
+def words(outcome: Outcome) -> list[str]:
+    """A failure, line by line: what, who, when, why, by what it was recognised, what to do."""
+    what = "cannot train" if outcome.result == "user_error" else "run failed"
+    is_named = outcome.rank is None or f"rank {outcome.rank}" in outcome.message
+    lines = [f"{what}: {outcome.message}" if is_named else f"{what}: rank {outcome.rank}: {outcome.message}"]
+    if outcome.result == "failed":
+        if outcome.rank is not None:
+            lines.append(
+                f"  first to fail: rank {outcome.rank}" + (f" on {outcome.node}" if outcome.node else "")
+            )
+        lines.append(f"  last step: {outcome.step or 'none'}")
+        lines.append(f"  cause: {outcome.cause}" + (f" ({outcome.meaning})" if outcome.meaning else ""))
+        if outcome.evidence and outcome.evidence not in outcome.message:
+            lines.append(f"  evidence: {outcome.evidence}")
+    if outcome.hint:
+        lines.append(f"  hint: {outcome.hint}")
+    return lines
 
 
 def last_step(metrics_path: Path, start: int = 0) -> int:
@@ -80,14 +113,17 @@ def last_step(metrics_path: Path, start: int = 0) -> int:
 
 
 def _find_outcome(
-    run: RunDir, incarnation: int, returncode: int, was_killed: bool, log_start: int
+    run: RunDir, incarnation: int, returncode: int, was_killed: bool, log_start: int, oom_kills: int
 ) -> Outcome:
     if was_killed:
         outcome = Outcome(
             result="failed",
             message="killed by a second signal before a checkpoint was complete",
             hint="resume from the checkpoint before",
+            cause="killed",
+            meaning="by the second signal to the launcher",
+            evidence="the second signal",
         )
     else:
-        outcome = find_failure(run, incarnation, returncode)
+        outcome = find_failure(run, incarnation, returncode, oom_kills=oom_kills)
     return outcome if outcome.step else replace(outcome, step=last_step(run.metrics_path, log_start))

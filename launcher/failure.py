@@ -1,14 +1,29 @@
-"""Why a run died, in words: which rank, the likely cause, its last lines."""
+"""Which rank of a dead run failed first, on which node, and why?"""
 
 from __future__ import annotations
 
+import platform
 import re
 import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 
+from decompft.launcher.causes import (
+    DISK,
+    HOST_MEMORY,
+    KILLED,
+    NODE,
+    TIMED_OUT,
+    UNKNOWN,
+    USER,
+    Finding,
+    describe_exit,
+    explain,
+)
+from decompft.launcher.hangs import Reading, post_mortem, read_all, read_hang
 from decompft.launcher.outcome import Outcome, read_ranks
 from decompft.launcher.runs import RunDir
 
@@ -16,124 +31,72 @@ _TAIL_BYTES = 64 * 1024
 _DISK_FULL_BYTES = 1 << 20
 
 
+class _Blame(IntEnum):
+    """How likely a rank is the one that failed first; the least comes first."""
+
+    SAID_WHY = 0
+    DIED = 1
+    TOLD_TO_END = 2  # as torchrun tells the survivors
+    LOST_ANOTHER = 3  # not the cause, though it may be the first, or the only one, to say so
+
+
 @dataclass(frozen=True, kw_only=True)
-class Cause:
-    """A known way to die."""
+class _Suspect:
+    """A rank that failed."""
 
-    words: str
-    hint: str
-    is_consequence: bool = False  # of another rank's death
-
-
-_TOLD_TO_END = Cause(
-    words="it was told to end from outside (a scheduler, a shutdown, kill)",
-    hint="resume when the machine is yours again",
-)
-
-# searched in this order in a rank's message and traceback, then in its last log lines
-_CAUSES: tuple[tuple[str, Cause], ...] = (
-    (
-        r"CUDA out of memory|torch\.(cuda\.)?OutOfMemoryError|CUDA error: out of memory",
-        Cause(
-            words="the GPU ran out of memory",
-            hint="lower train.micro_batch_size, set train.recompute=full, or use more GPUs with fsdp",
-        ),
-    ),
-    (
-        r"DefaultCPUAllocator: can't allocate|MemoryError|Cannot allocate memory",
-        Cause(
-            words="the host ran out of memory",
-            hint="lower train.micro_batch_size or data.sequence_length, or use fewer ranks on this machine",
-        ),
-    ),
-    (
-        r"No space left on device|ENOSPC|Errno 28\b|Disk quota exceeded|Errno 122\b",
-        Cause(
-            words="the disk (or the quota) of the run directory is full",
-            hint="free some space, or lower checkpoint.keep; committed checkpoints are not harmed",
-        ),
-    ),
-    (
-        r"(?i)non-?finite|loss (is|was|became) (nan|inf)",
-        Cause(
-            words="the loss or a gradient became non-finite (NaN or infinity)",
-            hint="lower train.learning_rate or raise train.warmup_steps; the last checkpoint is older",
-        ),
-    ),
-    (
-        r"ModuleNotFoundError|ImportError|undefined symbol|cannot open shared object file",
-        Cause(
-            words="a Python package is missing or broken",
-            hint="run `decompft doctor` with the same Python, and install what it names",
-        ),
-    ),
-    (
-        r"Connection closed by peer|Connection reset by peer|Connection refused|Broken pipe"
-        r"|connectFullMesh failed|Timed out waiting \d+ms|ncclRemoteError|ncclSystemError"
-        r"|remote process exited|Watchdog caught collective operation timeout|NCCL communicator was aborted",
-        Cause(
-            words="it lost another rank, or waited for one too long; the cause is with that rank",
-            hint="look for an earlier failure in the other ranks' logs; else raise parallel.timeout_s",
-            is_consequence=True,
-        ),
-    ),
-    (r"SignalException: Process \d+ got signal: (15|SIGTERM)", _TOLD_TO_END),
-)
-
-_SIGNALS: dict[int, Cause] = {
-    signal.SIGKILL: Cause(
-        words="something killed it, most likely the kernel because the host ran out of memory",
-        hint="`dmesg | grep -i oom` tells; use fewer ranks on this machine, or less memory in each",
-    ),
-    signal.SIGSEGV: Cause(
-        words="a crash in compiled code", hint="run `decompft doctor`: library versions may not fit together"
-    ),
-    signal.SIGBUS: Cause(
-        words="a crash in mapped memory: a full /dev/shm, or a file cut short while it was being read",
-        hint="look at `df /dev/shm` and at the model's files",
-    ),
-    signal.SIGTERM: _TOLD_TO_END,
-}
-
-_UNKNOWN = Cause(
-    words="not a failure that decompft knows", hint="read the log below; the whole of it is in logs/"
-)
+    blame: _Blame
+    order: float  # within the same blame
+    rank: int | None
+    finding: Finding
+    message: str
+    hint: str = ""  # a rank's own, better informed than the table
+    step: int = 0
+    node: str = ""
+    is_user_error: bool = False
 
 
-def explain(text: str, exit_code: int | None = None) -> Cause:
-    """The likely cause behind a message, a traceback or log lines.
+@dataclass(frozen=True, kw_only=True)
+class _Dead:
+    """A process that torchrun saw fail."""
 
-    Args:
-        text: what the rank said.
-        exit_code: of its process, negative for a signal; None when unknown.
-    """
-    for pattern, cause in _CAUSES:
-        if re.search(pattern, text):
-            return cause
-    if exit_code is not None and exit_code < 0:
-        return _SIGNALS.get(-exit_code, _UNKNOWN)
-    return _UNKNOWN
+    rank: int
+    host: str
+    code: int  # negative for a signal
 
 
-def find_failure(run: RunDir, incarnation: int, returncode: int) -> Outcome:
+def find_failure(run: RunDir, incarnation: int, returncode: int, *, oom_kills: int = 0) -> Outcome:
     """The outcome of an incarnation whose ranks left none: the first rank that failed by itself.
 
     Args:
         returncode: of the launched process (torchrun, or the only rank), negative for a signal.
+        oom_kills: processes of this machine that the kernel killed for memory meanwhile.
     """
-    ranks = read_ranks(run.incarnation_dir(incarnation))
-    dead = dict(_dead_ranks(tail(run.launcher_log(incarnation))))
-    # a rank that only lost its peer is not the cause, though it may be the first, or the only one, to say so
-    speakers = sorted((not _has_own_cause(told), told.time_s or 0.0, rank) for rank, told in ranks.items())
-    # those that torchrun itself told to end come last
-    silent = sorted((r for r in dead if r not in ranks), key=lambda rank: dead[rank] == -signal.SIGTERM)
-    if speakers and (not speakers[0][0] or not silent):
-        rank = speakers[0][2]
-        return _said(ranks[rank], rank)
-    if silent:
-        return _fell_silent(run, incarnation, silent[0], dead[silent[0]])
-    is_alone = run.read_plan().world.size == 1
-    return _fell_silent(run, incarnation, 0 if is_alone else None, returncode)
+    folder, world = run.incarnation_dir(incarnation), run.read_plan().world
+    hang = read_hang(folder)
+    if hang is not None:
+        return hang.outcome()
+    agent_log = tail(run.launcher_log(incarnation))
+    dead = list(_dead_ranks(agent_log))
+    ranks = read_ranks(folder)
+    suspects = [_speaker(told, rank) for rank, told in ranks.items()]
+    silent = [d for d in dead if d.rank not in ranks]
+    if not dead and not ranks:
+        silent = [_Dead(rank=0, host="", code=returncode)] if world.size == 1 else []
+    for order, process in enumerate(silent):
+        is_root = bool(dead) and process is dead[0]
+        suspects.append(_silent(run, incarnation, process, agent_log, order, oom_kills, is_root))
+    first = min(suspects, key=lambda s: (s.blame, s.order, s.rank or 0), default=None)
+    if first is None:
+        first = _agent(run, returncode, agent_log)
+    readings = {r.rank: r for r in read_all(folder, world.size) if not r.is_stale}
+    if first.blame >= _Blame.TOLD_TO_END:
+        if any(s.finding.cause is TIMED_OUT for s in suspects):
+            hang = post_mortem(folder, world.size)
+            if hang is not None:
+                return hang.outcome()
+        if world.nodes > 1:
+            first = _lost_node(readings, accounted={s.rank for s in suspects}) or first
+    return _outcome(first, readings, is_one_node=world.nodes == 1)
 
 
 def log_tail(run: RunDir, incarnation: int, rank: int | None, num_lines: int = 10) -> tuple[Path, list[str]]:
@@ -157,59 +120,113 @@ def tail(path: Path) -> str:
         return file.read().decode("utf-8", errors="replace")
 
 
-def describe_exit(code: int) -> str:
-    """`was killed by signal 9 (SIGKILL)` or `ended with exit code 1`."""
-    if code >= 0:
-        return f"ended with exit code {code}"
-    try:
-        return f"was killed by signal {-code} ({signal.Signals(-code).name})"
-    except ValueError:
-        return f"was killed by signal {-code}"
+def _speaker(told: Outcome, rank: int) -> _Suspect:
+    finding = explain(told.message, told.traceback)
+    is_user_error = told.result == "user_error"
+    if is_user_error and finding.cause.kind != "data":
+        finding = Finding(cause=USER, evidence="")
+    is_consequence = finding.cause.is_consequence
+    return _Suspect(
+        blame=_Blame.LOST_ANOTHER if is_consequence else _Blame.SAID_WHY,
+        order=told.time_s or 0.0, rank=rank, finding=finding, message=told.message, hint=told.hint,
+        step=told.step, node=told.node, is_user_error=is_user_error,
+    )  # fmt: skip
 
 
-def _has_own_cause(told: Outcome) -> bool:
-    return told.result == "user_error" or not explain(told.message + "\n" + told.traceback).is_consequence
-
-
-def _said(told: Outcome, rank: int) -> Outcome:
-    cause = explain(told.message + "\n" + told.traceback)
-    return Outcome(
-        result="user_error" if told.result == "user_error" else "failed",
-        step=told.step,
-        message=told.message,
-        # a rank's own hint is better informed than the table
-        hint=told.hint or f"likely cause: {cause.words}; {cause.hint}",
-        rank=rank,
-    )
-
-
-def _fell_silent(run: RunDir, incarnation: int, rank: int | None, code: int) -> Outcome:
-    if code > 128:
-        code = 128 - code  # srun's and the shell's way to say killed by a signal
+def _silent(
+    run: RunDir, incarnation: int, dead: _Dead, agent_log: str, order: int, oom_kills: int, is_root: bool
+) -> _Suspect:
+    code = _signal_or_code(dead.code)
+    is_ended = code == -signal.SIGTERM or (code == -signal.SIGKILL and not is_root)
     # of one rank's log every line is its own; the launcher's also has what other ranks suffered
-    text = ""
-    if code >= 0:
-        own_log = "" if rank is None else tail(run.rank_log(incarnation, rank))
-        text = own_log or tail(run.launcher_log(incarnation))
-    cause = explain(text, code)
-    if cause is _UNKNOWN and shutil.disk_usage(run.path).free < _DISK_FULL_BYTES:
-        cause = explain("ENOSPC")  # too full even to say so
-    who = "the process that started the ranks" if rank is None else f"rank {rank}"
+    text = tail(run.rank_log(incarnation, dead.rank)) or agent_log
+    if code in (-signal.SIGTERM, -signal.SIGKILL):  # from outside: what the rank itself said is not why
+        text = _scheduler_lines(agent_log)
+    finding = explain(text, exit_code=code)
+    if finding.cause is KILLED and oom_kills:
+        finding = Finding(
+            cause=HOST_MEMORY,
+            evidence=f"{finding.evidence}, and the kernel killed {oom_kills} process(es) for memory meanwhile",
+        )
+    blame = _Blame.LOST_ANOTHER if finding.cause.is_consequence else _Blame.DIED
+    return _Suspect(
+        blame=_Blame.TOLD_TO_END if is_ended else blame, order=order, rank=dead.rank,
+        finding=_or_full_disk(finding, run), message=f"rank {dead.rank} {describe_exit(code)}", node=dead.host,
+    )  # fmt: skip
+
+
+def _agent(run: RunDir, returncode: int, agent_log: str) -> _Suspect:
+    """The process that started the ranks, when none of them is known to have failed."""
+    code = _signal_or_code(returncode)
+    text = agent_log if code >= 0 else _scheduler_lines(agent_log)
+    finding = explain(text, exit_code=code)
+    return _Suspect(
+        blame=_Blame.TOLD_TO_END, order=0, rank=None, finding=_or_full_disk(finding, run),
+        message=f"the process that started the ranks {describe_exit(code)}",
+    )  # fmt: skip
+
+
+def _lost_node(readings: dict[int, Reading], accounted: set[int | None]) -> _Suspect | None:
+    """The first rank of a node of which no rank left a word or an exit code, while others did."""
+    seen = {reading.node for rank, reading in readings.items() if rank in accounted}
+    for rank, last in readings.items():
+        if seen and last.node not in seen:
+            return _Suspect(
+                blame=_Blame.DIED, order=0, rank=rank, node=last.node, step=last.step,
+                message=f"rank {rank} and its whole node {last.node} left no word",
+                finding=Finding(
+                    cause=NODE,
+                    evidence=f"no exit code and no log line from {last.node}; rank {rank} was last in "
+                    f"{last.what} after step {last.step}",
+                ),
+            )  # fmt: skip
+    return None
+
+
+def _outcome(first: _Suspect, readings: dict[int, Reading], *, is_one_node: bool) -> Outcome:
+    last = None if first.rank is None else readings.get(first.rank)
+    node = first.node or (last.node if last else "") or (platform.node() if is_one_node else "")
+    cause = first.finding.cause
     return Outcome(
-        result="failed",
-        message=f"{who} {describe_exit(code)}",
-        hint=f"likely cause: {cause.words}; {cause.hint}",
-        rank=rank,
+        result="user_error" if first.is_user_error else "failed",
+        step=max(first.step, last.step if last else 0),
+        message=first.message,
+        hint=first.hint or cause.hint,
+        rank=first.rank,
+        node=node,
+        cause=cause.kind,
+        meaning=cause.words,
+        evidence=first.finding.evidence or first.message.splitlines()[0],
     )
 
 
-def _dead_ranks(agent_log: str) -> Iterator[tuple[int, int]]:
-    """(rank, exit code) of every process torchrun saw fail, its root cause first.
+def _or_full_disk(finding: Finding, run: RunDir) -> Finding:
+    """A disk may be too full even to say so."""
+    if finding.cause is not UNKNOWN:
+        return finding
+    free = shutil.disk_usage(run.path).free
+    if free >= _DISK_FULL_BYTES:
+        return finding
+    return Finding(cause=DISK, evidence=f"{free} bytes are free in {run.path}")
 
-    Its report has blocks of `rank : 1 (local_rank: 1)` and `exitcode : -9 (pid: 123)`, the root cause last;
-    srun puts `0: ` before each line.
+
+def _signal_or_code(code: int) -> int:
+    return 128 - code if code > 128 else code  # srun's and the shell's way to say killed by a signal
+
+
+def _scheduler_lines(log: str) -> str:
+    return "\n".join(line for line in log.splitlines() if "slurmstepd: " in line or "srun: " in line)
+
+
+def _dead_ranks(agent_log: str) -> Iterator[_Dead]:
+    """Every process torchrun saw fail, its root cause first.
+
+    Its report has blocks of `host : a`, `rank : 1 (local_rank: 1)` and `exitcode : -9 (pid: 123)`, the root cause
+    last; srun puts `0: ` before each line.
     """
-    block = r"^(?:\d+: )?\s*rank\s*:\s*(\d+) .*\n(?:\d+: )?\s*exitcode\s*:\s*(-?\d+)"
-    found = re.findall(block, agent_log, re.MULTILINE)
-    for rank, code in reversed(found):
-        yield int(rank), int(code)
+    block = (
+        r"^(?:\d+: )?\s*host\s*:\s*(\S+).*\n(?:\d+: )?\s*rank\s*:\s*(\d+) .*\n"
+        r"(?:\d+: )?\s*exitcode\s*:\s*(-?\d+)"
+    )
+    for host, rank, code in reversed(re.findall(block, agent_log, re.MULTILINE)):
+        yield _Dead(rank=int(rank), host=host, code=int(code))

@@ -89,7 +89,9 @@ def pinned_rounding(work: Workload, layout: Layout) -> list[Term]:
 def snapshot(work: Workload, layout: Layout) -> Term:
     """The pinned copy that a save is written from: rank 0's share, rounded up to a power of two by torch."""
     trained = work.num_trained
-    numbers = -(-trained // layout.shard_size) + 2 * -(-trained // layout.optimizer_shards) + work.num_adapter_fixed
+    numbers = (
+        -(-trained // layout.shard_size) + 2 * -(-trained // layout.optimizer_shards) + work.num_adapter_fixed
+    )
     size = 1 << max(0, TRAINED_BYTES * numbers - 1).bit_length()
     return Term(name="copy for saves", num_bytes=size, note="trained numbers and moments, float32, pinned")
 

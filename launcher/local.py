@@ -9,9 +9,9 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from decompft.launcher.causes import describe_exit
 from decompft.launcher.ending import Say, report
 from decompft.launcher.errors import EXIT_AGAIN, EXIT_FAILED, EXIT_USER, PlanError, RunFailed
-from decompft.launcher.failure import describe_exit
 from decompft.launcher.job import base_env, free_port, make_job, prepare_argv
 from decompft.launcher.machine import detect
 from decompft.launcher.outcome import Outcome

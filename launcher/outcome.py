@@ -34,6 +34,10 @@ class Outcome:
     message: str = ""
     hint: str = ""
     rank: int | None = None  # the rank at fault, if one is
+    node: str = ""  # its host name
+    cause: str = ""  # a kind of launcher/causes.py; "" unless it failed, or while nobody has looked
+    meaning: str = ""  # of that cause, in words
+    evidence: str = ""  # the line or the exit code that decided about the cause
     time_s: float | None = None  # epoch seconds; rank-K.json only
     traceback: str = ""  # rank-K.json only
 
@@ -88,7 +92,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def _write(path: Path, outcome: Outcome) -> None:
-    rows = {key: value for key, value in asdict(outcome).items() if key not in _RANK_ONLY or value}
+    rows = {key: value for key, value in asdict(outcome).items() if key not in _IF_KNOWN or value}
     write_atomic(path, json.dumps(rows, indent=2, sort_keys=True) + "\n")
 
 
@@ -101,4 +105,4 @@ def _read(path: Path) -> Outcome:
     return outcome
 
 
-_RANK_ONLY = ("time_s", "traceback")
+_IF_KNOWN = ("node", "cause", "meaning", "evidence", "time_s", "traceback")

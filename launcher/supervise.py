@@ -38,7 +38,7 @@ def supervise(
     Raises:
         PortTaken: another process took the port; try again with another one.
     """
-    log_start = _size(run.metrics_path)
+    log_start, oom_kills = _size(run.metrics_path), _oom_kills()
     with run.launcher_log(incarnation).open("ab") as log:
         process = start(job.argv, job.env, stderr=log, lock=lock)
         told = 0
@@ -56,7 +56,10 @@ def supervise(
         kill_job(job, process)
     if process.returncode != 0 and told == 0 and _port_was_taken(run, incarnation):
         raise PortTaken
-    return conclude(run, incarnation, process.returncode, was_killed=told > 1, log_start=log_start)
+    return conclude(
+        run, incarnation, process.returncode, was_killed=told > 1, log_start=log_start,
+        oom_kills=_oom_kills() - oom_kills,
+    )  # fmt: skip
 
 
 class Interrupts:
@@ -160,6 +163,15 @@ def _kill(how: Callable[[int, int], None], target: int) -> None:
         how(target, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
         pass  # ended meanwhile
+
+
+def _oom_kills() -> int:
+    """Processes that this machine's kernel has killed for memory; 0 where it does not count them."""
+    try:
+        counters = Path("/proc/vmstat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in counters if line.startswith("oom_kill ")), 0)
 
 
 def _size(path: Path) -> int:

@@ -174,6 +174,21 @@ def test_a_stop_during_an_evaluation_that_hangs(
     assert [e["step"] for e in events(run, "eval")] == [0, 3, 6]
 
 
+@pytest.mark.parametrize("world", ["ddp", "fsdp"])
+def test_a_hang_is_named_and_costs_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: str, unbroken: RunDir
+) -> None:
+    """Rank 1 never gets its data, rank 0 waits for it in a collective."""
+    run = make(tmp_path, world, parallel={**WORLDS[world], "hang_s": 4})
+    with monkeypatch.context() as patch:
+        in_step(patch, 1, 3, lambda: time.sleep(3600))
+        ended = run_worker(run)
+    assert ended.outcome.result == "failed" and ended.outcome.cause == "hang" and ended.outcome.rank == 1
+    assert "time.sleep(3600)" in (run.path / "events.jsonl").read_text()
+    assert [(e["reason"], e["step"]) for e in events(run, "save")] == [("emergency", 3)]
+    assert_resumes_as_unbroken(run, unbroken)
+
+
 def test_a_stop_during_an_evaluation_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing hangs: the loop itself looks between two batches, on all ranks alike."""
     run = make(tmp_path, "fsdp", train={**TRAIN, "eval_every_steps": 3}, data={"eval_fraction": 0.5})

@@ -20,7 +20,6 @@ from test_runs import RECIPE, make_checkpoint, make_plan
 
 from decompft.launcher.ending import report
 from decompft.launcher.errors import PlanError, UserError
-from decompft.launcher.failure import explain
 from decompft.launcher.job import MARK, JobSpec, free_port
 from decompft.launcher.local import launch
 from decompft.launcher.outcome import Outcome, read_outcome, write_outcome
@@ -250,25 +249,6 @@ def test_under_torchrun_the_rank_that_was_killed_is_found_not_the_one_that_compl
     assert outcome.rank == 1
     text = job.report(outcome)
     assert "rank 1 is up" in text and "out of memory" in text
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("torch.OutOfMemoryError: CUDA out of memory. Tried", "GPU ran out"),
-        ("RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory", "host ran out"),
-        ("OSError: [Errno 28] No space left on device", "disk"),
-        ("loss is nan at step 3", "non-finite"),
-        ("non-finite loss at step 3", "non-finite"),
-        ("ModuleNotFoundError: No module named 'bitsandbytes'", "package"),
-        ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234", "lost another rank"),
-        ("torch.distributed.DistBackendError: NCCL error ... ncclRemoteError", "lost another rank"),
-        ("multiprocessing.api.SignalException: Process 137 got signal: 15", "told to end from outside"),
-        ("ValueError: something else", "not a failure that decompft knows"),
-    ],
-)
-def test_causes_in_words(text: str, words: str) -> None:
-    assert words in explain(text).words
 
 
 def launched(tmp_path: Path, **changes: object) -> tuple[int, str]:

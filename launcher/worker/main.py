@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import platform
 import signal
 import sys
 import time
@@ -20,8 +21,11 @@ from decompft.launcher.runs import RunDir
 from decompft.launcher.worker.emergency import Emergency
 from decompft.launcher.worker.loaded import Loaded, size_text
 from decompft.launcher.worker.pulse import Pulse
+from decompft.launcher.worker.watchdog import Watchdog
 
 if TYPE_CHECKING:
+    from decompft.launcher.hangs import Hang
+    from decompft.launcher.plan import Plan
     from decompft.launcher.worker.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -68,13 +72,12 @@ def main() -> None:
             _show(outcome.message, stream)
     except Exception as error:  # the one place that records a failure; the launcher puts it into words
         emergency.stand_aside()
-        step = _last_step(run)
         hint = error.hint if isinstance(error, DecompftError) else ""
         message = error.message if isinstance(error, DecompftError) else f"{type(error).__name__}: {error}"
         result: Result = "user_error" if isinstance(error, UserError) else "failed"
         outcome = Outcome(
-            result=result, step=step, message=message, hint=hint, rank=rank, time_s=time.time(),
-            traceback=traceback.format_exc(),
+            result=result, step=pulse.beat.step, message=message, hint=hint, rank=rank, time_s=time.time(),
+            node=platform.node(), traceback=traceback.format_exc(),
         )  # fmt: skip
         try:
             write_rank(folder, rank, outcome)
@@ -112,6 +115,8 @@ def run_rank(this: Rank) -> Outcome:
         this.run, this.incarnation, rank=this.rank, world_size=1, pulse=this.pulse, resumed_from=this.resume
     )
     emergency.grace_s = recipe.checkpoint.grace_s
+    watchdog = _watchdog(this, plan, emergency)
+    watchdog.start()
     engine = make_engine(plan)
     if engine.world_size != plan.world.size:
         raise UserError(
@@ -163,7 +168,22 @@ def run_rank(this: Rank) -> Outcome:
         torch.cuda.synchronize()
     # only in order: after a failure, leaving the group may wait for ranks that wait for this one
     engine.stop()
+    watchdog.stop()
     return outcome
+
+
+def _watchdog(this: Rank, plan: Plan, emergency: Emergency) -> Watchdog:
+    """Ends this process when the run hangs, after saving what can be; find_failure reads who was behind."""
+
+    def end(hang: Hang) -> None:
+        emergency.call("hang", hang.words)
+        os._exit(3)
+
+    return Watchdog(
+        this.pulse, this.run.incarnation_dir(this.incarnation), rank=this.rank, world_size=plan.world.size,
+        hang_s=plan.recipe.parallel.hang_s, timeout_s=plan.recipe.parallel.timeout_s, on_hang=end,
+        say=lambda line: _show(line, this.stream),
+    )  # fmt: skip
 
 
 def _report_loading(loaded: Loaded, metrics: Metrics, *, step: int) -> None:
@@ -248,17 +268,6 @@ def _redirect(log: Path, *, show: bool) -> TextIO:
     os.dup2(target, 2)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     return seen
-
-
-def _last_step(run: RunDir) -> int:
-    """The last step in metrics.jsonl: what a failed run had done."""
-    import json
-
-    try:
-        lines = run.metrics_path.read_text().splitlines()
-        return int(json.loads(lines[-1])["step"]) if lines else 0
-    except (OSError, ValueError, KeyError):
-        return 0
 
 
 if __name__ == "__main__":

@@ -72,7 +72,9 @@ class Metrics:
         numbers = asdict(row)
         self._metrics.append(numbers)
         self._console.step(row)
-        self._track(row.step, {f"train/{name}": value for name, value in numbers.items() if name not in _UNTRACKED})
+        self._track(
+            row.step, {f"train/{name}": value for name, value in numbers.items() if name not in _UNTRACKED}
+        )
 
     def evaluation(self, step: int, loss: float, *, num_tokens: int) -> None:
         """Records an evaluation: events.jsonl, the console, the trackers."""

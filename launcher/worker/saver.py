@@ -21,6 +21,7 @@ from decompft.launcher.runs import RunDir
 from decompft.launcher.worker.checkpoint import Slice, save
 from decompft.launcher.worker.engines.base import Engine
 from decompft.launcher.worker.meeting import AnotherRankFailed, Patience
+from decompft.launcher.worker.pulse import Pulse
 from decompft.launcher.worker.retention import Retention
 from decompft.launcher.worker.snapshot import Snapshot, Snapshots
 
@@ -62,6 +63,7 @@ class Saver:
         run: RunDir,
         engine: Engine,
         held: Callable[[], Held],
+        pulse: Pulse,
         *,
         incarnation: int,
         retention: Retention,
@@ -69,6 +71,7 @@ class Saver:
         saved_step: int | None,
     ) -> None:
         self._run, self._engine, self._held, self._incarnation = run, engine, held, incarnation
+        self._pulse = pulse
         self._retention, self._adapter_json = retention, adapter_json
         self._snapshots = Snapshots(engine.device)
         self._thread: threading.Thread | None = None
@@ -119,6 +122,7 @@ class Saver:
             RunFailed: it failed.
         """
         while self._thread is not None:
+            self._pulse.at("saving")
             self._thread.join(_JOIN_S)
             writing, failed = self._engine.sum_ranks([float(self._thread.is_alive()), float(self.failed)])
             self.check(failed > 0)

@@ -103,7 +103,7 @@ def train(
 
     keeping = recipe.checkpoint
     saver = Saver(
-        run, engine, held, incarnation=incarnation, adapter_json=adapter_json, saved_step=saved_step,
+        run, engine, held, pulse, incarnation=incarnation, adapter_json=adapter_json, saved_step=saved_step,
         retention=Retention(newest=keeping.keep, best=keeping.keep_best, every_hours=keeping.keep_every_hours),
     )  # fmt: skip
 
@@ -159,7 +159,7 @@ def train(
         evaluation()
     ahead = Ahead(
         data, first=at.step, last=total, world_size=engine.world_size, rank=engine.rank,
-        micro=batch_law.micro_size, accumulation=batch_law.accumulation,
+        micro=batch_law.micro_size, accumulation=batch_law.accumulation, moved=lambda: pulse.at("data"),
     )  # fmt: skip
     model.train()
     gc.collect()

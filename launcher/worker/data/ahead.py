@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from decompft.launcher.worker.data.batches import Batch, collate
@@ -18,11 +19,15 @@ class StepBatches:
     sample_ids: list[int]
 
 
+_LOOK_S = 5.0
+
+
 class Ahead:
     """Steps in order, one ahead, on one thread; what a step holds does not depend on the thread.
 
     Args:
         first, last: steps [first, last) will be asked for, each once.
+        moved: called now and then while a step is waited for and rows are being read.
     """
 
     def __init__(
@@ -35,8 +40,10 @@ class Ahead:
         rank: int,
         micro: int,
         accumulation: int,
+        moved: Callable[[], None] = lambda: None,
     ) -> None:
         self._data = data
+        self._moved = moved
         self._last = last
         self._split = (world_size, rank, micro, accumulation)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
@@ -45,6 +52,11 @@ class Ahead:
     def step(self, step: int) -> StepBatches:
         """The batches of `step`; starts on the one after it."""
         assert self._next is not None, "steps are asked for in order, up to the last"
+        read = self._data.num_read
+        while not wait([self._next], timeout=_LOOK_S).done:
+            if self._data.num_read != read:
+                read = self._data.num_read
+                self._moved()
         found = self._next.result()
         self._next = self._submit(step + 1)
         return found

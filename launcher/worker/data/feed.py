@@ -35,6 +35,10 @@ class TrainData(Protocol):
     def pad_id(self) -> int:
         """Token to fill rows with."""
 
+    @property
+    def num_read(self) -> int:
+        """Rows read so far: what moves while a resumed stream is read up to its place."""
+
     def epoch_at(self, step: int) -> float:
         """Epochs seen after `step` steps; whole ones only, of what was read so far, for a stream."""
 
@@ -67,6 +71,8 @@ def open_eval(recipe: Recipe, prepared: Prepared, micro_batch: int) -> EvalData 
 
 class PreparedTrain:
     """Training rows from a prepared set, in the sampler's order."""
+
+    num_read = 0  # any row is read at once
 
     def __init__(self, recipe: Recipe, rows: RowSet, pad_id: int) -> None:
         train = recipe.train

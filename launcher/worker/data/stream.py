@@ -47,6 +47,10 @@ class StreamedTrain:
         self._next = 0  # rows taken from the stream so far
         self._batch: list[Row] = []  # the rows taken last
 
+    @property
+    def num_read(self) -> int:
+        return self._next
+
     def epoch_at(self, step: int) -> float:
         """Whole passes over the source that was read least: no part of one can be told in a stream."""
         return float(min(self._passes))
