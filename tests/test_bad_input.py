@@ -272,7 +272,7 @@ def test_weights_that_are_not_finite_stop_before_the_first_step(tmp_path: Path, 
     ended = run_worker(run)
     assert ended.outcome.exit_code == 3
     assert "run failed: rank 0: step 1: the loss is nan" in ended.said
-    assert "the optimizer step was not taken and no checkpoint was written yet" in ended.said
+    assert "the optimizer step was not taken and there is no checkpoint" in ended.said
     assert "last step: none" in ended.said and is_plain(ended.said + ended.screen)
     assert newest_valid(run.checkpoints_dir) == (None, [])
 
@@ -284,7 +284,7 @@ def test_a_loss_that_becomes_nan_keeps_the_checkpoint_before(tmp_path: Path) -> 
     ended = run_worker(run)
     assert ended.outcome.exit_code == 3
     kept = newest_valid(run.checkpoints_dir)[0]
-    assert kept is not None and f"the checkpoint of step {ended.outcome.step} is untouched" in ended.said
+    assert kept is not None and f"the checkpoint of step {ended.outcome.step} has the state before it" in ended.said
     assert kept.name == f"step-{ended.outcome.step:08d}"
     assert "lower train.learning_rate" in ended.said and is_plain(ended.said)
     assert len(losses(run)) == ended.outcome.step, "a step that was not taken was logged"

@@ -29,7 +29,7 @@ from decompft.launcher.worker.pulse import Pulse
 Reason = Literal["stop", "deadline", "failed", "hang"]
 TAG = "-emergency"  # of its temporary folder
 _POLL_S = 0.25
-_GATHER_S = 6.0  # for the other ranks' word; who is silent is taken for dead
+_GATHER_S = 8.0  # for the other ranks' word; who is silent is taken for dead
 _CATCH_UP_S = 20.0  # for a rank that is one step behind
 _WRITE_S = 120.0
 
@@ -113,7 +113,7 @@ class Emergency:
 
     def call(self, reason: Reason, words: str, *, wait_s: float = _GATHER_S + _CATCH_UP_S + _WRITE_S) -> None:
         """Have all ranks save what they can, and return when that is done; for a rank that is about to die."""
-        if self._holder is None or self._ended.is_set():
+        if self._holder is None or self._ended.is_set() or self._pulse.beat.step == self._start_step:
             return
         if self._holder.saved_step(wait_s=_GATHER_S) == self._pulse.beat.step:
             return
@@ -165,16 +165,17 @@ class Emergency:
         self._say(mine)
         words = self._gather()
         trains = [w for w in words.values() if w.armed and not w.torn]
-        target = max((w.step for w in trains), default=0)
-        all_train = all(w.armed for w in words.values())  # else no step of this start was taken
-        if all_train and trains:
+        target = max((w.step for w in trains), default=self._start_step)
+        # a step needs all ranks: where one still loads, none was taken
+        has_trained = all(w.armed for w in words.values()) and target > self._start_step
+        if has_trained:
             if not mine.torn and mine.step < target:  # it had the others' gradients, and only has to use them
                 self._lock.release()
                 mine = self._freeze(lambda: self._pulse.beat.step >= target)
             members = frozenset(k for k, w in words.items() if not w.torn)
             self._save(mine, target, members)
         if leaves:
-            self._leave(request["words"], target, before_training=not all_train)
+            self._leave(request["words"], target, before_training=not has_trained)
         self._done.set()
 
     def _save(self, mine: _Word, target: int, members: frozenset[int]) -> None:

@@ -194,9 +194,10 @@ def train(
         saver.check(failed > 0)
         tell()
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
-            checkpoint("non-finite")
-            saver.finish()
-            tell()
+            if at.step:
+                checkpoint("non-finite")
+                saver.finish()
+                tell()
             raise not_finite(at.step + 1, loss_value, grad_norm, step.sample_ids, saved_step)
         pulse.at("optimizer")
         with emergency.changing():
