@@ -52,7 +52,7 @@ resume)
   gpus=$2
   cd "$work/tree"
   . benchmarks/gpu_env.sh
-  rm -f "$work/resume.done"
+  rm -f "$work/resume.done"; touch "$work/resume.asked"
   setsid bash -c '
     while [ ! -e "'"$work"'/7b.done" ]; do sleep 0.5; done
     CUDA_VISIBLE_DEVICES='"$gpus"' python3 benchmarks/gpu_resume.py --gpus 2 --out "'"$work"'/resume.json" >"'"$work"'/resume.log" 2>&1
@@ -60,10 +60,11 @@ resume)
   ;;
 wait)
   until=$(($(date +%s) + $2))
-  while [ "$(date +%s)" -lt "$until" ] && [ ! -e "$work/done" ]; do sleep 1; done
+  is_over() { [ -e "$work/done" ] && { [ ! -e "$work/resume.asked" ] || [ -e "$work/resume.done" ]; }; }
+  while [ "$(date +%s)" -lt "$until" ] && ! is_over; do sleep 1; done
   nvidia-smi --query-gpu=index,utilization.gpu,memory.used --format=csv,noheader
   uptime
-  [ -e "$work/done" ] && echo "ALL DONE" || echo "still running"
+  is_over && echo "ALL DONE" || echo "still running"
   [ -e "$work/resume.done" ] && echo "RESUME DONE"
   tail -n 4 "$work/tests.log" 2>/dev/null | cut -c1-200 || true
   tail -n 3 "$work/resume.log" 2>/dev/null | cut -c1-600 || true
