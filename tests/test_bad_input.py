@@ -284,7 +284,10 @@ def test_a_loss_that_becomes_nan_keeps_the_checkpoint_before(tmp_path: Path) -> 
     ended = run_worker(run)
     assert ended.outcome.exit_code == 3
     kept = newest_valid(run.checkpoints_dir)[0]
-    assert kept is not None and f"the checkpoint of step {ended.outcome.step} has the state before it" in ended.said
+    assert (
+        kept is not None
+        and f"the checkpoint of step {ended.outcome.step} has the state before it" in ended.said
+    )
     assert kept.name == f"step-{ended.outcome.step:08d}"
     assert "lower train.learning_rate" in ended.said and is_plain(ended.said)
     assert len(losses(run)) == ended.outcome.step, "a step that was not taken was logged"

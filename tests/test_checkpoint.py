@@ -26,7 +26,7 @@ from decompft.launcher.worker.checkpoint import (
     save,
 )
 from decompft.launcher.worker.meeting import Patience
-from decompft.launcher.worker.retention import Kept, Retention, choose
+from decompft.launcher.worker.retention import Retention
 
 Whole = dict[tuple[str, str], Tensor]  # (name, kind) -> the whole tensor
 STATE = {"cursor": {"epoch": 1, "sample": 640}, "best_loss": 0.1 + 0.2, "seed": 2**63 - 1}

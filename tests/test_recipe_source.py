@@ -138,7 +138,10 @@ def test_a_key_of_another_section_says_where_it_belongs() -> None:
 
 
 def test_an_unknown_key_without_a_neighbour_lists_the_known() -> None:
-    assert error(GOOD + "checkpoint: {zzz: 1}\n").hint == "known here: every_steps, keep, keep_best, keep_every_hours, grace_s"
+    assert (
+        error(GOOD + "checkpoint: {zzz: 1}\n").hint
+        == "known here: every_steps, keep, keep_best, keep_every_hours, grace_s"
+    )
 
 
 def test_a_list_item_is_named_by_its_index() -> None:
