@@ -60,7 +60,7 @@ def find_problem(checkpoint_dir: Path) -> str | None:
         return _find_problem(checkpoint_dir)
     except OSError as error:  # a medium that fails is a reason to take the one before, too
         name = Path(error.filename).name if error.filename else "a file of it"
-        return f"{name} cannot be read ({error.strerror or error})"
+        return f"{name} cannot be read from the disk ({error.strerror or error})"
 
 
 def _find_problem(checkpoint_dir: Path) -> str | None:

@@ -145,7 +145,8 @@ def _head(each: Found) -> dict[str, Any]:
     return {
         "path": str(each.path), "step": each.step, "verdict": each.verdict, "problem": each.problem,
         "format": each.version, "world_size": each.world_size, "incarnation": each.incarnation,
-        "num_bytes": each.num_bytes, "num_files": each.num_files, "saved_at": each.saved_at, "eval_loss": each.eval_loss,
+        "num_bytes": each.num_bytes, "num_files": each.num_files, "saved_at": each.saved_at,
+        "eval_loss": each.eval_loss,
         "method": each.adapter.get("adapter", {}).get("method"), "base": _base(each),
     }  # fmt: skip
 

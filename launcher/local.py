@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from decompft.launcher.causes import describe_exit
+from decompft.launcher.checkpoints import put_back
 from decompft.launcher.ending import Say, report
 from decompft.launcher.errors import EXIT_AGAIN, EXIT_FAILED, EXIT_USER, PlanError, RunFailed
 from decompft.launcher.job import base_env, free_port, make_job, prepare_argv
@@ -65,13 +66,17 @@ def launch(
         raise PlanError(absent, "pip install 'decompft[deepspeed]', or use parallel.strategy: fsdp")
     path = run_dir or Path("runs") / plan.name
     begin = choose_start(plan, run_dir=path, resume=resume)
-    for line in (*begin.notes, summary_line(plan), forecast_line(plan.forecast)):
-        say(line)
-    if dry_run:
-        _describe(plan, begin, say)
-        return 0
-    lock = begin.run.lock()
+    lock = None if dry_run else begin.run.lock()
     try:
+        if lock is not None and not begin.is_new:
+            # again, now that no other launch can write a checkpoint meanwhile
+            put_back(begin.run.checkpoints_dir)
+            begin = choose_start(plan, run_dir=path, resume=resume)
+        for line in (*begin.notes, summary_line(plan), forecast_line(plan.forecast)):
+            say(line)
+        if lock is None:
+            _describe(plan, begin, say)
+            return 0
         with Interrupts() as interrupts:
             if begin.is_new and begin.checkpoint is not None:
                 begin.run.write_origin(begin.checkpoint)
@@ -90,7 +95,8 @@ def launch(
         hint = "free some space, or choose another place with --run-dir DIR" if is_full else ""
         raise RunFailed(f"{error.filename or path}: {error.strerror or error}", hint) from error
     finally:
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
     words = _without_reached_stop(plan, typed, outcome.step)
     again = shlex.join(("decompft", "launch", *words, "--resume", "auto", "--run-dir", str(path)))
     report(begin.run, incarnation, outcome, again=again, say=say)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from decompft.launcher.checkpoints import find_problem, list_checkpoints, newest_valid, put_back
+from decompft.launcher.checkpoints import find_problem, list_checkpoints, newest_valid
 from decompft.launcher.errors import CheckpointError, UserError
 from decompft.launcher.plan import Plan
 from decompft.launcher.recipe import AdapterSection, Recipe
@@ -96,7 +96,6 @@ def _refuse(before: dict[str, Any], after: dict[str, Any]) -> None:
 
 def _continue(run: RunDir, plan: Plan) -> Start:
     origin = run.read_origin()
-    put_back(run.checkpoints_dir)
     if origin is None and not list_checkpoints(run.checkpoints_dir):
         # nothing was trained that another recipe could spoil
         note = f"{run.path} has no checkpoint yet: starting afresh"
@@ -104,6 +103,14 @@ def _continue(run: RunDir, plan: Plan) -> Start:
     check_resume(run.read_plan(), plan)
     checkpoint, skipped = newest_valid(run.checkpoints_dir)
     notes = [f"skipped checkpoint {line}" for line in skipped]
+    foreign = [
+        line for line in skipped if "version of decompft" in line or "cannot be read from the disk" in line
+    ]
+    if checkpoint is None and foreign:
+        raise CheckpointError(
+            f"{run.path}: nothing to resume from, and not because anything is damaged: {foreign[0]}",
+            "use that version or mend the disk; to start again from step 0, take another folder: --run-dir DIR",
+        )
     if checkpoint is not None:
         notes.append(f"resuming from {checkpoint}")
     elif origin is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -14,11 +15,12 @@ from typing import Any, Self
 from decompft.launcher.ending import Say, conclude
 from decompft.launcher.failure import tail
 from decompft.launcher.job import MARK, JobSpec
-from decompft.launcher.outcome import Outcome
+from decompft.launcher.outcome import Outcome, read_outcome
 from decompft.launcher.runs import RunDir
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _POLL_S = 0.2
+_LEAVE_S = 30.0  # for ranks to go once the outcome is written; one that hangs never does
 _SAME_S = 1.0  # schedulers and closing terminals send the same notice two or three times
 
 
@@ -41,8 +43,14 @@ def supervise(
     log_start, oom_kills = _size(run.metrics_path), _oom_kills()
     with run.launcher_log(incarnation).open("ab") as log:
         process = start(job.argv, job.env, stderr=log, lock=lock)
-        told = 0
+        told, ended_at = 0, None
         while _wait(process) is None:
+            if ended_at is None and read_outcome(run.incarnation_dir(incarnation)) is not None:
+                ended_at = time.monotonic()
+            if ended_at is not None and time.monotonic() - ended_at > _LEAVE_S:
+                say(f"the run has ended, but a rank is still there after {_LEAVE_S:.0f} s: killing it")
+                kill_job(job, process)
+                ended_at = math.inf
             if interrupts.count > told:
                 told = interrupts.count
                 _event(run, "signal", incarnation=incarnation, signal=interrupts.last, count=told)

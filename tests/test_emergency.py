@@ -16,10 +16,12 @@ from tiny import WORLDS, losses, make_run
 from workers import end_ranks, run_worker, start_ranks
 
 import decompft.launcher.worker.build as build_module
+import decompft.launcher.worker.checkpoint as checkpoint_module
 import decompft.launcher.worker.train as train_module
 from decompft.launcher.checkpoints import list_checkpoints, newest_valid
 from decompft.launcher.runs import RunDir
 from decompft.launcher.worker.data.ahead import Ahead
+from decompft.launcher.worker.phases import Phases
 from decompft.launcher.worker.restore import load_adapter, open_checkpoint
 
 pytestmark = pytest.mark.dist
@@ -187,6 +189,77 @@ def test_a_hang_is_named_and_costs_no_step(
     assert "time.sleep(3600)" in (run.path / "events.jsonl").read_text()
     assert [(e["reason"], e["step"]) for e in events(run, "save")] == [("emergency", 3)]
     assert_resumes_as_unbroken(run, unbroken)
+
+
+def test_a_rank_0_that_is_gone_is_stood_in_for(tmp_path: Path) -> None:
+    """Stopped like a dead node: under ddp rank 1 holds the same state, writes all of it and says how it ended."""
+    run = make(tmp_path, "ddp", train={**TRAIN, "max_steps": 100_000}, checkpoint={"grace_s": 2.0})
+    incarnation, ranks = start_ranks(run)
+    deadline = time.monotonic() + 60
+    while not run.metrics_path.exists() or len(losses(run)) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(ranks[0].pid or 0, signal.SIGSTOP)
+    run.stop_file(incarnation).touch()
+    ranks[1].join(60)
+    assert ranks[1].exitcode == 0
+    ranks[0].kill()
+    ended = end_ranks(run, incarnation, ranks)
+    assert ended.outcome.result == "checkpointed"
+    newest, skipped = newest_valid(run.checkpoints_dir)
+    assert newest is not None and not skipped
+    checkpoint = open_checkpoint(newest)
+    assert checkpoint.step == ended.outcome.step >= 3
+    kinds = {kind for name in checkpoint.names("param") for kind in checkpoint.kinds(name)}
+    assert {"param", "exp_avg", "exp_avg_sq", "step"} <= kinds
+    rest = make(
+        tmp_path,
+        "ddp",
+        "rest",
+        train={**TRAIN, "max_steps": 100_000, "stop_after_steps": checkpoint.step + 1},
+    )
+    assert run_worker(rest, resume=newest).outcome.result == "checkpointed"
+
+
+def test_a_save_under_way_outlives_a_rank_that_fails_in_an_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing newer can be written, so the older one is waited for."""
+    run = make(tmp_path, "fsdp", checkpoint={"every_steps": 2, **GRACE})
+    write, update = checkpoint_module._write_slices, Phases.observe
+
+    def slow(folder: Path, rank: int, slices: Any) -> None:
+        if rank == 0:
+            time.sleep(12)  # longer than a failing rank waits for something better
+        write(folder, rank, slices)
+
+    def torn(self: Phases, step: int) -> None:
+        if step == 2 and os.environ["RANK"] == "1":
+            fail()
+        update(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module, "_write_slices", slow)
+        patch.setattr(Phases, "observe", torn)
+        ended = run_worker(run)
+    assert ended.outcome.result == "failed" and ended.outcome.rank == 1
+    newest, _ = newest_valid(run.checkpoints_dir)
+    assert newest is not None and newest.name == "step-00000002"
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_an_evaluation_that_a_stop_came_before_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """The stop falls on the step of an evaluation, once the last one."""
+    run = make(tmp_path, "ddp", train={**TRAIN, "eval_every_steps": 3}, data={"eval_fraction": 0.3})
+    with monkeypatch.context() as patch:
+        in_step(patch, 1, step - 1, run.stop_file(1).touch)
+        ended = run_worker(run)
+    assert ended.outcome.result == "checkpointed" and ended.outcome.step == step
+    assert [e["step"] for e in events(run, "eval")] == [0, 3, 6][: step // 3]
+    assert run_worker(run, resume=newest_valid(run.checkpoints_dir)[0]).outcome.result == "finished"
+    assert [e["step"] for e in events(run, "eval")] == [0, 3, 6]
 
 
 def test_a_stop_during_an_evaluation_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,7 +152,7 @@ DAMAGES = {
     flip_a_bit: "state/rank-00000.safetensors is damaged: its sha256 is not the manifest's",
     write_newer: f"it was written by a newer version of decompft (format {FORMAT_VERSION + 1})",
     cut_short: "it has no COMPLETE file: the save was cut short",
-    fail_to_read: "manifest.json cannot be read (Is a directory)",
+    fail_to_read: "manifest.json cannot be read from the disk (Is a directory)",
 }
 
 
@@ -215,6 +215,47 @@ def test_where_nothing_is_whole_it_says_so_for_each(trained: RunDir, tmp_path: P
     out = capsys.readouterr().out
     assert all(f"skipped checkpoint {name(step)}: state/rank-00001" in out for step in (2, 4, 6))
     assert "has no valid checkpoint: starting afresh" in out
+
+
+def test_checkpoints_of_a_newer_version_are_not_trained_over(
+    trained: RunDir, tmp_path: Path, capsys: Capture
+) -> None:
+    """Nothing is damaged, so nothing is started afresh beside them and nothing rotated away."""
+    run = copied(trained, tmp_path)
+    for folder in list_checkpoints(run.checkpoints_dir):
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        text = json.dumps({**manifest, "version": FORMAT_VERSION + 1}).encode()
+        (folder / "manifest.json").write_bytes(text)
+        (folder / "COMPLETE").write_text(hashlib.sha256(text).hexdigest())
+    before = content(run.path)
+    argv = [
+        "launch",
+        str(trained.path.parent / "recipe.yaml"),
+        "--run-dir",
+        str(run.path),
+        "--resume",
+        "auto",
+    ]
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert "nothing to resume from" in err and "newer version of decompft" in err and is_plain(err)
+    assert content(run.path) == before
+
+
+@pytest.mark.dist
+def test_other_training_data_are_refused_and_a_fork_may_have_them(tmp_path: Path) -> None:
+    run = make_run(tmp_path, train={"max_steps": 4, "stop_after_steps": 2})
+    assert run_worker(run).outcome.result == "checkpointed"
+    newest = list_checkpoints(run.checkpoints_dir)[-1]
+    data = tmp_path / "data.jsonl"
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join(reversed(lines)) + "\n")
+    prepare.main([str(run.path)])
+    ended = run_worker(run, resume=newest)
+    assert ended.outcome.result == "user_error" and "data" in ended.outcome.message
+    assert "put the data back" in ended.said
+    fork = make_run(tmp_path, "fork", train={"max_steps": 4})
+    assert run_worker(fork, resume=newest).outcome.result == "finished"
 
 
 # -- disks --

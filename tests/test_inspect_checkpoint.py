@@ -166,7 +166,10 @@ def test_a_manifest_that_cannot_be_read_is_damage_and_not_a_crash(tmp_path: Path
     manifest.unlink()
     manifest.mkdir()
     assert inspect(run) == 3
-    assert "step-00000200: damaged: manifest.json cannot be read (Is a directory)" in capsys.readouterr().out
+    assert (
+        "step-00000200: damaged: manifest.json cannot be read from the disk (Is a directory)"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_run_without_a_checkpoint_is_fine(tmp_path: Path, capsys: Capture) -> None:

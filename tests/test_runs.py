@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from decompft.launcher.checkpoints import FORMAT_VERSION, newest_valid
+from decompft.launcher.checkpoints import FORMAT_VERSION, newest_valid, put_back
 from decompft.launcher.errors import UserError
 from decompft.launcher.outcome import Outcome, read_outcome, read_ranks, write_outcome, write_rank
 from decompft.launcher.plan import Batch, Forecast, Plan, Term, World
@@ -186,6 +186,7 @@ def test_a_replacement_that_was_cut_short_is_undone_before_a_resume(tmp_path: Pa
     make_checkpoint(path, 100)
     newest = make_checkpoint(path, 200)
     newest.rename(newest.with_name(".old-step-00000200"))
+    put_back(path / "checkpoints")  # as a launch does once the run is its own
     assert choose_start(make_plan(), run_dir=path, resume="auto").checkpoint == newest
 
 

@@ -17,7 +17,7 @@ from victim import IN_SAVE, PLACES, ROTATION, Aim, Victim, rows
 from workers import run_worker
 
 from decompft.launcher import planner, source
-from decompft.launcher.checkpoints import find_problem, list_checkpoints, newest_valid, step_of
+from decompft.launcher.checkpoints import find_problem, list_checkpoints, newest_valid, put_back, step_of
 from decompft.launcher.plan import Plan
 from decompft.launcher.resume import choose_start
 from decompft.launcher.runs import RunDir
@@ -66,7 +66,7 @@ def test_two_hundred_kills_lose_nothing_that_was_saved(
         assert kills < MOST_KILLS, f"quotas not met:\n{histogram(ledger, time.monotonic() - began)}"
         # two of them leave an older checkpoint to fall back to
         checkpoint = resume(run, plan(tmp_path, keep=chance.choice((1, 1, 2))), ledger, chance)
-        victim = Victim.start(run, checkpoint, ignore=[folder.name for folder in sort(run)[1]])
+        victim = Victim(run, checkpoint, ignore=[folder.name for folder in sort(run)[1]])
         place = victim.kill_at(draw(chance, ledger, run))
         ledger.fell[place] += 1
         check(victim, ledger, place)
@@ -101,8 +101,9 @@ def resume(run: RunDir, new: Plan, ledger: Ledger, chance: random.Random) -> Pat
     if len(good) > 1 and not spoilt and sum(ledger.damaged.values()) < DAMAGED and chance.random() < 0.3:
         ledger.damaged[damage(good[-1], chance)] += 1
         ledger.floor = step_of(good[-2])
+    put_back(run.checkpoints_dir)  # a replacement that was cut short is undone, as by a launch
     start = choose_start(new, run_dir=run.path, resume="auto")
-    good, spoilt = sort(run)  # only now: a replacement that was cut short has been undone
+    good, spoilt = sort(run)
     assert start.checkpoint == (good[-1] if good else None)
     *skipped, last = start.notes
     if good:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from workers import Rank, start_ranks
+from workers import start_ranks
 
 from decompft.launcher.checkpoints import step_of
 from decompft.launcher.runs import RunDir
@@ -48,26 +48,18 @@ class Aim(NamedTuple):
 class Victim:
     """One incarnation, running."""
 
-    def __init__(self, run: RunDir, incarnation: int, ranks: list[Rank]) -> None:
-        self.run, self.incarnation = run, incarnation
-        self._first_step = 0
-        self._ignore: Collection[str] = ()
-        self.newest_seen = 0  # step of the newest checkpoint that was ever seen in place
-        self._ranks = ranks
-        self._root = run.checkpoints_dir
-        self._before = frozenset(_names(self._root))  # left by those killed before
-
-    @classmethod
-    def start(cls, run: RunDir, resume: Path | None, *, ignore: Collection[str]) -> Victim:
+    def __init__(self, run: RunDir, resume: Path | None, *, ignore: Collection[str]) -> None:
         """Args: ignore: names of damaged checkpoints, which promise nothing."""
-        incarnation, ranks = start_ranks(run, resume=resume)
-        for process in ranks:  # one group, so that one call ends all, as a power cut does
-            assert process.pid is not None and ranks[0].pid is not None
-            os.setpgid(process.pid, ranks[0].pid)
-        victim = cls(run, incarnation, ranks)
-        victim._first_step = 0 if resume is None else step_of(resume)
-        victim._ignore = ignore
-        return victim
+        self.run = run
+        self.newest_seen = 0  # step of the newest checkpoint that was ever seen in place
+        self._root = run.checkpoints_dir
+        self._before = _names(self._root)  # left by those killed before
+        self._ignore = ignore
+        self._first_step = 0 if resume is None else step_of(resume)
+        self.incarnation, self._ranks = start_ranks(run, resume=resume)
+        for process in self._ranks:  # one group, so that one call ends all, as a power cut does
+            assert process.pid is not None and self._ranks[0].pid is not None
+            os.setpgid(process.pid, self._ranks[0].pid)
 
     def kill_at(self, aim: Aim) -> str:
         """Wait for the moment, kill every rank, and say where it fell."""

@@ -82,6 +82,7 @@ def save(
     eval_loss: float | None = None,
     patience: Patience = PATIENT,
     tag: str = "",
+    leader: int = 0,
 ) -> Path:
     """Writes checkpoints/step-N; every rank calls it, from any thread, and all return, or all raise.
 
@@ -89,6 +90,7 @@ def save(
         state: JSON that does not depend on the mesh (schedule, data cursor, seeds); rank 0's is written.
         eval_loss: of this very step, if it was evaluated.
         tag: tells two saves of one step apart; the same on every rank.
+        leader: the rank that commits; 0 unless it is gone.
 
     Raises:
         RunFailed: some rank could not write (full disk, ...), the slices have gaps, or a newer incarnation
@@ -111,15 +113,15 @@ def save(
         rotate(final, retention, incarnation)
 
     try:
-        _prepare(run_dir, temp, incarnation, cleans=rank == 0)
+        _prepare(run_dir, temp, incarnation, cleans=rank == leader)
         _write_slices(temp / "state", rank, slices)
-        if rank == 0:
+        if rank == leader:
             commit(wait_for_parts(temp / "state", world_size, patience))
         else:
             wait_for_verdict(verdict, step, patience)
     except (OSError, CheckpointError, RunFailed) as error:
         failure = _in_words(final, error)
-        if rank == 0:
+        if rank == leader:
             shutil.rmtree(temp, ignore_errors=True)
             if world_size > 1:
                 write_verdict(verdict, step, failure)
@@ -128,7 +130,7 @@ def save(
         if failure is error:
             raise
         raise failure from error
-    if rank == 0 and world_size > 1:
+    if rank == leader and world_size > 1:
         write_verdict(verdict, step, None)
     return final
 

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -39,11 +39,18 @@ logger = logging.getLogger(__name__)
 class Holder(Protocol):
     """What the training loop lends: its state between two steps, and what it has saved of it."""
 
+    @property
+    def failed(self) -> bool:
+        """Whether a save has just failed: another one would, too."""
+
     def saved_step(self, wait_s: float) -> int | None:
         """The step of the newest checkpoint in place, after a save under way had so long to end."""
 
-    def write(self, patience: Patience, tag: str) -> Path:
-        """This rank's part of a save of now, from any thread."""
+    def call_off(self, wait_s: float) -> None:
+        """Give up the save under way."""
+
+    def write(self, patience: Patience, tag: str, leader: int) -> Path:
+        """This rank's part of a save of now, from any thread; `leader` commits it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +122,12 @@ class Emergency:
         """Have all ranks save what they can, and return when that is done; for a rank that is about to die."""
         if self._holder is None or self._ended.is_set() or self._pulse.beat.step == self._start_step:
             return
-        if self._holder.saved_step(wait_s=_GATHER_S) == self._pulse.beat.step:
+        if self._holder.failed or self._holder.saved_step(wait_s=_GATHER_S) == self._pulse.beat.step:
             return
         self._ask(reason, words)
         self._done.wait(wait_s)
+        if self.saved is None:  # then what is being written is the newest that there will be
+            self._holder.saved_step(wait_s=_WRITE_S)
 
     def _watch(self) -> None:
         asked_at: float | None = None
@@ -148,9 +157,13 @@ class Emergency:
         """The first request stands."""
         temp = self._folder / f".emergency-{self._rank}"
         temp.write_text(json.dumps({"reason": reason, "words": words}), encoding="utf-8")
-        with suppress(FileExistsError):
+        try:
             os.link(temp, self._folder / "emergency.json")
-        temp.unlink()
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links: the last request stands, which is as good
+            temp.replace(self._folder / "emergency.json")
+        temp.unlink(missing_ok=True)
 
     def _request(self) -> dict[str, str] | None:
         if "emergency.json" not in os.listdir(self._folder):
@@ -172,28 +185,33 @@ class Emergency:
             if not mine.torn and mine.step < target:  # it had the others' gradients, and only has to use them
                 self._lock.release()
                 mine = self._freeze(lambda: self._pulse.beat.step >= target)
-            members = frozenset(k for k, w in words.items() if not w.torn)
-            self._save(mine, target, members)
+            self._save(mine, target, frozenset(k for k, w in words.items() if not w.torn))
         if leaves:
-            self._leave(request["words"], target, before_training=not has_trained)
+            if self._rank == min(words):
+                self._conclude(request["words"], target, before_training=not has_trained)
+            os._exit(0)
         self._done.set()
 
     def _save(self, mine: _Word, target: int, members: frozenset[int]) -> None:
         assert self._holder is not None
-        if self._holder.saved_step(wait_s=_GATHER_S) == target:
+        # a save under way needs all ranks, too: where one is missing, it may have done its part before
+        are_all = len(members) == self._world_size
+        if self._holder.saved_step(wait_s=_GATHER_S if are_all else 4 * _GATHER_S) == target:
             self.saved = target
             return
         if mine.torn or mine.step != target:
             logger.error("rank %d: in the middle of a step, its state cannot be saved", self._rank)
             return
-        began = time.perf_counter()
+        began, leader = time.perf_counter(), min(members)
+        if are_all:
+            self._holder.call_off(_GATHER_S)
         try:
-            path = self._holder.write(Patience(timeout_s=_WRITE_S, only=members), TAG)
+            path = self._holder.write(Patience(timeout_s=_WRITE_S, only=members), TAG, leader)
         except RunFailed as error:
             logger.error("emergency save: %s", error)
             return
         self.saved = target
-        if self._rank == 0:
+        if self._rank == leader:
             self._run.append_event(
                 "save", incarnation=self._incarnation, step=target, reason="emergency", stall_s=0.0,
                 path=str(path.relative_to(self._run.path)), save_s=time.perf_counter() - began,
@@ -230,17 +248,15 @@ class Emergency:
             time.sleep(0.02)
         return found
 
-    def _leave(self, why: str, target: int, *, before_training: bool) -> None:
-        """End this process as a stop in order does: torchrun sees no failure."""
-        if self._rank == 0:
-            kept = f"goes on from {self._resumed_from}" if self._resumed_from else "starts from the beginning"
-            result: Literal["checkpointed", "failed"] = "checkpointed"
-            if before_training:
-                message = f"stopped before the first step of this start; nothing to save, a resume {kept}"
-            elif self.saved is not None:
-                message = f"stopped at step {self.saved}, cut short: {why}"
-            else:
-                result, message = "failed", f"stopped at step {target}, which could not be saved: {why}"
-            step = self._start_step if before_training else target
-            write_outcome(self._folder, Outcome(result=result, step=step, message=message))
-        os._exit(0)
+    def _conclude(self, why: str, target: int, *, before_training: bool) -> None:
+        """The outcome of a stop in order; all ranks leave with 0, so that torchrun sees no failure."""
+        kept = f"goes on from {self._resumed_from}" if self._resumed_from else "starts from the beginning"
+        result: Literal["checkpointed", "failed"] = "checkpointed"
+        if before_training:
+            message = f"stopped before the first step of this start; nothing to save, a resume {kept}"
+        elif self.saved is not None:
+            message = f"stopped at step {self.saved}, cut short: {why}"
+        else:
+            result, message = "failed", f"stopped at step {target}, which could not be saved: {why}"
+        step = self._start_step if before_training else target
+        write_outcome(self._folder, Outcome(result=result, step=step, message=message))

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from decompft.launcher.hangs import Hang
     from decompft.launcher.plan import Plan
     from decompft.launcher.worker.metrics import Metrics
+    from decompft.launcher.worker.prepared import Prepared
+    from decompft.launcher.worker.restore import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +131,7 @@ def run_rank(this: Rank) -> Outcome:
     adapter_json = describe(plan, prepared)
     if resume is not None:
         _same_base(resume.state["base"], prepared.identity, this.resume)
+        _same_data(resume, prepared, this)
     this.pulse.at("loading")
     built = build(
         recipe.model, recipe.quantization, recipe.adapter, engine, seed=recipe.train.seed,
@@ -151,7 +154,8 @@ def run_rank(this: Rank) -> Outcome:
             metrics.message(remark)
         outcome = train(
             plan, built, engine, data, held_out, this.run, incarnation=this.incarnation,
-            resume=resume, metrics=metrics, adapter_json=adapter_json, pulse=this.pulse, emergency=emergency,
+            resume=resume, metrics=metrics, adapter_json=adapter_json, data_key=prepared.data_key,
+            pulse=this.pulse, emergency=emergency,
         )  # fmt: skip
         peak = peak_memory(plan, engine)
         metrics.message(peak.line())
@@ -206,6 +210,21 @@ def _same_base(saved: dict[str, Any], now: dict[str, Any], path: Path | None) ->
             f"{path}: was trained over another base: {key} was {saved.get(key)!r}, now {now.get(key)!r}",
             "give the model and quantization that it was trained with, or start a new run with --run-dir DIR",
         )
+
+
+def _same_data(resume: Checkpoint, prepared: Prepared, this: Rank) -> None:
+    """Refuse to go on with other rows: some would be seen twice, others never. A fork may."""
+    before, now = resume.state.get("data"), prepared.data_key
+    if before is None or before == now:
+        return
+    words = "the training or evaluation data, the tokenizer, or decompft's way to cut rows has changed since"
+    if not resume.path.is_relative_to(this.run.path):
+        logger.warning("%s: %s", resume.path, words)
+        return
+    raise CheckpointError(
+        f"{resume.path}: {words}",
+        "put the data back as they were; or fork: --resume RUN --run-dir NEW goes on from there with these",
+    )
 
 
 def _loading(this: Rank, what: str = "") -> Any:

@@ -25,6 +25,11 @@ class Prepared:
     eval: dict[str, Any] | None
     tokens: tuple[TrainedToken, ...] = ()  # of adapter.train_tokens
 
+    @property
+    def data_key(self) -> str | None:
+        """Of the content of the tokenized rows, see content_key; None for a stream, which nobody has read."""
+        return None if self.train is None else Path(self.train["dir"]).parent.name
+
     def write(self, run_dir: Path) -> None:
         row = asdict(self) | {
             "model_dir": None if self.model_dir is None else str(self.model_dir),

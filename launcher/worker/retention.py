@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from decompft.launcher.checkpoints import list_checkpoints, step_of
+from decompft.launcher.checkpoints import FORMAT_VERSION, list_checkpoints, step_of
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +56,17 @@ def rotate(new: Path, rule: Retention, incarnation: int) -> None:
         if step_of(folder) > step_of(new):
             # The run was resumed from before it: it must not pass for the newest, but it is the user's.
             aside = folder.with_name(f"abandoned-{folder.name}-inc{incarnation}")
-            logger.warning("%s is later than this run's step; set aside as %s", folder.name, aside.name)
-            folder.rename(aside)
+            with suppress(OSError):  # the new checkpoint is in place all the same
+                folder.rename(aside)
+                logger.warning("%s is later than this run's step; set aside as %s", folder.name, aside.name)
             continue
-        kept = _read(folder)
+        try:
+            kept = _read(folder)
+        except OSError:  # a medium that fails for a moment is no reason to delete
+            continue
         if kept is None:
             damaged.append(folder)
-        else:
+        elif kept.step >= 0:
             found.append(kept)
     stays = choose(found, rule)
     doomed = [new.with_name(f"step-{k.step:08d}") for k in found if k.step not in stays]
@@ -76,9 +80,15 @@ def rotate(new: Path, rule: Retention, incarnation: int) -> None:
 
 
 def _read(folder: Path) -> Kept | None:
-    """None unless every file is there in its full size: cheap enough for each save."""
+    """None unless every file is there in its full size: cheap enough for each save.
+
+    Raises:
+        OSError: it cannot be told now.
+    """
     try:
         manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_bytes())
+        if manifest["version"] > FORMAT_VERSION:  # a newer decompft's, which only that may judge
+            return Kept(step=-1, time_s=0.0, eval_loss=None)
         files = manifest["files"]
         whole = all((folder / name).stat().st_size == record["size"] for name, record in files.items())
         if not (whole and (folder / "COMPLETE").exists()):
@@ -89,5 +99,5 @@ def _read(folder: Path) -> Kept | None:
             time_s=float(manifest.get("time_s") or (folder / "COMPLETE").stat().st_mtime),
             eval_loss=None if loss is None else float(loss),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -62,7 +62,7 @@ class Saver:
         self,
         run: RunDir,
         engine: Engine,
-        held: Callable[[], Held],
+        held: Callable[[bool], Held],
         pulse: Pulse,
         *,
         incarnation: int,
@@ -94,7 +94,7 @@ class Saver:
         """
         began = time.perf_counter()
         self.finish()
-        held = self._held()
+        held = self._held(False)
         snapshot = self._snapshots.take(held.slices)
         stall_s = time.perf_counter() - began
         self._thread = threading.Thread(
@@ -113,7 +113,9 @@ class Saver:
         self._called_off.set()
         if self._thread is not None:
             self._thread.join()
-        raise self._failure or AnotherRankFailed("not saved, because another rank could not write its part")
+        if self._failure is None:
+            self._failure = AnotherRankFailed("not saved, because another rank could not write its part")
+        raise self._failure
 
     def finish(self) -> None:
         """Wait until the save that is under way is in place, on every rank.
@@ -144,31 +146,38 @@ class Saver:
         thread = self._thread
         if thread is not None:
             thread.join(wait_s)
-            if thread.is_alive():
-                self._called_off.set()
-                thread.join(wait_s)
         return self._in_place
 
-    def write(self, patience: Patience, tag: str) -> Path:
+    def call_off(self, wait_s: float) -> None:
+        """Give up the save under way, for a newer one."""
+        self._called_off.set()
+        if self._thread is not None:
+            self._thread.join(wait_s)
+
+    def write(self, patience: Patience, tag: str, leader: int) -> Path:
         """This rank's part of a save of now, on the calling thread; nothing changes the state meanwhile.
+
+        Args:
+            leader: the rank that commits: 0 unless it is gone.
 
         Raises:
             RunFailed: it is not complete.
         """
+        held = self._held(leader == self._engine.rank != 0)
         if self._settled is None:
-            return self._save(self._held(), None, patience, tag)
+            return self._save(held, None, patience, tag, leader)
         # a stream of its own: on the usual one a collective may hang
         torch.cuda.set_device(self._engine.device)
         stream = torch.cuda.Stream()
         stream.wait_event(self._settled)
         with torch.cuda.stream(stream):
-            return self._save(self._held(), None, patience, tag)
+            return self._save(held, None, patience, tag, leader)
 
     def _write(self, held: Held, snapshot: Snapshot, reason: str, stall_s: float) -> None:
         began = time.perf_counter()
         try:
             snapshot.wait()
-            path = self._save(held, snapshot, Patience(called_off=self._called_off.is_set), "")
+            path = self._save(held, snapshot, Patience(called_off=self._called_off.is_set))
         except RunFailed as error:
             self._failure = error
         except Exception as error:  # a thread's error must end the run, whatever it is
@@ -181,10 +190,12 @@ class Saver:
             )  # fmt: skip
             self._done.append(saved)
 
-    def _save(self, held: Held, snapshot: Snapshot | None, patience: Patience, tag: str) -> Path:
+    def _save(
+        self, held: Held, snapshot: Snapshot | None, patience: Patience, tag: str = "", leader: int = 0
+    ) -> Path:
         return save(
             self._run.path, held.step, held.slices if snapshot is None else snapshot.slices, held.state,
             rank=self._engine.rank, world_size=self._engine.world_size, incarnation=self._incarnation,
             retention=self._retention, adapter_json=self._adapter_json, eval_loss=held.eval_loss,
-            patience=patience, tag=tag,
+            patience=patience, tag=tag, leader=leader,
         )  # fmt: skip

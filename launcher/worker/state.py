@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -17,16 +18,31 @@ Averages = Mapping[str, Mapping[str, Tensor]]  # kind -> trained tensor -> this 
 
 
 def slices(
-    built: Built, optimizer: torch.optim.Optimizer, engine: Engine, averages: Averages
+    built: Built,
+    optimizer: torch.optim.Optimizer,
+    engine: Engine,
+    averages: Averages,
+    *,
+    stands_in: bool = False,
 ) -> Iterator[Slice]:
-    """This rank's spans of every trained tensor, its moments, and what its adapter averages."""
+    """This rank's spans of every trained tensor, its moments, and what its adapter averages.
+
+    Args:
+        stands_in: for rank 0, which is gone: what each rank holds whole is this one's to give.
+    """
+    gives = engine.rank == 0 or stands_in
     for name, parameter in built.trained.items():
         shape = full_shape(parameter)
+        everything = (0, math.prod(shape))
         owned = engine.owned(parameter)
+        if stands_in and engine.span(parameter) == everything:
+            owned = everything
         if owned is not None:
             local = engine.local(parameter).detach().reshape(-1)
             yield Slice(name=name, kind="param", full_shape=shape, start=owned[0], tensor=local)
         piece = engine.owned_piece(parameter)
+        if stands_in and engine.piece(parameter) == everything:
+            piece = everything
         if piece is None:
             continue
         for kind, tensors in averages.items():
@@ -39,9 +55,9 @@ def slices(
         for kind, values in read_raw(optimizer, parameter).items():
             kind = f"{_raw(engine.piece(parameter))}{kind}"
             yield Slice(name=name, kind=kind, full_shape=tuple(values.shape), start=0, tensor=values)
-        if moments and engine.rank == 0:
+        if moments and gives:
             yield Slice(name=name, kind="step", full_shape=(1,), start=0, tensor=moments["step"])
-    if engine.rank == 0:
+    if gives:
         for name, buffer in built.buffers.items():
             shape = tuple(buffer.shape)
             yield Slice(name=name, kind="param", full_shape=shape, start=0, tensor=buffer.reshape(-1))

@@ -8,12 +8,12 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
 from decompft.adapters.inject import adapters
-from decompft.launcher.errors import RunFailed
+from decompft.launcher.errors import CheckpointError, RunFailed
 from decompft.launcher.outcome import Outcome
 from decompft.launcher.plan import Plan
 from decompft.launcher.runs import RunDir
@@ -47,7 +47,22 @@ class Progress:
     start_eval: float | None = None  # of the untouched base
     last_eval: float | None = None
     eval_step: int | None = None  # that of last_eval
-    eval_due: bool = False  # one was interrupted
+    eval_due: bool = False  # a stop came first, or in the middle
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Progress:
+        """
+        Raises:
+            CheckpointError: another version of decompft wrote it.
+        """
+        written = checkpoint.state["progress"]
+        odd = sorted(written.keys() - {f.name for f in fields(cls)})
+        if odd:
+            raise CheckpointError(
+                f"{checkpoint.path}: its state has {odd[0]!r}, which this version of decompft does not know",
+                "resume with the version that wrote it",
+            )
+        return cls(**written)
 
 
 def train(
@@ -62,6 +77,7 @@ def train(
     resume: Checkpoint | None,
     metrics: Metrics,
     adapter_json: dict[str, object],
+    data_key: str | None,
     pulse: Pulse,
     emergency: Emergency,
 ) -> Outcome:
@@ -90,14 +106,16 @@ def train(
                 "within their rounding, not bit for bit"
             )
         phases.resume(resume.step)
-        at = Progress(**resume.state["progress"])
+        at = Progress.of(resume)
     # a fork's checkpoint lies in another run: this one has none yet
     saved_step = at.step if resume is not None and resume.path.is_relative_to(run.path) else None
 
-    def held() -> Held:
+    def held(stands_in: bool) -> Held:
         return Held(
-            step=at.step, slices=slices(built, optimizer, engine, phases.averages()),
-            state={"progress": dict(vars(at)), "base": adapter_json["base"], "strategy": plan.strategy},
+            step=at.step, slices=slices(built, optimizer, engine, phases.averages(), stands_in=stands_in),
+            state={
+                "progress": dict(vars(at)), "base": adapter_json["base"], "data": data_key, "strategy": plan.strategy,
+            },
             eval_loss=at.last_eval if at.eval_step == at.step else None,
         )  # fmt: skip
 
@@ -155,8 +173,8 @@ def train(
 
     pulse.at("data", at.step)
     emergency.arm(saver)
-    if at.step == 0 or at.eval_due:
-        evaluation()
+    if (at.step == 0 or at.eval_due) and evaluation() and at.step < total:
+        total = at.step  # the early stop that the interrupted evaluation would have been
     ahead = Ahead(
         data, first=at.step, last=total, world_size=engine.world_size, rank=engine.rank,
         micro=batch_law.micro_size, accumulation=batch_law.accumulation, moved=lambda: pulse.at("data"),
@@ -222,7 +240,10 @@ def train(
             )  # fmt: skip
         stopped = stops > 0 or at.step == stop_after
         every = recipe.train.eval_every_steps
-        if at.step == total or (every and at.step % every == 0 and not stopped):
+        is_due = at.step == total or bool(every and at.step % every == 0)
+        if is_due and stops > 0:
+            at.eval_due = held_out is not None
+        elif is_due:
             finish_early = evaluation()
             model.train()
             if finish_early and at.step < total:
@@ -238,10 +259,10 @@ def train(
     saver.finish()
     tell()
     emergency.disarm()
-    if at.step < total:
-        return Outcome(
-            result="checkpointed", step=at.step, message=f"stopped in order after step {at.step} of {total}"
-        )
+    if at.step < total or at.eval_due:
+        message = f"stopped in order after step {at.step} of {total}"
+        message += ", before its evaluation" if at.eval_due else ""
+        return Outcome(result="checkpointed", step=at.step, message=message)
     return Outcome(result="finished", step=at.step, message=_summary(at))
 
 
