@@ -175,13 +175,29 @@ class RunDir:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(handle)
-            raise UserError(
-                f"{self.path}: another launch is running in this directory",
-                "wait for it or stop it with Ctrl-C there; or choose another place with --run-dir DIR",
-            ) from None
+            ranks = self._living_ranks()
+            who = f" (its ranks here: pid {', '.join(map(str, ranks))})" if ranks else ""
+            hint = "wait for it or stop it with Ctrl-C there; or choose another place with --run-dir DIR"
+            if ranks:
+                hint += f"; if its launcher is gone, `kill {ranks[0]}` has its ranks save and stop"
+            raise UserError(f"{self.path}: another launch is running in this directory{who}", hint) from None
         except OSError:
             pass  # a file system without locks: the claim of the incarnation's folder must do
         return handle
+
+    def _living_ranks(self) -> list[int]:
+        """Processes on this machine that the newest incarnation's pulses name and that are there."""
+        numbers = [int(p.name) for p in (self.path / "incarnations").glob("*") if p.name.isdigit()]
+        found = []
+        for path in self.incarnation_dir(max(numbers, default=0)).glob("pulse-*.json"):
+            try:
+                pulse = json.loads(path.read_bytes())
+                if pulse["node"] == platform.node():
+                    os.kill(pulse["pid"], 0)
+                    found.append(int(pulse["pid"]))
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+        return sorted(found)
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(

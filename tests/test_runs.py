@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import platform
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -88,6 +91,23 @@ def test_a_run_in_use_is_refused(tmp_path: Path) -> None:
     run.lock()
     with pytest.raises(UserError, match="another launch is running"):
         run.lock()
+
+
+def test_a_launch_whose_launcher_is_gone_names_the_ranks_that_are_left(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run", recipe_text=RECIPE, plan=make_plan())
+    folder = run.incarnation_dir(run.next_incarnation())
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    for rank, (pid, node) in enumerate(
+        [(os.getpid(), platform.node()), (ended.pid, platform.node()), (1, "else")]
+    ):
+        (folder / f"pulse-{rank}.json").write_text(json.dumps({"pid": pid, "node": node}))
+    handle = run.lock()
+    with pytest.raises(UserError, match="another launch is running") as caught:
+        run.lock()
+    os.close(handle)
+    assert f"(its ranks here: pid {os.getpid()})" in caught.value.message
+    assert f"`kill {os.getpid()}`" in caught.value.hint
 
 
 def test_an_unwritable_place_is_the_users_error(tmp_path: Path) -> None:

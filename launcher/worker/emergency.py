@@ -28,7 +28,7 @@ from decompft.launcher.worker.pulse import Pulse
 
 Reason = Literal["stop", "deadline", "failed", "hang"]
 TAG = "-emergency"  # of its temporary folder
-_POLL_S = 0.25
+_POLL_S, _SLOWEST_POLL_S = 0.25, 5.0
 _GATHER_S = 8.0  # for the other ranks' word; who is silent is taken for dead
 _CATCH_UP_S = 20.0  # for a rank that is one step behind
 _WRITE_S = 120.0
@@ -79,6 +79,8 @@ class Emergency:
         self._incarnation, self._rank, self._world_size = incarnation, rank, world_size
         self._stop_file = run.stop_file(incarnation)
         self._pulse, self._resumed_from = pulse, resumed_from
+        # a thousand ranks look at one shared folder
+        self._poll_s = min(_SLOWEST_POLL_S, max(_POLL_S, world_size / 50))
         self._start_step = 0 if resumed_from is None else step_of(resumed_from)
         self.grace_s = 60.0  # until the plan has been read
         self._holder: Holder | None = None
@@ -131,7 +133,7 @@ class Emergency:
 
     def _watch(self) -> None:
         asked_at: float | None = None
-        while not self._ended.wait(_POLL_S):
+        while not self._ended.wait(self._poll_s):
             try:
                 if (request := self._request()) is not None:
                     self._answer(request)
@@ -238,7 +240,7 @@ class Emergency:
 
     def _gather(self) -> dict[int, _Word]:
         found: dict[int, _Word] = {}
-        end = time.monotonic() + _GATHER_S
+        end = time.monotonic() + _GATHER_S + 2 * self._poll_s
         while len(found) < self._world_size and time.monotonic() < end:
             for name in os.listdir(self._folder):
                 number = name.removeprefix("frozen-").removesuffix(".json")
