@@ -86,6 +86,11 @@ class Saver:
         """Whether a save of this rank failed; the other ranks learn it where all agree."""
         return self._failure is not None
 
+    @property
+    def writing(self) -> bool:
+        """Whether this rank still writes; asked before `failed`, which is then final where this is not."""
+        return self._thread is not None and self._thread.is_alive()
+
     def begin(self, reason: str) -> None:
         """Copy this rank's slices and write them in the background.
 
@@ -102,13 +107,15 @@ class Saver:
         )
         self._thread.start()
 
-    def check(self, any_failed: bool) -> None:
-        """End the run where a save failed on some rank.
+    def check(self, any_failed: bool, any_writing: bool) -> None:
+        """What all ranks know of each other's saves: end the run where one failed, forget those that are done.
 
         Raises:
-            RunFailed: it did.
+            RunFailed: some rank's save failed.
         """
         if not any_failed:
+            if not any_writing:
+                self._thread = None
             return
         self._called_off.set()
         if self._thread is not None:
@@ -126,10 +133,8 @@ class Saver:
         while self._thread is not None:
             self._pulse.at("saving")
             self._thread.join(_JOIN_S)
-            writing, failed = self._engine.sum_ranks([float(self._thread.is_alive()), float(self.failed)])
-            self.check(failed > 0)
-            if not writing:
-                self._thread = None
+            writing, failed = self._engine.sum_ranks([float(self.writing), float(self.failed)])
+            self.check(failed > 0, writing > 0)
 
     def news(self) -> list[Saved]:
         """What was saved since the last call."""

@@ -205,11 +205,11 @@ def train(
         if at.step in to_prove:
             prove_gradients(built, engine, at.step)
         grad_norm = clip_gradients(layers, built.trained, engine, recipe.train.max_grad_norm)
-        # the one agreement of a step: loss, tokens, who was asked to stop, whose save failed
-        loss_value, tokens, stops, failed = engine.sum_ranks(
-            [loss_sum.item(), num_tokens, float(asked()), float(saver.failed)]
+        # the one agreement of a step: loss, tokens, who was asked to stop, whose save failed or is not done
+        loss_value, tokens, stops, writing, failed = engine.sum_ranks(
+            [loss_sum.item(), num_tokens, float(asked()), float(saver.writing), float(saver.failed)]
         )
-        saver.check(failed > 0)
+        saver.check(failed > 0, writing > 0)
         tell()
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
             if at.step:
