@@ -108,7 +108,7 @@ def test_as_printed_follows_a_quick_block() -> None:
 @pytest.mark.slow
 def test_the_tour_runs_from_its_beginning_to_its_end(tmp_path: Path) -> None:
     tour = marked(TOUR)
-    assert len(tour) == 4
+    assert len(tour) == 5
     said = ""
     for block in tour:
         done = run(block.text, tmp_path)
