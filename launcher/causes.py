@@ -150,7 +150,7 @@ UNKNOWN = Cause(
 # failed when the GPU is out of memory; a rank that lost its peer may print a dozen lines about it
 _PATTERNS: tuple[tuple[str, Cause], ...] = (
     # it may quote that rank, so before all others
-    (r"another rank could not write its part|rank 0 gave no verdict", PEER),
+    (r"another rank could not write its part|the rank that commits gave no verdict", PEER),
     (
         r"/dev/shm/nccl|shared memory segment|out of shared memory|unable to allocate shared memory",
         SHARED_MEMORY,

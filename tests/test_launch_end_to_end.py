@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -170,16 +171,19 @@ def test_ctrl_c_in_a_pipe_whose_reader_it_took_ends_with_75_and_a_checkpoint(lau
 
 def test_a_rank_that_is_killed_is_named_with_what_it_did_and_what_to_do(launch: Launch) -> None:
     launch.start(*ENDLESS, *TWO)
-    launch.until_step(6)
+    launch.until_step(8)
     os.kill(launch.pid_of(1), signal.SIGKILL)
     assert launch.wait() == 3
     assert "run failed: rank 1 was killed by signal 9 (SIGKILL)" in launch.text
     assert "out of memory" in launch.text
-    step = launch.rows()[-1]["step"]
-    assert f"last step: {step}" in launch.text
+    logged = launch.rows()[-1]["step"]
+    said = re.search(r"last step: (\d+)", launch.text)
+    assert said is not None
+    assert logged <= int(said[1]) <= logged + 1  # the row is written after the step
     assert f"end of {launch.run.log_dir(1).relative_to(launch.folder)}" in launch.text
     assert launch.text.splitlines()[-1].startswith("next: decompft launch tiny_map ")
-    assert int(kept(launch).removeprefix("step-")) == step // 5 * 5
+    # the rank that is left saves at its death if it gets to it before torchrun ends it
+    assert logged - 5 <= int(kept(launch).removeprefix("step-")) <= int(said[1])
 
 
 def test_a_rank_that_raises_ends_the_others(launch: Launch) -> None:

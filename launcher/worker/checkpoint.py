@@ -22,6 +22,7 @@ from torch import Tensor
 from decompft.launcher.checkpoints import FORMAT_VERSION, put_back
 from decompft.launcher.errors import AdapterError, CheckpointError, RunFailed
 from decompft.launcher.worker.meeting import (
+    ANOTHER,
     PATIENT,
     AnotherRankFailed,
     Patience,
@@ -126,7 +127,9 @@ def save(
             if world_size > 1:
                 write_verdict(verdict, step, failure)
         else:
-            failure = leave(temp, rank, failure, failed_elsewhere=has_failed(verdict, step))
+            if has_failed(verdict, step) and not isinstance(failure, AnotherRankFailed):
+                failure = _in_words(final, AnotherRankFailed(ANOTHER))
+            leave(temp, rank, failure)
         if failure is error:
             raise
         raise failure from error
