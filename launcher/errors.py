@@ -57,5 +57,9 @@ class AdapterError(UserError):
     """An adapter that does not fit its model, or a target that matches nothing."""
 
 
+class SlurmError(UserError):
+    """Slurm is not here, does not answer, or refuses what was asked of it."""
+
+
 class RunFailed(DecompftError):
     """The run started and died; the message says which rank, which step, and what to type next."""

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+import testbed
 
 
 def pytest_configure() -> None:
@@ -29,3 +30,16 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def update_golden(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--update-golden"))
+
+
+@pytest.fixture(scope="session")
+def running_testbed() -> Iterator[testbed.Cluster]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield from testbed.start(patch)
+
+
+@pytest.fixture
+def cluster(running_testbed: testbed.Cluster) -> Iterator[testbed.Cluster]:
+    """A real Slurm with an empty queue; what the test submits is cancelled at its end."""
+    yield running_testbed
+    running_testbed.cancel_all()

@@ -1,0 +1,56 @@
+"""The one place that starts Slurm's own programs."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from decompft.launcher.errors import SlurmError
+
+# sacct of a busy site can take long; everything else answers in milliseconds
+TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a program said."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def lines(self) -> list[str]:
+        """Of stdout, without empty ones."""
+        return [line for line in self.stdout.splitlines() if line.strip()]
+
+
+def call(argv: Sequence[str], *, timeout_s: float = TIMEOUT_S, stdin: str = "") -> Answer:
+    """Run squeue, sbatch, scontrol, ...; a code other than 0 is the caller's to judge.
+
+    Raises:
+        SlurmError: the program is not there, or gives no answer in time.
+    """
+    try:
+        done = subprocess.run(
+            list(argv),
+            input=stdin,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+        )
+    except FileNotFoundError as error:
+        raise SlurmError(
+            f"{argv[0]}: no such program on this machine",
+            "type this on a login node of the cluster, or load its module for Slurm",
+        ) from error
+    except OSError as error:
+        raise SlurmError(f"{argv[0]}: cannot be started ({error.strerror})", "look at PATH") from error
+    except subprocess.TimeoutExpired as error:
+        raise SlurmError(
+            f"{argv[0]}: no answer within {timeout_s:.0f} s", "the controller may be busy or down: try again"
+        ) from error
+    return Answer(code=done.returncode, stdout=done.stdout, stderr=done.stderr)

@@ -1,0 +1,111 @@
+"""A real Slurm of virtual nodes on this machine, for tests that submit.
+
+The testbed's scripts are found by DECOMPFT_SLURM_TESTBED, default beside the checkout. Tests that use it are marked
+`slurm`; without it they are skipped with the reason, but in CI (the variable CI is set by .ci/run) they fail.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTBED = Path(
+    os.environ.get("DECOMPFT_SLURM_TESTBED", Path(__file__).resolve().parents[2] / "shared/slurm-testbed")
+)
+LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING")
+
+
+@dataclass
+class Cluster:
+    """The running testbed, as a test sees it."""
+
+    folder: Path  # of the testbed's state
+    mode: str  # ns, plain or veth
+    jobs: list[str] = field(default_factory=list)  # cancelled when the test ends
+
+    def run(self, *argv: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
+        """Run a program of Slurm's; its stdout. A code other than 0 fails the test."""
+        done = subprocess.run(
+            argv, cwd=cwd, env=os.environ | (env or {}), capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, f"{argv}: {done.stderr}"
+        return done.stdout.strip()
+
+    def submit(self, *argv: str, cwd: Path, env: dict[str, str] | None = None) -> str:
+        """sbatch --parsable; the job's id. The job is cancelled at the end of the test."""
+        job = self.run("sbatch", "--parsable", *argv, cwd=cwd, env=env).split(";")[0]
+        self.jobs.append(job)
+        return job
+
+    def show(self, job: str) -> dict[str, str]:
+        """`scontrol show job`, as far as its values hold no blank."""
+        words = self.run("scontrol", "--oneliner", "show", "job", job).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def state(self, job: str) -> str:
+        return self.show(job)["JobState"]
+
+    def until(self, is_true: Callable[[], Any], seconds: float, what: str = "") -> Any:
+        """Wait for a truth, and return it; the test fails when the time is up."""
+        end = time.monotonic() + seconds
+        while True:
+            found = is_true()
+            if found:
+                return found
+            assert time.monotonic() < end, (
+                f"not within {seconds} s: {what}\n{self.run('squeue', '-o', '%all')}"
+            )
+            time.sleep(0.2)
+
+    def finished(self, job: str, seconds: float) -> str:
+        """Wait for a job's end; its state."""
+        self.until(lambda: self.state(job) not in LIVE, seconds, f"the end of job {job}")
+        return self.state(job)
+
+    def node(self, *words: str) -> None:
+        """`node kill NAME`, `node start NAME`, ... of the testbed."""
+        done = subprocess.run([str(TESTBED / "node"), *words], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+
+    def cancel_all(self) -> None:
+        """End what the tests have submitted, and wait until the nodes are free."""
+        while self.jobs:
+            subprocess.run(["scancel", self.jobs.pop()], capture_output=True, timeout=60)
+        deadline = time.monotonic() + 60
+        while self.run("squeue", "-h", "-o", "%i") and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+
+def start(patch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """Bring the testbed up (or take the one that runs), with this process's environment set to it."""
+    why = _why_not()
+    if why:
+        if os.environ.get("CI"):
+            pytest.fail(why)
+        pytest.skip(why)
+    folder = Path(os.environ.get("SLURM_TESTBED_DIR", "/tmp/slurm-testbed"))
+    was_up = subprocess.run([str(TESTBED / "status")], capture_output=True, timeout=60).returncode == 0
+    done = subprocess.run([str(TESTBED / "up")], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+    mode = next(word for word in ("veth", "plain", "ns") if f"mode {word}" in done.stderr)
+    try:
+        yield Cluster(folder, mode)
+    finally:
+        if not was_up:
+            subprocess.run([str(TESTBED / "down")], capture_output=True, timeout=120)
+
+
+def _why_not() -> str:
+    if not (TESTBED / "up").exists():
+        return f"there is no Slurm testbed at {TESTBED} (DECOMPFT_SLURM_TESTBED)"
+    if os.geteuid() != 0:
+        return "the Slurm testbed needs root"
+    return ""
