@@ -17,7 +17,9 @@ from decompft.launcher.cli_tools import add_tools
 from decompft.launcher.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, DecompftError
 
 if TYPE_CHECKING:
+    from decompft.launcher.plan import Plan
     from decompft.launcher.recipe import Recipe
+    from decompft.slurm.profile import Profile
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.overrides = [*args.overrides, *rest]
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    # nor can it tell an override behind --slurm from the profile's name
+    if "=" in (getattr(args, "slurm", None) or ""):
+        args.overrides, args.slurm = [*args.overrides, args.slurm], ""
     try:
         code: int = args.run(args)
         sys.stdout.flush()
@@ -69,6 +74,8 @@ def _launch(args: argparse.Namespace) -> int:
     plan = planner.make(recipe)
     for warning in plan.warnings:
         _warn(warning)
+    if args.slurm is not None:
+        return _submit(args, plan, path.read_text(encoding="utf-8-sig"))
     return local.launch(
         plan,
         path.read_text(encoding="utf-8-sig"),
@@ -94,18 +101,42 @@ def _plan(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _submit(args: argparse.Namespace, plan: Plan, recipe_text: str) -> int:
+    from decompft.slurm.submit import submit_training
+
+    run_dir = args.run_dir or Path("runs") / plan.name
+    profile = _profile(args, plan)
+    if args.dry_run:
+        from decompft.slurm.render import train_script
+
+        print(train_script(plan, profile, run_dir=str(run_dir)), end="")
+        return EXIT_DONE
+    job = submit_training(plan, recipe_text, profile, run_dir=run_dir, resume=args.resume, say=_say)
+    print(f"job {job.job_id}: {plan.name} on {plan.recipe.parallel.nodes} nodes, in {run_dir}")
+    print(f"follow: decompft status {run_dir} | decompft logs {run_dir} --follow | decompft cancel {run_dir}")
+    return EXIT_DONE
+
+
 def _sbatch(args: argparse.Namespace) -> int:
     from decompft.launcher import planner
-    from decompft.slurm import render
+    from decompft.slurm.render import train_script
 
     _, recipe = _recipe(args, strict=False)
     plan = planner.make(recipe)
     for warning in plan.warnings:
         _warn(warning)
     run_dir = str(args.run_dir or Path("runs") / plan.name)
-    text = render.script(plan, recipe_path=args.recipe, run_dir=run_dir, overrides=args.overrides)
+    text = train_script(plan, _profile(args, plan), run_dir=run_dir, recipe=(args.recipe, *args.overrides))
     print(text, end="")
     return EXIT_DONE
+
+
+def _profile(args: argparse.Namespace, plan: Plan) -> Profile:
+    """The site: what --slurm names, else the recipe, else what holds everywhere."""
+    from decompft.slurm import profile
+
+    name = args.slurm or plan.recipe.slurm.profile
+    return profile.load(profile.find(name, cwd=Path.cwd())) if name else profile.default()
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -174,6 +205,10 @@ def _recipe(args: argparse.Namespace, *, strict: bool) -> tuple[Path, Recipe]:
     return path, recipe
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 def _warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
@@ -192,7 +227,14 @@ def _parser() -> argparse.ArgumentParser:
             _add_recipe(sub)
         return sub
 
-    launch = verb("launch", "run a recipe on this machine", recipe=True)
+    launch = verb("launch", "run a recipe on this machine, or submit it to Slurm", recipe=True)
+    launch.add_argument(
+        "--slurm",
+        metavar="PROFILE",
+        nargs="?",
+        const="",
+        help="submit a job; PROFILE: a name, or a path ending in .yaml",
+    )
     launch.add_argument("--resume", metavar="auto|RUN|CHECKPOINT", help="continue from a checkpoint")
     launch.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/NAME")
     launch.add_argument("--dry-run", action="store_true", help="say what would happen, write nothing")
@@ -203,6 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=_plan)
 
     sbatch = verb("sbatch", "print a Slurm job script that runs a recipe", recipe=True)
+    sbatch.add_argument("--slurm", metavar="PROFILE", help="the site: a name, or a path ending in .yaml")
     sbatch.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/NAME")
     sbatch.set_defaults(run=_sbatch)
 

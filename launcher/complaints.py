@@ -1,4 +1,4 @@
-"""What is wrong with this recipe, in words? From pydantic's errors to a path, a sentence and a hint."""
+"""What is wrong with this recipe, or profile, in words? From pydantic's errors to a path, a sentence and a hint."""
 
 from __future__ import annotations
 
@@ -36,12 +36,13 @@ class Complaint:
     is_about_key: bool = False  # the key itself, not its value
 
 
-def complaints(error: ValidationError, value: dict[str, Any]) -> list[Complaint]:
+def complaints(error: ValidationError, value: dict[str, Any], model: Any = Recipe) -> list[Complaint]:
     """Say each error once, in the order in which pydantic found them.
 
     Args:
-        error: what `Recipe.model_validate(value)` raised.
-        value: the recipe as plain values.
+        error: what `model.model_validate(value)` raised.
+        value: the file as plain values.
+        model: what the whole file is, a Section.
     """
     groups: dict[KeyPath, list[Any]] = {}
     for detail in error.errors(include_url=False):
@@ -52,20 +53,23 @@ def complaints(error: ValidationError, value: dict[str, Any]) -> list[Complaint]
         if len(details[0]["loc"]) > len(path) and any(p != path and p[: len(path)] == path for p in groups):
             continue
         for detail in _most_telling(details):
-            found.append(_complaint(path, detail, value))
+            found.append(_complaint(path, detail, value, model))
     return found
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """'did you mean X?', or '' when nothing is near."""
-    near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
-    return f"did you mean {near[0]}?" if near else ""
+    words = {k.lower(): k for k in known}
+    near = difflib.get_close_matches(word.lower(), list(words), n=1, cutoff=0.6)
+    return f"did you mean {words[near[0]]}?" if near else ""
 
 
 def _path_in(value: Any, loc: tuple[int | str, ...], kind: str) -> KeyPath:
     """The part of pydantic's location that is keys; it also names the branches of a union."""
     path: list[int | str] = []
     for i, step in enumerate(loc):
+        if isinstance(value, dict) and value.get("kind") == step and i < len(loc) - 1:
+            continue  # a branch that may have the name of a key: {kind: module, module: ...}
         is_key = isinstance(value, dict) and step in value
         is_index = isinstance(value, list) and isinstance(step, int) and step < len(value)
         if is_key or is_index:
@@ -84,13 +88,13 @@ def _most_telling(details: list[Any]) -> list[Any]:
     return (other or details)[:1]
 
 
-def _complaint(path: KeyPath, detail: Any, value: dict[str, Any]) -> Complaint:
+def _complaint(path: KeyPath, detail: Any, value: dict[str, Any], model: Any) -> Complaint:
     kind, found, context = detail["type"], detail["input"], detail.get("ctx", {})
     if kind in _UNKNOWN_KEY:
-        hint = _hint_unknown(path, value)
+        hint = _hint_unknown(path, value, model)
         return Complaint(path=path, message="unknown key", hint=hint, is_about_key=True)
     if kind == "missing":
-        description = _description(path, value)
+        description = _description(path, value, model)
         hint = f"add it: {description}" if description else "add it"
         return Complaint(path=path, message="this key is required and missing", hint=hint, is_about_key=True)
     if (
@@ -101,7 +105,15 @@ def _complaint(path: KeyPath, detail: Any, value: dict[str, Any]) -> Complaint:
     ):
         hint = f"{nearest(found, ADAPTER_SPECS)} known: {', '.join(ADAPTER_SPECS)}".strip()
         return Complaint(path=path, message=f"unknown method {found!r}", hint=hint)
+    if kind == "union_tag_not_found":
+        return Complaint(path=path, message=f"needs a kind: {_kinds(path, model, value)}", is_about_key=True)
+    if kind == "union_tag_invalid":
+        kinds, tag = _kinds(path, model, value), str(context["tag"])
+        hint = f"{nearest(tag, kinds.split(', '))} known: {kinds}".strip()
+        return Complaint(path=(*path, "kind"), message=f"unknown kind {tag!r}", hint=hint)
     if kind == "value_error":
+        if detail["loc"][-1:] == ("[key]",):
+            return Complaint(path=path, message=str(context["error"]), is_about_key=True)
         return Complaint(path=path, message=str(context["error"]), is_about_key=isinstance(found, dict))
     if kind in _BOUNDS:
         name, words = _BOUNDS[kind]
@@ -110,9 +122,9 @@ def _complaint(path: KeyPath, detail: Any, value: dict[str, Any]) -> Complaint:
         return Complaint(path=path, message=f"found {found}, expected a finite number")
     if kind == "too_short":
         return Complaint(path=path, message=f"the list needs at least {context['min_length']} item")
-    annotation = _annotation(Recipe, path, value)
+    annotation = _annotation(model, path, value)
     if kind == "string_pattern_mismatch":
-        hint = _description(path, value)
+        hint = _description(path, value, model)
         return Complaint(path=path, message=f"{found!r} does not have the form of this key", hint=hint)
     if annotation is None:
         return Complaint(path=path, message=detail["msg"])
@@ -123,9 +135,9 @@ def _complaint(path: KeyPath, detail: Any, value: dict[str, Any]) -> Complaint:
 # -- unknown keys --
 
 
-def _hint_unknown(path: KeyPath, value: dict[str, Any]) -> str:
+def _hint_unknown(path: KeyPath, value: dict[str, Any], model: Any) -> str:
     key, parent = str(path[-1]), path[:-1]
-    valid = _keys(parent, value)
+    valid = _keys(parent, value, model)
     if near := nearest(key, valid):
         return near
     method = _method(parent, value)
@@ -136,19 +148,19 @@ def _hint_unknown(path: KeyPath, value: dict[str, Any]) -> str:
             return f"it is an option of {above}: write it under adapter.options"
         if owners:
             return f"it is an option of {', '.join(owners)}, not of {method or above}"
-    homes = [f"{name}.{key}" for name in Recipe.model_fields if key in _keys((name,), value)]
+    homes = [f"{name}.{key}" for name in model.model_fields if key in _keys((name,), value, model)]
     if homes:
         return f"did you mean {homes[0]}?"
     return f"known here: {', '.join(valid)}" if valid else "it takes no keys here"
 
 
-def _keys(path: KeyPath, value: dict[str, Any]) -> tuple[str, ...]:
+def _keys(path: KeyPath, value: dict[str, Any], model: Any) -> tuple[str, ...]:
     """The keys that may stand under a path."""
     if method := _method(path, value):
         return _fields(ADAPTER_SPECS[method].options)
-    section = _annotation(Recipe, path, value)
-    models = [a for a in _branches(section) if _is_section(a)]
-    return tuple(models[0].model_fields) if models else ()
+    models = [a for a in _branches(_annotation(model, path, value)) if _is_section(a)]
+    chosen = _of_kind(models, _at(value, path))
+    return tuple(chosen[0].model_fields) if len(chosen) == 1 else ()
 
 
 def _method(path: KeyPath, value: dict[str, Any]) -> str:
@@ -187,8 +199,8 @@ def _annotation(model: Any, path: KeyPath, value: dict[str, Any]) -> Any:
     if method := _method(path[:-1], value):
         return typing.get_type_hints(ADAPTER_SPECS[method].options).get(str(path[-1]))
     here: Any = model
-    for step in path:
-        steps = [_inside(branch, step) for branch in _branches(here)]
+    for i, step in enumerate(path):
+        steps = [_inside(branch, step) for branch in _of_kind(_branches(here), _at(value, path[:i]))]
         here = next((s for s in steps if s is not None), None)
         if here is None:
             return None
@@ -218,19 +230,46 @@ def _branches(annotation: Any) -> list[Any]:
     return [annotation]
 
 
+def _of_kind(branches: list[Any], value: Any) -> list[Any]:
+    """Of sections that a key `kind` tells apart, the one that the value says it is."""
+    kind = value.get("kind") if isinstance(value, dict) else None
+    fields = [b.model_fields.get("kind") if _is_section(b) else None for b in branches]
+    named = [b for b, f in zip(branches, fields, strict=True) if f and kind in typing.get_args(f.annotation)]
+    return named or branches
+
+
+def _kinds(path: KeyPath, model: Any, value: dict[str, Any]) -> str:
+    """What the key `kind` may be in the union of sections at a path."""
+    sections = [b for b in _branches(_annotation(model, path, value)) if _is_section(b)]
+    return ", ".join(word for s in sections for word in typing.get_args(s.model_fields["kind"].annotation))
+
+
+def _at(value: Any, path: KeyPath) -> Any:
+    """What stands at a path, None where nothing does."""
+    for step in path:
+        if isinstance(value, dict):
+            value = value.get(step)
+        elif isinstance(value, list) and isinstance(step, int) and step < len(value):
+            value = value[step]
+        else:
+            return None
+    return value
+
+
 def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _description(path: KeyPath, value: dict[str, Any]) -> str:
-    parent = [a for a in _branches(_annotation(Recipe, path[:-1], value)) if _is_section(a)]
+def _description(path: KeyPath, value: dict[str, Any], model: Any) -> str:
+    parent = [a for a in _branches(_annotation(model, path[:-1], value)) if _is_section(a)]
+    parent = _of_kind(parent, _at(value, path[:-1]))
     field = parent[0].model_fields.get(str(path[-1])) if parent else None
     return (field.description or "") if field else ""
 
 
 def _expected(annotation: Any) -> str:
     words = [_expected_one(branch) for branch in _branches(annotation)]
-    return " or ".join(words)
+    return " or ".join(dict.fromkeys(words))
 
 
 def _expected_one(annotation: Any) -> str:

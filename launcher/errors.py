@@ -57,6 +57,10 @@ class AdapterError(UserError):
     """An adapter that does not fit its model, or a target that matches nothing."""
 
 
+class ProfileError(UserError):
+    """A description of a Slurm site that cannot be found or cannot work."""
+
+
 class SlurmError(UserError):
     """Slurm is not here, does not answer, or refuses what was asked of it."""
 

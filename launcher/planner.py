@@ -124,9 +124,9 @@ def _world(recipe: Recipe, machine: Machine) -> tuple[World, list[str]]:
         ranks = max(1, machine.num_gpus)
     else:
         ranks = parallel.gpus_per_node
-        if machine.num_gpus and ranks > machine.num_gpus and parallel.nodes == 1:
+        if machine.num_gpus and ranks > machine.num_gpus and parallel.most_nodes == 1:
             warnings.append(f"parallel.gpus_per_node is {ranks}, this machine has {machine.num_gpus}")
-    return World(nodes=parallel.nodes, ranks_per_node=ranks, device=device), warnings
+    return World(nodes=parallel.fewest_nodes, ranks_per_node=ranks, device=device), warnings
 
 
 def _budget(recipe: Recipe, machine: Machine, world: World) -> Budget:

@@ -20,6 +20,7 @@ Task = Literal["causal-lm", "sequence-classification"]
 DType = Literal["bfloat16", "float32"]
 Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1)]
+NodeRange = Annotated[str, Field(pattern=r"^\d+-\d+$")]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 # our field names of each data format: those a record must have, those it may have
@@ -198,7 +199,9 @@ class ParallelSection(Section):
     strategy: Auto | Strategy = Field(
         "auto", description="auto: the simplest that fits, and the plan says why"
     )
-    nodes: int = Field(1, ge=1, description="machines")
+    nodes: Count | NodeRange = Field(
+        1, description='machines; a range "2-4" is planned for its fewest and again for those that a job gets'
+    )
     gpus_per_node: Count | Auto = Field(
         "auto", description="ranks a node: GPUs where there are any, else CPU processes"
     )
@@ -219,6 +222,20 @@ class ParallelSection(Section):
     gpu_memory_gib: Annotated[float, Field(gt=0)] | Auto = Field(
         "auto", description="memory of one device, for the forecast"
     )
+
+    @property
+    def fewest_nodes(self) -> int:
+        return self.nodes if isinstance(self.nodes, int) else int(self.nodes.split("-")[0])
+
+    @property
+    def most_nodes(self) -> int:
+        return self.nodes if isinstance(self.nodes, int) else int(self.nodes.split("-")[1])
+
+    @model_validator(mode="after")
+    def _range_of_nodes(self) -> Self:
+        if not 1 <= self.fewest_nodes <= self.most_nodes:
+            raise ValueError(f'nodes: "{self.nodes}" is no range; write the fewest first, e.g. "2-4"')
+        return self
 
 
 class CheckpointSection(Section):
@@ -265,8 +282,11 @@ class LoggingSection(Section):
 
 
 class SlurmSection(Section):
-    """What the printed job script asks the scheduler for."""
+    """What is asked of Slurm; what stands here wins over the site's profile."""
 
+    profile: str | None = Field(
+        None, description="the site's description: a name, or a path that ends in .yaml (docs/slurm-profiles.md)"
+    )
     time: str | None = Field(
         None, pattern=r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$", description="wall time, HH:MM:SS or D-HH:MM:SS"
     )
@@ -274,6 +294,12 @@ class SlurmSection(Section):
     account: str | None = Field(None, description="account, as sbatch --account")
     cpus_per_task: int | None = Field(None, ge=1, description="cores a node's task gets")
     mem: str | None = Field(None, pattern=r"^\d+[KMGT]?$", description="memory a node, e.g. 64G")
+    spares: int = Field(
+        0, ge=0, description="nodes asked for besides, one of which takes the place of a node that dies"
+    )
+    max_failures: int = Field(
+        3, ge=1, description="failures in a row without a step of progress after which a job gives up"
+    )
 
 
 class Recipe(Section):

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -17,11 +17,13 @@ from decompft.adapters.spec import ADAPTER_SPECS
 from decompft.launcher.errors import RecipeError
 from decompft.launcher.packaged import is_packaged
 from decompft.launcher.recipe import AdapterSection, Recipe
+from decompft.launcher.recipe_section import Section
 from decompft.launcher.yaml_tree import KeyPath, Mark, Tree, dotted, read
 
 if TYPE_CHECKING:
     from decompft.launcher.complaints import Complaint
 
+SectionT = TypeVar("SectionT", bound=Section)
 _MOST_ERRORS = 10  # more than these only bury the first
 
 
@@ -38,14 +40,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: with the place of each thing that is wrong.
     """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such file", "`decompft recipes list` shows those that ship") from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: byte {error.start} is not UTF-8 text", "save the file as UTF-8") from None
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    text = read_text(path, hint="`decompft recipes list` shows those that ship")
     return parse(text, where=str(path), base_dir=path.parent, overrides=overrides)
 
 
@@ -66,23 +61,43 @@ def parse(text: str, *, where: str, base_dir: Path, overrides: Sequence[str] = (
     value = copy.deepcopy(tree.value)
     changes = [_apply(value, override) for override in overrides]
     sources = _Sources(where=where, tree=tree, changes=changes)
-    found = [
-        (sources.place(path, at_key=True, mark=second), f"written twice, first at line {first}", "keep one")
-        for path, first, second in tree.twice
-    ]
-    try:
-        Recipe.model_validate(value)
-    except ValidationError as error:
-        # here: a recipe without errors does not pay for the words
-        from decompft.launcher.complaints import complaints
-
-        found += [sources.spell(complaint) for complaint in complaints(error, value)]
-    if found:
-        raise _error(found, where)
+    _validate(Recipe, value, sources)
     _resolve_paths(value, sources, base_dir)
     value.setdefault("name", None)
     value["name"] = value["name"] or _name(where)
     return Recipe.model_validate(value)
+
+
+def read_section(kind: type[SectionT], text: str, where: str) -> SectionT:
+    """Another file than a recipe, checked in the same way, e.g. the profile of a site.
+
+    Args:
+        kind: what the whole file is; an empty one has all defaults.
+        text: YAML.
+        where: what to call the text in errors.
+
+    Raises:
+        RecipeError: with the place of each thing that is wrong.
+    """
+    tree = read(text, where=where)
+    value = {} if tree.value is None else tree.value
+    if not isinstance(value, dict):
+        raise RecipeError(
+            f"{where}:1:1: the file is a list of keys ({', '.join(list(kind.model_fields)[:3])}, ...)"
+        )
+    return _validate(kind, value, _Sources(where=where, tree=tree, changes=[]))
+
+
+def read_text(path: Path, *, hint: str) -> str:
+    """A file's text; `hint` is for a file that is not there."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such file", hint) from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: byte {error.start} is not UTF-8 text", "save the file as UTF-8") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def schema_json() -> str:
@@ -106,6 +121,24 @@ def schema_json() -> str:
         then = {"properties": {"options": {"$ref": f"#/$defs/{options['title']}"}}}
         adapter["allOf"].append({"if": when, "then": then})
     return json.dumps(schema, indent=2, sort_keys=True, ensure_ascii=True) + "\n"
+
+
+def _validate(kind: type[SectionT], value: dict[str, Any], sources: _Sources) -> SectionT:
+    found = [
+        (sources.place(path, at_key=True, mark=second), f"written twice, first at line {first}", "keep one")
+        for path, first, second in sources.tree.twice
+    ]
+    section = None
+    try:
+        section = kind.model_validate(value)
+    except ValidationError as error:
+        # here: a file without errors does not pay for the words
+        from decompft.launcher.complaints import complaints
+
+        found += [sources.spell(complaint) for complaint in complaints(error, value, kind)]
+    if section is None or found:
+        raise _error(found, sources.where)
+    return section
 
 
 # -- where a value came from --

@@ -145,7 +145,7 @@ class _Walk:
             key = key_node.value
             if key == "<<":
                 raise RecipeError(
-                    f"{self.where}:{mark}: merge keys (<<) are not part of a recipe", "write the keys out"
+                    f"{self.where}:{mark}: merge keys (<<) cannot be used here", "write the keys out"
                 )
             here = (*path, key)
             if key in found:
@@ -176,7 +176,7 @@ class _Walk:
     def _unknown_tag(self, node: Any, mark: Mark) -> RecipeError:
         tag = node.tag.replace(_TAG, "!!")
         return RecipeError(
-            f"{self.where}:{mark}: the tag {tag} is not part of a recipe",
+            f"{self.where}:{mark}: the tag {tag} is not known here",
             "put a value that starts with ! in quotes",
         )
 

@@ -1,41 +1,43 @@
-"""What the job script asks Python for, on its first node: a run directory to start, an exit code to end with.
+"""What the job script asks Python for, on the first node of its job. It answers in words for `read`.
 
-python -m decompft.slurm.batch begin RUN_DIR --device cuda|cpu [--peer HOST] RECIPE [KEY=VALUE ...]
-python -m decompft.slurm.batch end RUN_DIR INCARNATION SRUN_CODE
+begin    makes or continues the run: `start INCARNATION ADDRESS PORT COUNT NODES PATIENCE_S CHECKPOINT|-` or `requeue`
+checked  what the nodes said of themselves: `fit`, or `requeue NODES`
+end      what to do now that the ranks are gone: `exit CODE`, `here`, or `requeue NODES|-`
+
+Nothing here calls a program of Slurm's: inside a container there is none. The script passes on what Slurm knows.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
 import socket
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from decompft.launcher import checking, planner, shipped, source
+from decompft.launcher.checkpoints import list_checkpoints, put_back, step_of
 from decompft.launcher.ending import conclude, report
-from decompft.launcher.errors import DecompftError, PlanError
+from decompft.launcher.errors import DecompftError, PlanError, UserError
+from decompft.launcher.outcome import write_atomic
+from decompft.launcher.plan import Plan
+from decompft.launcher.recipe import Recipe
 from decompft.launcher.resume import choose_start
 from decompft.launcher.runs import RunDir
+from decompft.slurm.after import Job, Record, decide, fit_hosts, read_record, write_record
+from decompft.slurm.frozen import read_frozen
+
+# beside the measured save: the slowest step, and ranks that notice the stop a little later
+_PATIENCE_S = 60.0
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="decompft.slurm.batch")
-    verbs = parser.add_subparsers(required=True)
-    begin = verbs.add_parser("begin")
-    begin.add_argument("run_dir", type=Path)
-    begin.add_argument("--peer", default="", help="another node of the job, if there is one")
-    begin.add_argument("--device", required=True, help="what the script asked Slurm for")
-    begin.add_argument("recipe")
-    begin.add_argument("overrides", nargs="*", default=[])
-    begin.set_defaults(run=_begin)
-    end = verbs.add_parser("end")
-    end.add_argument("run_dir", type=Path)
-    end.add_argument("incarnation", type=int)
-    end.add_argument("code", type=int)
-    end.set_defaults(run=_end)
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     try:
         code: int = args.run(args)
         return code
@@ -55,36 +57,162 @@ def address_towards(peer: str) -> str:
 
 
 def _begin(args: argparse.Namespace) -> int:
-    """Make or continue the run; print `INCARNATION ADDRESS PORT [CHECKPOINT NAME]` for the script to read."""
-    recipe_path = shipped.find(args.recipe)
-    recipe = source.load(recipe_path, args.overrides)
-    for warning in checking.check(recipe, strict=True):
-        _say(f"warning: {warning}")
-    plan = planner.make(recipe)
-    if plan.world.device != args.device:
-        raise PlanError(
-            f"{socket.gethostname()}: the job was planned for {args.device}, here it is {plan.world.device}",
-            "ask for GPUs in the script (gpus-per-node), or print it again where the GPUs are known",
+    run = RunDir(args.run_dir)
+    _refuse_second(run, args)
+    recipe, text = _recipe(args)
+    record = read_record(run)
+    hosts = fit_hosts(args.hosts.split(), {*args.down.split(), *record.excluded})
+    if len(hosts) < recipe.parallel.fewest_nodes:
+        _say(
+            f"{len(hosts)} of {len(args.hosts.split())} nodes are fit, {recipe.parallel.fewest_nodes} are needed"
         )
+        run.append_event("requeue", reason="too few fit nodes", job_id=args.job, exclude=[])
+        print("requeue -")
+        return 0
+    plan = _plan(recipe, len(hosts), args.device)
+    hosts = hosts[: plan.world.nodes]
+    put_back(run.checkpoints_dir)
     start = choose_start(plan, run_dir=args.run_dir, resume="auto")
     for note in start.notes:
         _say(note)
-    start.run.record(recipe_text=recipe_path.read_text(encoding="utf-8-sig"), plan=plan)
-    incarnation = start.run.next_incarnation()
-    job_id = os.environ.get("SLURM_JOB_ID", "")
-    checkpoint = "" if start.checkpoint is None else start.checkpoint.name
-    start.run.append_event(
-        "start", incarnation=incarnation, world_size=plan.world.size, slurm_job=job_id, checkpoint=checkpoint
+    run.record(recipe_text=text, plan=plan)
+    incarnation = run.next_incarnation()
+    step = 0 if start.checkpoint is None else step_of(start.checkpoint)
+    write_record(run, _at_step(record, step))
+    _note_job(run, incarnation, args, hosts)
+    checkpoint = "-" if start.checkpoint is None else start.checkpoint.name
+    run.append_event(
+        "start", incarnation=incarnation, world_size=plan.world.size, slurm_job=args.job,
+        checkpoint=None if start.checkpoint is None else str(start.checkpoint), nodes=list(hosts),
+    )  # fmt: skip
+    patience = plan.recipe.checkpoint.grace_s + 2 * measured_save_s(run) + _PATIENCE_S
+    address = address_towards(hosts[1] if len(hosts) > 1 else "")
+    print(
+        "start", incarnation, address, _free_port(), len(hosts), ",".join(hosts), round(patience), checkpoint
     )
-    print(incarnation, address_towards(args.peer), _free_port(), checkpoint)
     return 0
 
 
 def _end(args: argparse.Namespace) -> int:
     run = RunDir.open(args.run_dir)
     outcome = conclude(run, args.incarnation, args.code)
-    report(run, args.incarnation, outcome, again="sbatch the same script; it resumes", say=_say)
-    return outcome.exit_code
+    plan = run.read_plan()
+    stop_after = plan.recipe.train.stop_after_steps
+    ends = is_cancelled(run) or (stop_after is not None and outcome.step >= stop_after)
+    saved = [step_of(path) for path in list_checkpoints(run.checkpoints_dir)]
+    decision = decide(
+        outcome,
+        read_record(run),
+        Job(
+            hosts=tuple(args.hosts.split()), down=tuple(args.down.split()),
+            fewest=plan.recipe.parallel.fewest_nodes, is_stopping=bool(args.signal),
+        ),
+        saved_step=max(saved, default=0),
+        ends=ends,
+        cap=plan.recipe.slurm.max_failures,
+    )  # fmt: skip
+    write_record(run, decision.record)
+    again = {
+        "exit": "sbatch the same script; it resumes",
+        "here": f"starting again in this job ({decision.why})",
+        "requeue": f"back into the queue ({decision.why})",
+    }[decision.act]
+    report(run, args.incarnation, outcome, again=again, say=_say)
+    if decision.act == "exit":
+        print("exit", decision.code)
+        return 0
+    run.append_event(
+        "requeue" if decision.act == "requeue" else "restart",
+        incarnation=args.incarnation, reason=decision.why, job_id=args.job, exclude=list(decision.exclude),
+    )  # fmt: skip
+    print(decision.act, ",".join(decision.exclude) or "-")
+    return 0
+
+
+def is_cancelled(run: RunDir) -> bool:
+    """Whether `decompft cancel` asked this run to end; a later submission forgets it."""
+    return (run.path / "slurm/cancelled").exists()
+
+
+def measured_save_s(run: RunDir) -> float:
+    """Seconds that the slowest save of the run took; 0 while there was none."""
+    longest = 0.0
+    try:
+        lines = (run.path / "events.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return longest
+    for line in lines:
+        if '"save"' in line:
+            try:
+                longest = max(longest, float(json.loads(line)["save_s"]))
+            except (ValueError, KeyError, TypeError):
+                continue  # a line that a crash cut short
+    return longest
+
+
+def _recipe(args: argparse.Namespace) -> tuple[Recipe, str]:
+    """The recipe that the job runs, and the text that it was written in."""
+    if args.recipe is None:
+        return read_frozen(RunDir(args.run_dir))
+    path = shipped.find(args.recipe)
+    recipe = source.load(path, args.overrides)
+    for warning in checking.check(recipe, strict=True):
+        _say(f"warning: {warning}")
+    return recipe, path.read_text(encoding="utf-8-sig")
+
+
+def _plan(recipe: Recipe, num_hosts: int, device: str) -> Plan:
+    """For as many of the nodes as the batch can be spread over, within what the recipe allows."""
+    problem: PlanError | None = None
+    for count in range(min(num_hosts, recipe.parallel.most_nodes), recipe.parallel.fewest_nodes - 1, -1):
+        parallel = recipe.parallel.model_copy(update={"nodes": count})
+        try:
+            plan = planner.make(recipe.model_copy(update={"parallel": parallel}))
+        except PlanError as error:
+            problem = problem or error
+            continue
+        if plan.world.device != device:
+            raise PlanError(
+                f"{socket.gethostname()}: the job was planned for {device}, here it is {plan.world.device}",
+                "ask for GPUs in the script (gpus-per-node), or print it again where the GPUs are known",
+            )
+        if count < num_hosts:
+            _say(f"{num_hosts} nodes are there, {count} are used")
+        # what the recipe allows stays in the plan: the next incarnation may get other nodes
+        asked = plan.recipe.parallel.model_copy(update={"nodes": recipe.parallel.nodes})
+        return plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"parallel": asked})})
+    assert problem is not None
+    raise problem
+
+
+def _refuse_second(run: RunDir, args: argparse.Namespace) -> None:
+    """Two jobs in one run directory would fence each other off for ever."""
+    newest = run.path / "incarnations"
+    numbers = [int(p.name) for p in newest.glob("*") if p.name.isdecimal()]
+    try:
+        row = json.loads((newest / str(max(numbers, default=0)) / "slurm.json").read_bytes())
+    except (OSError, ValueError):
+        return
+    if row["job_id"] != args.job and row["job_id"] in args.live.split():
+        raise UserError(
+            f"{run.path}: job {row['job_id']} is running in this directory",
+            "wait for it, end it with `decompft cancel`, or choose another place with --run-dir DIR",
+        )
+
+
+def _note_job(run: RunDir, incarnation: int, args: argparse.Namespace, hosts: Sequence[str]) -> None:
+    row = {
+        "job_id": args.job, "restart": args.restart, "task": args.task or None, "nodes": list(hosts),
+        "time_s": round(time.time(), 3),
+    }  # fmt: skip
+    write_atomic(run.incarnation_dir(incarnation) / "slurm.json", json.dumps(row, sort_keys=True) + "\n")
+    script = run.path / "slurm/train.sbatch"
+    if args.script is not None and not script.exists() and args.script.is_file():
+        shutil.copyfile(args.script, script)  # a successor job is made from it
+
+
+def _at_step(record: Record, step: int) -> Record:
+    return replace(record, step=step)
 
 
 def _free_port() -> int:
@@ -95,6 +223,35 @@ def _free_port() -> int:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="decompft.slurm.batch")
+    verbs = parser.add_subparsers(required=True)
+
+    def verb(name: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name)
+        sub.add_argument("run_dir", type=Path)
+        sub.add_argument("--job", default=os.environ.get("SLURM_JOB_ID", ""))
+        sub.add_argument("--hosts", required=True, help="nodes of the job, in Slurm's order, by blanks")
+        sub.add_argument("--down", default="", help="those that Slurm has given up")
+        return sub
+
+    begin = verb("begin")
+    begin.add_argument("--device", required=True, help="what the script asked Slurm for")
+    begin.add_argument("--live", default="", help="job ids of this user that run")
+    begin.add_argument("--restart", type=int, default=int(os.environ.get("SLURM_RESTART_COUNT") or 0))
+    begin.add_argument("--task", default=os.environ.get("SLURM_ARRAY_TASK_ID", ""))
+    begin.add_argument("--script", type=Path, help="the job script, as Slurm keeps it")
+    begin.add_argument("recipe", nargs="?", help="default: the one frozen in the run directory")
+    begin.add_argument("overrides", nargs="*", default=[])
+    begin.set_defaults(run=_begin)
+    end = verb("end")
+    end.add_argument("incarnation", type=int)
+    end.add_argument("code", type=int)
+    end.add_argument("--signal", default="", help="what told the script that the time is up")
+    end.set_defaults(run=_end)
+    return parser
 
 
 if __name__ == "__main__":

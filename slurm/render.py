@@ -1,35 +1,106 @@
-"""The job script for a plan: a pure function, same input, same bytes.
-
-A first version, for the plain case. No test runs it on a Slurm; by hand it ran on two virtual nodes of
-Slurm 22.05 (finished, and stopped by USR1 and continued), never with GPUs or on a real cluster. It does not
-requeue itself: exit 75 means that the state is saved and the same script continues it.
-"""
+"""The job scripts of a run: pure functions, same input, same bytes."""
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from decompft.launcher.errors import PlanError
-from decompft.launcher.job import WORKER, base_env
+from decompft.launcher.job import PREPARE, WORKER, base_env
 from decompft.launcher.plan import Plan
+from decompft.slurm.header import WARNING_S, train_options, wanted
+from decompft.slurm.profile import Profile
+from decompft.slurm.profile_environment import (
+    ApptainerEnvironment,
+    CondaEnvironment,
+    ModuleEnvironment,
+    PyxisEnvironment,
+    VenvEnvironment,
+)
+from decompft.slurm.shell_words import expanding
 
-# Slurm looks every 30 s and may warn 60 s early; the rest is a long step and a save
-WARNING_S = 180
+NODE_CHECK = "decompft.launcher.worker.tools.node_check"
+BATCH = "decompft.slurm.batch"
 
 
-def script(plan: Plan, *, recipe_path: str, run_dir: str, overrides: Sequence[str] = ()) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """How a profile's environment comes to be; every item is ready for the shell."""
+
+    python: str
+    lines: tuple[str, ...] = ()  # run once by the script, before anything else
+    inside: tuple[str, ...] = ()  # words before a command that run it in a container
+    srun: tuple[str, ...] = ()  # options of srun that do
+
+
+def train_script(
+    plan: Plan, profile: Profile, *, run_dir: str, recipe: Sequence[str] = (), warning_s: int = WARNING_S
+) -> str:
     """The text to give to sbatch.
 
     Args:
-        recipe_path: as the user typed it; looked up again on the cluster, from the folder of submission.
         run_dir: on a file system that all nodes share; relative to the folder of submission.
-        overrides: KEY=VALUE as the user typed them.
+        recipe: the recipe's path and KEY=VALUE words as the user typed them, looked up again on the cluster from
+            the folder of submission; empty: what is frozen in the run directory.
+        warning_s: how long before the time limit the job is told to save.
 
     Raises:
         PlanError: the time limit leaves no room for a save, or a value cannot stand in the script's header.
     """
+    world, site = plan.world, wanted(profile, plan.recipe.slurm)
+    words = list(recipe)
+    if words:  # last, so that the node plans for what the header asks for
+        words += [
+            f"parallel.nodes={plan.recipe.parallel.nodes}", f"parallel.gpus_per_node={world.ranks_per_node}"
+        ]  # fmt: skip
+    env = {key: value for key, value in base_env(plan, {}).items() if key != "OMP_NUM_THREADS"}
+    return render(
+        "train.sbatch.j2",
+        directives=[Verbatim(f"#SBATCH {line}") for line in train_options(plan, site, warning_s)],
+        device=world.device,
+        env=dict(sorted(env.items())),
+        cpus_per_task=_cores(site, world.ranks_per_node),
+        profile=site,
+        setup=setup(site, world.device),
+        ranks_per_node=world.ranks_per_node,
+        run_dir=run_dir,
+        recipe=words,
+        batch=BATCH,
+        node_check=NODE_CHECK,
+        prepare=PREPARE,
+        worker=WORKER,
+    )
+
+
+def setup(profile: Profile, device: str) -> Setup:
+    """What a profile's `environment` means to the shell; its paths are expanded on the node."""
+    environment = profile.environment
+    lines = [f"module load {shlex.quote(name)} || exit 2" for name in profile.modules]
+    if isinstance(environment, VenvEnvironment):
+        return Setup(lines=tuple(lines), python=expanding(f"{environment.path}/bin/python"))
+    if isinstance(environment, ModuleEnvironment):
+        lines += [f"module load {shlex.quote(name)} || exit 2" for name in environment.load]
+    if isinstance(environment, CondaEnvironment):
+        conda = expanding(f"{environment.base}/bin/conda") if environment.base else "conda"
+        which = expanding(environment.name or environment.prefix or "")
+        lines += [f'eval "$({conda} shell.bash hook)"', f"conda activate {which} || exit 2"]
+    if isinstance(environment, ApptainerEnvironment):
+        binds = [word for bind in environment.binds for word in ("--bind", expanding(bind))]
+        gpus = ["--nv"] if device == "cuda" else []
+        options = [shlex.quote(option) for option in environment.options]
+        inside = ("apptainer", "exec", *gpus, *binds, *options, expanding(environment.image))
+        return Setup(lines=tuple(lines), inside=inside, python=expanding(environment.python))
+    if isinstance(environment, PyxisEnvironment):
+        mounts = expanding(",".join(environment.mounts))
+        srun = [f"--container-image={expanding(environment.image)}"]
+        srun += [f"--container-mounts={mounts}"] if environment.mounts else []
+        srun += [shlex.quote(option) for option in environment.options]
+        return Setup(lines=tuple(lines), srun=tuple(srun), python=expanding(environment.python))
+    return Setup(lines=tuple(lines), python=expanding(environment.python))
+
+
+def render(template: str, **values: object) -> str:
+    """A template of slurm/templates; a variable that is not given is an error, and every value is quoted."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -39,71 +110,23 @@ def script(plan: Plan, *, recipe_path: str, run_dir: str, overrides: Sequence[st
         trim_blocks=True,
         lstrip_blocks=True,
         # every value is quoted, wherever it stands; the template itself has no say in it
-        finalize=_quote,
+        finalize=quote,
     )
-    _check_time(plan.recipe.slurm.time)
-    world = plan.world
-    pinned = [f"parallel.nodes={world.nodes}", f"parallel.gpus_per_node={world.ranks_per_node}"]
-    return environment.get_template("train.sbatch.j2").render(
-        directives=_directives(plan),
-        device=world.device,
-        env={k: v for k, v in sorted(base_env(plan, {}).items()) if k != "OMP_NUM_THREADS"},
-        cpus_per_task=plan.recipe.slurm.cpus_per_task,
-        ranks_per_node=world.ranks_per_node,
-        run_dir=run_dir,
-        # last, so that the node plans for what the header asks for
-        recipe=[recipe_path, *overrides, *pinned],
-        worker=WORKER,
-    )
+    environment.filters["expanding"] = lambda text: Verbatim(expanding(text))
+    environment.filters["verbatim"] = Verbatim
+    return environment.get_template(template).render(values)
 
 
-def _directives(plan: Plan) -> list[str]:
-    """The #SBATCH lines; sbatch expands nothing in them and splits at spaces."""
-    slurm, world = plan.recipe.slurm, plan.world
-    values: list[tuple[str, object]] = [
-        ("job-name", plan.name),
-        ("nodes", world.nodes),
-        ("ntasks-per-node", 1),
-        ("cpus-per-task", slurm.cpus_per_task),
-        ("gpus-per-node", world.ranks_per_node if world.device == "cuda" else None),
-        ("mem", slurm.mem),
-        ("time", slurm.time),
-        ("partition", slurm.partition),
-        ("account", slurm.account),
-        ("signal", f"B:USR1@{WARNING_S}"),
-        # %x is the job's name; without append a restart would erase the first log
-        ("output", "%x-%j.out"),
-        ("open-mode", "append"),
-    ]
-    lines: list[str] = []
-    for key, value in values:
-        if value is None:
-            continue
-        if not re.fullmatch(r"[\w.,:@%+/-]+", str(value), re.ASCII):
-            raise PlanError(
-                f"slurm.{key}: {value!r} cannot stand in a job script's header",
-                "use letters, digits and . , : @ + / - _ only",
-            )
-        lines.append(_Verbatim(f"#SBATCH --{key}={value}"))
-    return lines
-
-
-def _check_time(limit: str | None) -> None:
-    if limit is None:
-        return
-    days, _, clock = limit.rpartition("-")
-    hours, minutes, seconds = (int(part) for part in clock.split(":"))
-    total_s = int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
-    if total_s < 2 * WARNING_S:
-        raise PlanError(
-            f"slurm.time: {limit} is too short: the job is told to save {WARNING_S} s before its end",
-            f"ask for at least {2 * WARNING_S // 60} minutes, e.g. 00:30:00",
-        )
-
-
-class _Verbatim(str):
+class Verbatim(str):
     """Text that was checked to be safe where it stands."""
 
 
-def _quote(value: object) -> str:
-    return value if isinstance(value, _Verbatim) else shlex.quote(str(value))
+def quote(value: object) -> str:
+    return value if isinstance(value, Verbatim) else shlex.quote(str(value))
+
+
+def _cores(profile: Profile, ranks_per_node: int) -> int | None:
+    """Of one task: srun does not take over what sbatch was told."""
+    if profile.cpus_per_node is None or profile.tasks == "node":
+        return profile.cpus_per_node
+    return max(1, profile.cpus_per_node // ranks_per_node)

@@ -1,0 +1,76 @@
+"""The #SBATCH lines of a training job: what the run needs, then what the site's profile asks."""
+
+from __future__ import annotations
+
+import re
+
+from decompft.launcher.errors import PlanError
+from decompft.launcher.plan import Plan
+from decompft.launcher.recipe import SlurmSection
+from decompft.slurm.profile import Profile
+from decompft.slurm.profile_values import HEADER_TEXT
+from decompft.slurm.site_options import site_options
+
+# Slurm looks every 30 s and may warn 60 s early; the rest is a long step and a save
+WARNING_S = 180
+
+
+def wanted(profile: Profile, slurm: SlurmSection) -> Profile:
+    """The profile with what the recipe says in its place."""
+    told = {
+        "time": slurm.time, "partition": slurm.partition, "account": slurm.account, "mem": slurm.mem,
+        "cpus_per_node": slurm.cpus_per_task,
+    }  # fmt: skip
+    return profile.model_copy(update={key: value for key, value in told.items() if value is not None})
+
+
+def train_options(plan: Plan, profile: Profile, warning_s: int = WARNING_S) -> list[str]:
+    """What sbatch is told about the training job, one option an item.
+
+    Args:
+        profile: as `wanted` gives it.
+
+    Raises:
+        PlanError: the time limit leaves no room for a save, or a value cannot stand in a header.
+    """
+    world, parallel, spares = plan.world, plan.recipe.parallel, plan.recipe.slurm.spares
+    _check_time(profile.time, warning_s)
+    tasks = 1 if profile.tasks == "node" else world.ranks_per_node
+    fewest, most = parallel.fewest_nodes + spares, parallel.most_nodes + spares
+    options = [
+        f"--job-name={plan.name}",
+        f"--nodes={fewest if fewest == most else f'{fewest}-{most}'}",
+        f"--ntasks-per-node={tasks}",
+        *site_options(
+            profile, gpus_per_node=world.ranks_per_node if world.device == "cuda" else 0, tasks_per_node=tasks
+        ),
+        f"--signal=B:{profile.signal}@{warning_s}",
+        "--requeue" if profile.requeue == "requeue" else "--no-requeue",
+        # a node that dies takes only its ranks with it, where the others can go on
+        *(["--no-kill"] if spares or most > fewest else []),
+        # %x is the job's name; without append a restart would erase the first log
+        "--output=%x-%j.out",
+        "--open-mode=append",
+    ]
+    for option in options:
+        key, _, value = option.removeprefix("--").partition("=")
+        if value and option not in profile.directives and not HEADER_TEXT.fullmatch(value):
+            raise PlanError(
+                f"slurm.{key}: {value!r} cannot stand in a job script's header",
+                "use letters, digits and . , : @ + / - _ only",
+            )
+    return options
+
+
+def _check_time(limit: str | None, warning_s: int) -> None:
+    if limit is None:
+        return
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", limit)
+    assert found is not None, limit  # recipe and profile have checked it
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    total_s = days * 86400 + hours * 3600 + minutes * 60 + seconds
+    if total_s < 2 * warning_s:
+        raise PlanError(
+            f"slurm.time: {limit} is too short: the job is told to save {warning_s} s before its end",
+            f"ask for at least {-(-2 * warning_s // 60)} minutes, e.g. 00:30:00",
+        )

@@ -1,0 +1,187 @@
+"""From a plan to a job in the queue: freeze what was asked, let Slurm check the script, submit, write down the id."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from decompft.launcher.errors import SlurmError, UserError
+from decompft.launcher.outcome import write_atomic
+from decompft.launcher.plan import Plan
+from decompft.launcher.resume import choose_start
+from decompft.launcher.runs import RunDir
+from decompft.slurm.commands import call
+from decompft.slurm.frozen import freeze
+from decompft.slurm.header import WARNING_S
+from decompft.slurm.profile import Profile
+from decompft.slurm.render import train_script
+
+SCRIPT = "slurm/train.sbatch"
+_MARGIN_S = 120.0  # Slurm's own granularity of 60 s, a long step, and ranks that notice a little later
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """One job of a run: a line of slurm/jobs.jsonl."""
+
+    job_id: str
+    cluster: str  # "" where there is only one
+    kind: str  # train, prepare, merge, eval, sweep
+    script: str  # below the run directory
+    sha256: str  # of the script
+    after: tuple[str, ...] = ()  # jobs that it waits for
+    array: int | None = None  # tasks
+    time_s: float = 0.0
+
+
+def submit_training(
+    plan: Plan,
+    recipe_text: str,
+    profile: Profile,
+    *,
+    run_dir: Path,
+    resume: str | None,
+    after: Sequence[str] = (),
+    say: Callable[[str], None],
+) -> Submission:
+    """Submit the training job of a run.
+
+    Args:
+        recipe_text: the recipe file, verbatim.
+        run_dir: on a file system that the nodes share; relative to the current folder, which the job starts in.
+        resume: as `decompft launch` takes it.
+        after: jobs that must end well before.
+
+    Raises:
+        UserError: the run is queued or running already, or cannot be continued so.
+        SlurmError: Slurm is not here, or refuses the script; its words are in the message.
+    """
+    run = RunDir(run_dir)
+    refuse_living(run)
+    start = choose_start(plan, run_dir=run_dir, resume=resume)
+    for note in start.notes:
+        say(note)
+    warning_s = max(WARNING_S, round(_MARGIN_S + 2 * _save_s(run)))
+    text = train_script(plan, profile, run_dir=str(run_dir), warning_s=warning_s)
+    check_script(text)
+    if start.is_new and start.checkpoint is not None:
+        run.write_origin(start.checkpoint)
+    run.record(recipe_text=recipe_text, plan=plan)
+    freeze(run, plan.recipe)
+    (run.path / "slurm/cancelled").unlink(missing_ok=True)
+    return submit_script(run, text, name=SCRIPT, kind="train", after=after, logs=profile.logs)
+
+
+def submit_script(
+    run: RunDir,
+    text: str,
+    *,
+    name: str,
+    kind: str,
+    after: Sequence[str] = (),
+    logs: str | None = None,
+    array: int | None = None,
+    options: Sequence[str] = (),
+) -> Submission:
+    """Write a script into the run directory, submit it, and write that down.
+
+    Args:
+        name: of the script, below the run directory.
+        logs: folder of the script's own log; default logs/ of the run directory.
+        options: further options of sbatch.
+
+    Raises:
+        SlurmError: sbatch refuses; its words are in the message.
+    """
+    script = run.path / name
+    folder = Path(logs) if logs else run.path / "logs"
+    # a missing folder fails the job without a log anywhere
+    folder.mkdir(parents=True, exist_ok=True)
+    script.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(script, text)
+    number = "%A-%a" if array else "%j"
+    argv = [
+        "sbatch", "--parsable", f"--output={str(folder).replace('%', '%%')}/{kind}-{number}.out",
+        *([f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []),
+        *options, str(script),
+    ]  # fmt: skip
+    done = call(argv)
+    if done.code != 0 or not done.lines:
+        raise SlurmError(f"sbatch refused {script}: {_words(done.stderr)}", f"try it: {shlex.join(argv)}")
+    job_id, _, cluster = done.lines[-1].strip().partition(";")
+    submission = Submission(
+        job_id=job_id, cluster=cluster, kind=kind, script=name, after=tuple(after), array=array,
+        sha256=hashlib.sha256(text.encode()).hexdigest(), time_s=round(time.time(), 3),
+    )  # fmt: skip
+    with (run.path / "slurm/jobs.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(submission), sort_keys=True) + "\n")
+    run.append_event("submit", job_id=job_id, kind=kind, after=list(after))
+    return submission
+
+
+def check_script(text: str) -> str:
+    """Let Slurm itself look at a script; what it says of start and nodes.
+
+    Raises:
+        SlurmError: it would refuse the script.
+    """
+    done = call(["sbatch", "--test-only"], stdin=text)
+    if done.code != 0:
+        raise SlurmError(
+            f"Slurm would refuse this job: {_words(done.stderr)}",
+            "change the recipe's slurm section or the profile; `decompft doctor --slurm PROFILE` compares it with "
+            "the cluster",
+        )
+    return _words(done.stderr)
+
+
+def read_submissions(run: RunDir) -> list[Submission]:
+    """The jobs of a run, oldest first."""
+    try:
+        lines = (run.path / "slurm/jobs.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+            found.append(Submission(**{**row, "after": tuple(row["after"])}))
+        except (ValueError, TypeError, KeyError):
+            continue  # cut short by a full disk
+    return found
+
+
+def refuse_living(run: RunDir) -> None:
+    """Two jobs in one run directory would fence each other off.
+
+    Raises:
+        UserError: a job of the run is queued or running.
+    """
+    ids = [s.job_id for s in read_submissions(run) if s.kind in ("train", "sweep")]
+    if not ids:
+        return
+    # an unknown id beside a known one is no error, alone it is: ask about all of this user's
+    known = {line.split()[0] for line in call(["squeue", "--me", "--noheader", "--format=%A"]).lines}
+    living = [job for job in ids if job in known]
+    if living:
+        raise UserError(
+            f"{run.path}: job {living[-1]} of this run is queued or running",
+            f"look with `decompft status {run.path}`, end it with `decompft cancel {run.path}`, "
+            "or choose another place with --run-dir DIR",
+        )
+
+
+def _save_s(run: RunDir) -> float:
+    from decompft.slurm.batch import measured_save_s
+
+    return measured_save_s(run)
+
+
+def _words(stderr: str) -> str:
+    lines = [line.removeprefix("sbatch: ").removeprefix("error: ").strip() for line in stderr.splitlines()]
+    return "; ".join(line for line in lines if line) or "it does not say why"
