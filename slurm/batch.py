@@ -23,7 +23,7 @@ from pathlib import Path
 from decompft.launcher import checking, planner, shipped, source
 from decompft.launcher.checkpoints import list_checkpoints, put_back, step_of
 from decompft.launcher.ending import conclude, report
-from decompft.launcher.errors import DecompftError, PlanError, UserError
+from decompft.launcher.errors import DecompftError, PlanError, SlurmError, UserError
 from decompft.launcher.outcome import write_atomic
 from decompft.launcher.plan import Plan
 from decompft.launcher.recipe import Recipe
@@ -50,7 +50,13 @@ def address_towards(peer: str) -> str:
     """This node's address on the way to another one; its own name may resolve to 127.0.1.1."""
     if not peer:
         return "127.0.0.1"
-    family, kind, protocol, _, where = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
+    except socket.gaierror as error:
+        raise SlurmError(
+            f"{socket.gethostname()}: the name of node {peer} does not resolve here ({error.strerror})",
+            "the site's administrator must mend it (DNS or /etc/hosts of the nodes)",
+        ) from error
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(where)  # of a datagram socket: chooses a route, sends nothing
         return str(probe.getsockname()[0])
@@ -155,7 +161,7 @@ def _recipe(args: argparse.Namespace) -> tuple[Recipe, str]:
     if args.recipe is None:
         return read_frozen(RunDir(args.run_dir))
     path = shipped.find(args.recipe)
-    recipe = source.load(path, args.overrides)
+    recipe = source.load(path, args.override)
     for warning in checking.check(recipe, strict=True):
         _say(f"warning: {warning}")
     return recipe, path.read_text(encoding="utf-8-sig")
@@ -243,8 +249,8 @@ def _parser() -> argparse.ArgumentParser:
     begin.add_argument("--restart", type=int, default=int(os.environ.get("SLURM_RESTART_COUNT") or 0))
     begin.add_argument("--task", default=os.environ.get("SLURM_ARRAY_TASK_ID", ""))
     begin.add_argument("--script", type=Path, help="the job script, as Slurm keeps it")
-    begin.add_argument("recipe", nargs="?", help="default: the one frozen in the run directory")
-    begin.add_argument("overrides", nargs="*", default=[])
+    begin.add_argument("--recipe", help="default: the one frozen in the run directory")
+    begin.add_argument("--override", action="append", default=[], metavar="KEY=VALUE")
     begin.set_defaults(run=_begin)
     end = verb("end")
     end.add_argument("incarnation", type=int)

@@ -1,0 +1,166 @@
+"""tiny_map.yaml as a job of the real Slurm, and what a test asks of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+from testbed import Cluster
+
+from decompft.launcher.checkpoints import list_checkpoints, step_of
+from decompft.launcher.runs import RunDir
+
+CLI = [sys.executable, "-m", "decompft.launcher.cli"]
+STEPS = 40
+# a step of tiny_map takes a twentieth of a second; the start of its ranks half a minute on a busy machine
+START_S = 150.0
+
+
+@dataclass
+class Submitted:
+    """A submitted run."""
+
+    cluster: Cluster
+    folder: Path  # of submission
+    run: RunDir
+    job: str
+    shown: str  # what `launch --slurm` said
+
+    def rows(self) -> list[dict[str, Any]]:
+        return json_lines(self.run.metrics_path)
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        return [row for row in json_lines(self.run.path / "events.jsonl") if row["event"] == kind]
+
+    def saved(self) -> int:
+        return max((step_of(path) for path in list_checkpoints(self.run.checkpoints_dir)), default=0)
+
+    def until_step(self, step: int, seconds: float = START_S) -> None:
+        self.cluster.until(
+            lambda: any(row["step"] >= step for row in self.rows()), seconds, f"step {step}\n{self.log()}"
+        )
+
+    def until_incarnation(self, number: int, seconds: float = START_S) -> None:
+        self.cluster.until(
+            lambda: len(self.events("start")) >= number, seconds, f"incarnation {number}\n{self.log()}"
+        )
+
+    def finished(self, seconds: float) -> None:
+        """Wait for the end; the run is trained to its last step and left an adapter."""
+        state = self.cluster.finished(self.job, seconds)
+        assert state == "COMPLETED", f"{state}\n{self.log()}"
+        assert (self.run.path / "adapter/adapter.safetensors").exists(), self.log()
+
+    def log(self) -> str:
+        """All that the job said, for a failed test."""
+        files = [
+            *sorted(self.run.path.glob("logs/*.out")),
+            *sorted(self.run.path.glob("logs/*/launcher.log")),
+        ]
+        return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-4000:]}" for path in files)
+
+    def steps_lost(self) -> int:
+        """Steps that were trained more than once; the samples of each step are those of the first time."""
+        seen: dict[int, int] = {}
+        lost = 0
+        for row in self.rows():
+            lost += row["step"] in seen
+            assert seen.setdefault(row["step"], row["samples"]) == row["samples"], row
+        return lost
+
+    def samples(self) -> dict[int, int]:
+        """A checksum of the ids of each step's samples."""
+        return {row["step"]: row["samples"] for row in self.rows()}
+
+
+def submit(
+    cluster: Cluster, folder: Path, *words: str, profile: str = "", env: dict[str, str] | None = None
+) -> Submitted:
+    """`decompft launch tiny_map --slurm site.yaml` with two nodes of one rank."""
+    interface = "eth0" if cluster.mode == "veth" else "lo"
+    (folder / "site.yaml").write_text(
+        f"network: {{interface: {interface}}}\ncpus_per_node: 2\ntime: '0:30:00'\n{profile or 'node_check: false'}\n"
+    )
+    argv = [
+        *CLI, "launch", "tiny_map", "--slurm", "site.yaml", f"train.max_steps={STEPS}", "parallel.nodes=2",
+        "logging.tensorboard=false", f"data.cache_dir={folder / 'cache'}", "--run-dir", "run", *words,
+    ]  # fmt: skip
+    done = subprocess.run(
+        argv, cwd=folder, env=job_env() | (env or {}), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    run = RunDir(folder / "run")
+    job = json_lines(run.path / "slurm/jobs.jsonl")[-1]["job_id"]
+    cluster.jobs.append(job)
+    return Submitted(cluster, folder, run, job, done.stdout)
+
+
+def job_env() -> dict[str, str]:
+    return os.environ | {
+        "DECOMPFT_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "DECOMPFT_PYTHON": sys.executable
+    }  # fmt: skip
+
+
+def unbroken(folder: Path) -> dict[int, int]:
+    """The samples of each step of the same run on this machine, never interrupted."""
+    argv = [
+        *CLI, "launch", "tiny_map", f"train.max_steps={STEPS}", "logging.tensorboard=false",
+        f"data.cache_dir={folder / 'cache'}", "--run-dir", "run",
+    ]  # fmt: skip
+    done = subprocess.run(argv, cwd=folder, env=job_env(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return {row["step"]: row["samples"] for row in json_lines(folder / "run/metrics.jsonl")}
+
+
+def slow_steps(folder: Path, seconds: float) -> dict[str, str]:
+    """An environment in which a step takes that much longer, so that a test can interrupt where it wants to."""
+    return patched(
+        folder,
+        f"""
+        import sys, time, zlib
+        crc32 = zlib.crc32
+        def slow(*words):
+            if sys._getframe(1).f_globals.get("__name__") == "decompft.launcher.worker.train":
+                time.sleep({seconds})
+            return crc32(*words)
+        zlib.crc32 = slow
+        """,
+    )
+
+
+def slow_saves(folder: Path, seconds: float) -> dict[str, str]:
+    """An environment in which the ranks' fsync of a checkpoint takes so long each; several make a save."""
+    return patched(
+        folder,
+        f"""
+        import os, time
+        fsync = os.fsync
+        def slow(handle):
+            if "RANK" in os.environ and "checkpoints" in os.readlink(f"/proc/self/fd/{{handle}}"):
+                time.sleep({seconds})
+            fsync(handle)
+        os.fsync = slow
+        """,
+    )
+
+
+def patched(folder: Path, text: str) -> dict[str, str]:
+    """An environment in which every Python runs `text` first."""
+    site = folder / "site"
+    site.mkdir(exist_ok=True)
+    with (site / "sitecustomize.py").open("a") as file:
+        file.write(dedent(text))
+    return {"PYTHONPATH": str(site)}
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file that is being written: the last line may be half a row."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]

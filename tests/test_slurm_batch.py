@@ -1,0 +1,218 @@
+"""What the job script asks Python for: a run to begin or continue, and what to do when its ranks are gone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_runs import make_checkpoint, make_plan
+
+from decompft.launcher.outcome import Outcome, write_outcome
+from decompft.launcher.runs import RunDir
+from decompft.slurm import batch
+from decompft.slurm.after import Decision, Job, Record, decide, read_record, write_record
+
+pytestmark = pytest.mark.dist
+
+RECIPE = """
+name: tiny
+model: {config: {model_type: llama, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2,
+        num_attention_heads: 4, num_key_value_heads: 4, vocab_size: 320}, weights: random}
+data: {train: [{path: train.jsonl}], sequence_length: 64}
+train: {max_steps: 4, global_batch_size: 4}
+"""
+
+
+def begin(*words: str, capsys: pytest.CaptureFixture[str], hosts: str = "vn-1") -> list[str]:
+    argv = [
+        "begin",
+        "runs/tiny",
+        "--device=cpu",
+        f"--hosts={hosts}",
+        "--job=5",
+        "--recipe=tiny.yaml",
+        *(f"--override={word}" for word in words),
+    ]
+    code = batch.main(argv)
+    captured = capsys.readouterr()
+    return captured.out.split() if code == 0 else [str(code), captured.err]
+
+
+@pytest.fixture
+def submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DECOMPFT_DEVICE", "cpu")
+    Path("tiny.yaml").write_text(RECIPE)
+    Path("train.jsonl").write_text(json.dumps({"instruction": "a", "output": "b"}) + "\n")
+    return tmp_path / "runs/tiny"
+
+
+def test_begin_makes_the_run_and_then_continues_it(
+    submitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    act, incarnation, address, port, count, nodes, patience, checkpoint = begin(
+        "train.max_steps=2", capsys=capsys
+    )
+    assert (act, incarnation, address, int(port) > 0) == ("start", "1", "127.0.0.1", True)
+    assert (count, nodes, checkpoint) == ("1", "vn-1", "-")
+    assert int(patience) == 180  # checkpoint.grace_s and a minute
+    assert RunDir.open(submitted).read_plan().recipe.train.max_steps == 2
+    assert (submitted / "recipe.yaml").read_text() == RECIPE
+    make_checkpoint(submitted, 1)
+    (submitted / "events.jsonl").open("a").write('{"event": "save", "save_s": 50.0}\n{"event": "save", "sa')
+    assert begin("train.max_steps=2", capsys=capsys)[1::6] == ["2", "step-00000001"]
+    assert begin("train.max_steps=2", capsys=capsys)[6] == "280"
+    code, error = begin("train.max_steps=2", "train.seed=5", capsys=capsys)  # another run
+    assert code == "2" and "train.seed" in error
+    assert batch.main(["begin", "runs/x", "--device=cuda", "--hosts=vn-1", "--recipe=tiny.yaml"]) == 2
+    assert not Path("runs/x").exists()
+
+
+NODES = "127.0.0.1 127.0.0.2 127.0.0.3 127.0.0.4"  # names that resolve everywhere
+
+
+def test_begin_takes_as_many_nodes_as_come_and_as_the_batch_allows(
+    submitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def taken(count: int, nodes: str) -> list[str]:
+        hosts = " ".join(NODES.split()[:count])
+        return begin(f"parallel.nodes={nodes}", capsys=capsys, hosts=hosts)
+
+    assert taken(4, "1-4")[4:6] == ["4", NODES.replace(" ", ",")]
+    assert taken(3, "1-4")[4:6] == ["2", "127.0.0.1,127.0.0.2"]  # four rows cannot be spread over three
+    assert taken(4, "1")[4:6] == ["1", "127.0.0.1"]  # the others are spares
+    assert taken(2, "3-4") == ["requeue", "-"]
+    assert RunDir.open(submitted).read_plan().recipe.parallel.nodes == 1
+
+
+def test_begin_leaves_out_nodes_that_are_down_or_were_at_fault(
+    submitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(capsys=capsys)
+    write_record(RunDir(submitted), Record(excluded=("127.0.0.2",)))
+    argv = ["begin", "runs/tiny", "--device=cpu", f"--hosts={NODES}", "--down=127.0.0.3", "--job=5"]
+    assert batch.main([*argv, "--recipe=tiny.yaml", "--override=parallel.nodes=2"]) == 0
+    assert capsys.readouterr().out.split()[4:6] == ["2", "127.0.0.1,127.0.0.4"]
+
+
+def test_a_node_whose_name_does_not_resolve_is_named(
+    submitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, error = begin("parallel.nodes=2", capsys=capsys, hosts="localhost no-such-node.invalid")
+    assert code == "2" and "the name of node no-such-node.invalid does not resolve" in error
+
+
+def test_a_second_job_in_the_same_run_is_refused(submitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begin(capsys=capsys)
+    argv = ["begin", "runs/tiny", "--device=cpu", "--hosts=a", "--live=4\n5", "--recipe=tiny.yaml"]
+    assert batch.main([*argv, "--job=6"]) == 2
+    assert "job 5 is running in this directory" in capsys.readouterr().err
+    assert batch.main([*argv, "--job=5"]) == 0
+
+
+def ended(run: RunDir, capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert batch.main(["end", str(run.path), "1", "137", "--hosts=vn-1 vn-2", *words]) == 0
+    return capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(
+    ("result", "does"), [("finished", "exit 0"), ("checkpointed", "requeue -"), ("user_error", "exit 2")]
+)
+def test_end_turns_the_outcome_into_an_act(
+    tmp_path: Path, result: str, does: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir.create(tmp_path, recipe_text="", plan=make_plan())
+    run.next_incarnation()
+    write_outcome(run.incarnation_dir(1), Outcome(result=result, step=3))  # type: ignore[arg-type]
+    assert ended(run, capsys) == does
+
+
+def test_a_run_that_was_cancelled_or_reached_its_stop_is_not_requeued(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir.create(tmp_path, recipe_text="", plan=make_plan(train={"stop_after_steps": 3}))
+    run.next_incarnation()
+    write_outcome(run.incarnation_dir(1), Outcome(result="checkpointed", step=2))
+    assert ended(run, capsys) == "requeue -"
+    (run.path / "slurm/cancelled").write_text("{}")
+    assert ended(run, capsys) == "exit 75"
+    (run.path / "slurm/cancelled").unlink()
+    write_outcome(run.incarnation_dir(1), Outcome(result="checkpointed", step=3))
+    assert ended(run, capsys) == "exit 75"
+
+
+def test_end_finds_the_rank_behind_sruns_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDir.create(tmp_path, recipe_text="", plan=make_plan(ranks=2))
+    run.next_incarnation()
+    report = ["[0]:", "  host      : vn-2", "  rank      : 3 (local_rank: 1)", "  exitcode  : -9 (pid: 5)"]
+    run.launcher_log(1).write_text("".join(f"1: {line}\n" for line in report))
+    assert batch.main(["end", str(tmp_path), "1", "1", "--hosts=vn-1 vn-2"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "here -\n"
+    assert "rank 3 was killed by signal 9 (SIGKILL)" in captured.err
+    assert read_record(run).suspects == {"vn-2": 1}
+
+
+def test_address_towards_another_node_is_not_taken_from_the_own_name() -> None:
+    assert batch.address_towards("") == "127.0.0.1"
+    assert batch.address_towards("localhost") in ("127.0.0.1", "::1")
+
+
+# -- the decision itself --
+
+
+def decided(outcome: Outcome, record: Record | None = None, *, saved: int = 0, hosts: str = "a b", down: str = "",
+            fewest: int = 2, stopping: bool = False) -> Decision:  # fmt: skip
+    job = Job(hosts=tuple(hosts.split()), down=tuple(down.split()), fewest=fewest, is_stopping=stopping)
+    return decide(outcome, record or Record(), job, saved_step=saved, ends=False, cap=3)
+
+
+CRASH = Outcome(result="failed", node="b", cause="crash")
+
+
+def test_failures_in_a_row_end_at_the_cap_and_progress_starts_the_count_again() -> None:
+    record, acts = Record(), []
+    for _ in range(4):
+        decision = decided(Outcome(result="failed", cause="data"), record)
+        record = decision.record
+        acts.append(decision.act)
+    assert acts == ["here", "here", "here", "exit"] and decision.code == 3
+    assert decided(CRASH, record, saved=5).record.failures == 1
+    assert decided(Outcome(result="checkpointed"), record, saved=5).record.failures == 0
+
+
+def test_twenty_preemptions_do_not_use_the_cap_up() -> None:
+    record = Record()
+    for step in range(20):
+        decision = decided(Outcome(result="checkpointed", step=step), record, saved=step)
+        assert decision.act == "requeue"
+        record = decision.record
+    assert record.failures == 0
+
+
+def test_a_node_that_is_at_fault_twice_is_left_out() -> None:
+    first = decided(CRASH, hosts="a b c")
+    assert (first.act, first.exclude, first.record.suspects) == ("here", (), {"b": 1})
+    second = decided(CRASH, first.record, saved=7, hosts="a b c")
+    assert (second.act, second.exclude) == ("here", ("b",))  # a spare takes its place
+    assert second.record.excluded == ("b",) and second.record.suspects == {}
+    assert decided(CRASH, first.record).act == "requeue"  # there is none
+    assert decided(
+        Outcome(result="failed", node="a", cause="crash"), Record(suspects={"a": 1}), hosts="a b c"
+    ).act == (
+        "requeue"  # the script itself runs there
+    )
+
+
+@pytest.mark.parametrize("cause", ["data", "non_finite", "out_of_memory_gpu", "disk", "user"])
+def test_what_would_follow_the_run_anywhere_speaks_against_no_node(cause: str) -> None:
+    assert decided(Outcome(result="failed", node="b", cause=cause)).record.suspects == {}
+
+
+def test_a_lost_node_and_a_stop_do_not_start_here_again() -> None:
+    lost = Outcome(result="failed", node="b", cause="node_lost")
+    assert decided(lost).act == "requeue"
+    assert decided(lost, hosts="a b c").act == "here"
+    assert decided(CRASH, down="b").act == "requeue"
+    assert decided(CRASH, stopping=True).act == "requeue"

@@ -1,0 +1,153 @@
+"""A run that the cluster interrupts, on a real Slurm: it ends trained to its last step, on the samples of an unbroken one.
+
+Numbers of `demand` are those of SLURM.md section 4.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from slurmed import Submitted, slow_saves, slow_steps, submit, unbroken
+from testbed import Cluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[int, int]:
+    return unbroken(tmp_path_factory.mktemp("unbroken"))
+
+
+def check(run: Submitted, samples: dict[int, int], *, most_lost: int = 0) -> None:
+    lost = run.steps_lost()
+    print(f"steps lost: {lost}, incarnations: {len(run.events('start'))}")
+    assert run.samples() == samples
+    assert lost <= most_lost, run.log()
+
+
+def test_two_nodes_of_two_ranks_train_to_the_last_step(
+    cluster: Cluster, tmp_path: Path, samples: dict[int, int]
+) -> None:
+    run = submit(cluster, tmp_path, "parallel.gpus_per_node=2")
+    run.finished(240)
+    check(run, samples)
+    assert f"job {run.job}" in run.shown
+    assert run.events("start")[0]["world_size"] == 4
+    assert run.events("start")[0]["nodes"] == ["vn-1", "vn-2"]
+
+
+@pytest.mark.parametrize("signal", ["USR1", "TERM"])
+def test_a_signal_to_the_batch_script_saves_and_requeues(
+    cluster: Cluster, tmp_path: Path, samples: dict[int, int], signal: str
+) -> None:
+    run = submit(
+        cluster, tmp_path, profile=f"node_check: false\nsignal: {signal}", env=slow_steps(tmp_path, 0.3)
+    )
+    run.until_step(5)
+    cluster.run("scancel", "--batch", f"--signal={signal}", run.job)
+    run.finished(240)
+    check(run, samples)
+    assert [row["reason"] for row in run.events("requeue")] == ["state saved, more to do"]
+    assert cluster.show(run.job)["Restarts"] == "1"
+
+
+def test_demand_2_the_time_limit_loses_no_step(
+    cluster: Cluster, tmp_path: Path, samples: dict[int, int]
+) -> None:
+    run = submit(cluster, tmp_path, env=slow_steps(tmp_path, 1.0))
+    run.until_step(3)
+    # the warning comes 180 s before the end, so at once; Slurm looks every 30 s
+    cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=4")
+    run.until_incarnation(2)
+    cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=30")
+    run.finished(240)
+    check(run, samples)
+    assert len(run.events("start")) == 2
+
+
+def test_demand_3_preemption_makes_way_and_loses_no_step(
+    cluster: Cluster, tmp_path: Path, samples: dict[int, int]
+) -> None:
+    run = submit(
+        cluster, tmp_path, "slurm.partition=preempt", profile="node_check: false\nexclusive: true",
+        env=slow_steps(tmp_path, 0.3),
+    )  # fmt: skip
+    run.until_step(5)
+    high = cluster.submit(
+        "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "date +%s.%N > high", cwd=tmp_path
+    )
+    assert cluster.finished(high, 60) == "COMPLETED"
+    saved = run.events("save")[-1]["time_s"]
+    waited = float((tmp_path / "high").read_text()) - saved
+    print(f"the other job started {waited:.1f} s after the save")
+    assert waited < 10
+    run.finished(240)
+    check(run, samples)
+
+
+def test_demand_3_a_save_longer_than_torchruns_patience_survives(
+    cluster: Cluster, tmp_path: Path, samples: dict[int, int]
+) -> None:
+    run = submit(cluster, tmp_path, env=slow_steps(tmp_path, 0.3) | slow_saves(tmp_path, 6.0))
+    run.until_step(5)
+    # to every process of the steps, torchrun too, as a preemption does it
+    cluster.run("scancel", "--signal=TERM", run.job)
+    run.finished(400)
+    check(run, samples)
+    assert max(row["save_s"] for row in run.events("save") if row["reason"] != "interval") > 30
+
+
+def test_demand_4_a_killed_rank_is_replaced_in_the_same_job(
+    cluster: Cluster, tmp_path: Path, samples: dict[int, int]
+) -> None:
+    run = submit(cluster, tmp_path, env=slow_steps(tmp_path, 0.3))
+    run.until_step(12)
+    pids = subprocess.run(
+        ["pgrep", "-f", f"worker.main {run.run.path.name} --incarnation 1"], capture_output=True, text=True
+    ).stdout.split()
+    subprocess.run(["kill", "-KILL", pids[-1]], check=True)
+    run.finished(240)
+    check(run, samples, most_lost=10)
+    assert run.events("restart") and not run.events("requeue")
+    assert cluster.show(run.job)["Restarts"] == "0"
+
+
+def test_demand_4_scontrol_requeue_goes_on_from_the_last_checkpoint(
+    cluster: Cluster, tmp_path: Path, samples: dict[int, int]
+) -> None:
+    run = submit(cluster, tmp_path, env=slow_steps(tmp_path, 0.3))
+    run.until_step(12)
+    cluster.run("scontrol", "requeue", run.job)
+    run.finished(240)
+    check(run, samples, most_lost=10)
+
+
+def test_demand_4_a_node_that_dies_is_replaced(
+    cluster: Cluster, tmp_path: Path, samples: dict[int, int]
+) -> None:
+    run = submit(cluster, tmp_path, env=slow_steps(tmp_path, 0.3))
+    run.until_step(12)
+    cluster.node("kill", "vn-2")
+    try:
+        run.until_incarnation(2, 300)
+        assert "vn-2" not in run.events("start")[-1]["nodes"]
+        run.finished(240)
+    finally:
+        cluster.node("start", "vn-2")
+    check(run, samples, most_lost=10)
+
+
+def test_demand_5_a_failure_before_the_first_step_ends_after_the_cap(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    broken = slow_steps(tmp_path, 0.0)
+    with (tmp_path / "site/sitecustomize.py").open("a") as file:
+        file.write("import os\nif 'RANK' in os.environ: raise RuntimeError('this node has no luck')\n")
+    run = submit(cluster, tmp_path, "slurm.max_failures=2", "parallel.nodes=1", env=broken)
+    assert cluster.finished(run.job, 240) == "FAILED"
+    assert cluster.show(run.job)["ExitCode"] == "3:0"
+    assert len(run.events("start")) == 3
+    assert "this node has no luck" in run.log()
+    assert "slurm.max_failures" in run.log()
