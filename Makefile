@@ -37,9 +37,10 @@ test: $(VENV)/.test
 	@code=0; \
 	tier() { begin=$$(date +%s); OMP_NUM_THREADS=1 $(BIN)/pytest -m "$$2" $$3 $(PYTEST_ARGS) || code=$$?; \
 		echo "tier $$1: $$(($$(date +%s) - begin)) s"; }; \
-	tier unit "not dist and not slow and not gpu" ""; \
+	tier unit "not dist and not slow and not slurm and not gpu" ""; \
 	tier dist "dist and not slow and not gpu" "-n 2 --dist load"; \
 	tier slow "slow and not gpu" ""; \
+	tier slurm "slurm" "-rs"; \
 	echo "tier gpu: skipped, it needs a CUDA device (pytest -m gpu)"; exit $$code
 
 lint: $(VENV)/.test

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from decompft.launcher.cli_runs import add_run_verbs
 from decompft.launcher.cli_tools import add_tools
 from decompft.launcher.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, DecompftError
 
@@ -146,7 +147,10 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _schema(args: argparse.Namespace) -> int:
-    from decompft.launcher.source import schema_json
+    if args.profile:
+        from decompft.slurm.profile import schema_json
+    else:
+        from decompft.launcher.source import schema_json
 
     print(schema_json(), end="")
     return EXIT_DONE
@@ -250,7 +254,9 @@ def _parser() -> argparse.ArgumentParser:
     sbatch.set_defaults(run=_sbatch)
 
     verb("check", "validate all that can be known without a GPU", recipe=True).set_defaults(run=_check)
-    verb("schema", "print the JSON Schema of a recipe").set_defaults(run=_schema)
+    schema = verb("schema", "print the JSON Schema of a recipe, for editors")
+    schema.add_argument("--profile", action="store_true", help="of a profile of a Slurm site")
+    schema.set_defaults(run=_schema)
 
     recipes = verb("recipes", "list, show or copy the recipes that ship")
     recipes.set_defaults(run=_recipes, action="list")
@@ -267,6 +273,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/report.html; of several: here")
     report.set_defaults(run=_report)
 
+    add_run_verbs(verb)
     add_tools(verb, _add_recipe)
     return parser
 

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from decompft.launcher.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER
+from decompft.launcher.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
 
 _TOOLS = "decompft.launcher.worker.tools"
 
@@ -25,7 +25,15 @@ def add_tools(
         add_recipe: adds RECIPE and its overrides to a parser.
     """
     doctor = verb("doctor", "what works on this machine, and what does not")
-    doctor.set_defaults(run=_tool, positional=(), flags=())
+    doctor.add_argument(
+        "--slurm",
+        metavar="PROFILE",
+        nargs="?",
+        const="",
+        help="check a profile of a Slurm site against the cluster",
+    )
+    doctor.add_argument("--json", action="store_true", help="with --slurm: print the findings as JSON")
+    doctor.set_defaults(run=_doctor, positional=(), flags=())
 
     merge = verb("merge", "write the base with the adapter folded in, as a plain model")
     _add_adapter(merge)
@@ -209,6 +217,17 @@ def _run(tool: str, words: Sequence[str]) -> int:
         except KeyboardInterrupt:  # the terminal sent it to the tool too, which ends by it
             continue
     return code if code in (EXIT_DONE, EXIT_USER) else EXIT_FAILED
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    """A cluster is asked from here; what this machine can do needs torch."""
+    if args.slurm is not None:
+        from decompft.slurm.check_profile import doctor
+
+        return doctor(args.slurm, as_json=args.json)
+    if args.json:
+        raise UserError("doctor: --json goes with --slurm", "decompft doctor --slurm PROFILE --json")
+    return _tool(args)
 
 
 def _inspect(args: argparse.Namespace) -> int:

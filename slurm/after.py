@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from decompft.launcher.causes import Kind
+from decompft.launcher.errors import EXIT_FAILED
 from decompft.launcher.outcome import Outcome, write_atomic
 from decompft.launcher.runs import RunDir
 
@@ -94,6 +95,33 @@ def decide(outcome: Outcome, record: Record, job: Job, *, saved_step: int, ends:
     can_stay = not job.is_stopping and not ends and len(left) >= job.fewest
     return Decision(
         act="here" if can_stay else "requeue", code=code, why=why, record=counted, exclude=exclude
+    )
+
+
+def decide_unfit(
+    bad: Sequence[str], chosen: Sequence[str], record: Record, job: Job, *, cap: int
+) -> Decision:
+    """After a node check that failed: leave the bad nodes out, unless it is not the nodes.
+
+    Args:
+        bad: nodes that did not pass.
+        chosen: nodes that were to train.
+    """
+    counted = replace(record, failures=record.failures + 1)
+    if len(chosen) > 1 and set(bad) == set(chosen):
+        why = "no node passed the check: look at its report before blaming them"
+        return Decision(act="exit", code=EXIT_FAILED, why=why, record=counted)
+    if counted.failures > cap:
+        why = f"{counted.failures} failures in a row without progress, slurm.max_failures is {cap}"
+        return Decision(act="exit", code=EXIT_FAILED, why=why, record=counted)
+    excluded = tuple(sorted({*record.excluded, *bad}))
+    can_stay = not job.is_stopping and len(fit_hosts(job.hosts, {*job.down, *excluded})) >= job.fewest
+    return Decision(
+        act="here" if can_stay else "requeue",
+        code=EXIT_FAILED,
+        why=f"without {', '.join(bad)}, which did not pass the node check",
+        record=replace(counted, excluded=excluded),
+        exclude=tuple(bad),
     )
 
 

@@ -1,7 +1,7 @@
 """What the job script asks Python for, on the first node of its job. It answers in words for `read`.
 
 begin    makes or continues the run: `start INCARNATION ADDRESS PORT COUNT NODES PATIENCE_S CHECKPOINT|-` or `requeue`
-checked  what the nodes said of themselves: `fit`, or `requeue NODES`
+checked  what the nodes said of themselves: `fit`, else as `end`
 end      what to do now that the ranks are gone: `exit CODE`, `here`, or `requeue NODES|-`
 
 Nothing here calls a program of Slurm's: inside a container there is none. The script passes on what Slurm knows.
@@ -20,16 +20,25 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from decompft.launcher import checking, planner, shipped, source
+from decompft.launcher import checking, node_report, planner, shipped, source
 from decompft.launcher.checkpoints import list_checkpoints, put_back, step_of
 from decompft.launcher.ending import conclude, report
 from decompft.launcher.errors import DecompftError, PlanError, SlurmError, UserError
-from decompft.launcher.outcome import write_atomic
+from decompft.launcher.outcome import Outcome, write_atomic, write_outcome
 from decompft.launcher.plan import Plan
 from decompft.launcher.recipe import Recipe
 from decompft.launcher.resume import choose_start
 from decompft.launcher.runs import RunDir
-from decompft.slurm.after import Job, Record, decide, fit_hosts, read_record, write_record
+from decompft.slurm.after import (
+    Decision,
+    Job,
+    Record,
+    decide,
+    decide_unfit,
+    fit_hosts,
+    read_record,
+    write_record,
+)
 from decompft.slurm.frozen import read_frozen
 
 # beside the measured save: the slowest step, and ranks that notice the stop a little later
@@ -99,6 +108,33 @@ def _begin(args: argparse.Namespace) -> int:
     return 0
 
 
+def _checked(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    run = RunDir.open(args.run_dir)
+    chosen = args.nodes.split(",")
+    report = node_report.read(run.incarnation_dir(args.incarnation) / "nodes", chosen)
+    report.show(Console(stderr=True))
+    if report.user_error is not None:
+        raise report.user_error
+    if not report.bad:
+        print("fit -")
+        return 0
+    node, why = report.bad[0]
+    outcome = Outcome(
+        result="failed", message=f"{node} is not fit to train: {why}", node=node, cause="node_lost",
+        meaning="a node did not pass the check before training", evidence=why,
+        hint="leave it out; `decompft doctor --slurm PROFILE` and the site's administrators may know more",
+    )  # fmt: skip
+    write_outcome(run.incarnation_dir(args.incarnation), outcome)
+    plan = run.read_plan()
+    decision = decide_unfit(
+        [name for name, _ in report.bad], chosen, read_record(run), _job(args, plan),
+        cap=plan.recipe.slurm.max_failures,
+    )  # fmt: skip
+    return _act(run, args, outcome, decision)
+
+
 def _end(args: argparse.Namespace) -> int:
     run = RunDir.open(args.run_dir)
     outcome = conclude(run, args.incarnation, args.code)
@@ -107,19 +143,24 @@ def _end(args: argparse.Namespace) -> int:
     ends = is_cancelled(run) or (stop_after is not None and outcome.step >= stop_after)
     saved = [step_of(path) for path in list_checkpoints(run.checkpoints_dir)]
     decision = decide(
-        outcome,
-        read_record(run),
-        Job(
-            hosts=tuple(args.hosts.split()), down=tuple(args.down.split()),
-            fewest=plan.recipe.parallel.fewest_nodes, is_stopping=bool(args.signal),
-        ),
-        saved_step=max(saved, default=0),
-        ends=ends,
+        outcome, read_record(run), _job(args, plan), saved_step=max(saved, default=0), ends=ends,
         cap=plan.recipe.slurm.max_failures,
     )  # fmt: skip
+    return _act(run, args, outcome, decision)
+
+
+def _job(args: argparse.Namespace, plan: Plan) -> Job:
+    return Job(
+        hosts=tuple(args.hosts.split()), down=tuple(args.down.split()),
+        fewest=plan.recipe.parallel.fewest_nodes, is_stopping=bool(args.signal),
+    )  # fmt: skip
+
+
+def _act(run: RunDir, args: argparse.Namespace, outcome: Outcome, decision: Decision) -> int:
+    """Say and write down how the incarnation ended and what comes next, and tell the script."""
     write_record(run, decision.record)
     again = {
-        "exit": "sbatch the same script; it resumes",
+        "exit": f"sbatch the same script; it resumes ({decision.why})",
         "here": f"starting again in this job ({decision.why})",
         "requeue": f"back into the queue ({decision.why})",
     }[decision.act]
@@ -252,6 +293,11 @@ def _parser() -> argparse.ArgumentParser:
     begin.add_argument("--recipe", help="default: the one frozen in the run directory")
     begin.add_argument("--override", action="append", default=[], metavar="KEY=VALUE")
     begin.set_defaults(run=_begin)
+    checked = verb("checked")
+    checked.add_argument("incarnation", type=int)
+    checked.add_argument("--nodes", required=True, help="those that were to train, by commas")
+    checked.add_argument("--signal", default="")
+    checked.set_defaults(run=_checked)
     end = verb("end")
     end.add_argument("incarnation", type=int)
     end.add_argument("code", type=int)

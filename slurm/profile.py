@@ -94,7 +94,9 @@ class Profile(Section):
         default=NoEnvironment(), description="where the Python on the nodes comes from"
     )
     scratch: Line | None = Field(
-        None, description="a folder of each node for temporary files (TMPDIR), e.g. /local/$SLURM_JOB_ID"
+        None,
+        description="a folder of each node for temporary files, e.g. /local/$SLURM_JOB_ID; the job sees it as "
+        "DECOMPFT_SCRATCH",
     )
     logs: LogFolder | None = Field(
         None,
@@ -180,6 +182,14 @@ def load(path: Path) -> Profile:
         )
     except RecipeError as error:
         raise ProfileError(error.message, error.hint) from None
+
+
+def schema_json() -> str:
+    """The JSON Schema of a profile, for editors."""
+    import json
+
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Profile.model_json_schema()}
+    return json.dumps(schema, indent=2, sort_keys=True) + "\n"
 
 
 def folders(cwd: Path) -> tuple[Path, ...]:

@@ -56,7 +56,9 @@ class ApptainerEnvironment(Section):
     kind: Literal["apptainer"] = Field(description="`apptainer exec IMAGE`, with --nv for GPUs")
     image: Line = Field(description="a .sif file on a shared file system, or docker://...")
     binds: list[Line] = Field(default=[], description="folders seen inside, SRC or SRC:DST[:OPTIONS] each")
-    options: list[Option] = Field(default=[], description="further options of `apptainer exec`, one an item")
+    options: list[Option] = Field(
+        default=[], description="further options of `apptainer exec`, --name=value, one an item"
+    )
     python: Line = Field("python", description="the interpreter inside the image")
 
 
@@ -67,7 +69,7 @@ class PyxisEnvironment(Section):
     image: Line = Field(description="a .sqsh file on a shared file system, or REGISTRY#IMAGE:TAG")
     mounts: list[Mount] = Field(default=[], description="folders seen inside, SRC:DST[:FLAGS] each")
     options: list[Option] = Field(
-        default=[], description="further --container-... options of srun, one an item"
+        default=[], description="further --container-name=value options of srun, one an item"
     )
     python: Line = Field("python", description="the interpreter inside the image")
 

@@ -23,9 +23,14 @@ _SECRET = re.compile(
 # set for each rank, or for each node, by the script, by torchrun or by Slurm
 _RANK_NAMES = frozenset(
     "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK NODE_RANK MASTER_ADDR MASTER_PORT "
-    "CUDA_VISIBLE_DEVICES DECOMPFT_DEVICE DECOMPFT_JOB PYTHONSAFEPATH".split()
+    "CUDA_VISIBLE_DEVICES DECOMPFT_DEVICE DECOMPFT_JOB PYTHONSAFEPATH TORCH_ELASTIC_SHUTDOWN_TIMEOUT".split()
 )
-_INTERFACE_NAMES = frozenset({"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"})
+_OF_FIELDS = {
+    "NCCL_SOCKET_IFNAME": "network.interface",
+    "GLOO_SOCKET_IFNAME": "network.interface",
+    "DECOMPFT_SCRATCH": "scratch",
+    "DECOMPFT_PYTHON": "environment",
+}
 
 # an option that a field, the recipe or the script itself writes -> whose it is
 _OWNED = {
@@ -73,6 +78,8 @@ _OWNED = {
     "wait": "nothing: use `decompft status`",
     "test-only": "nothing: `decompft doctor --slurm` does it",
     "parsable": "nothing: decompft reads sbatch's answer itself",
+    "clusters": "nothing: submit on a login node of that cluster",
+    "nodefile": "nothing: a job bound to a dead node waits for ever",
     "no-kill": "the recipe's slurm.spares",
 }
 
@@ -108,8 +115,8 @@ def _env_name(name: str) -> str:
             f"{name} looks like a secret, and a profile is no place for one: export it in the shell that submits, "
             "the job inherits it"
         )
-    if name in _INTERFACE_NAMES:
-        raise ValueError(f"{name} is set by network.interface; write that")
+    if name in _OF_FIELDS:
+        raise ValueError(f"{name} is set by the field {_OF_FIELDS[name]}; write that")
     if name in _RANK_NAMES:
         raise ValueError(f"{name} is set by the job script; a profile cannot change it")
     if name.startswith(("SLURM_", "SBATCH_")):

@@ -1,0 +1,1 @@
+"""Examples of Slurm sites; data only. Copy one, and change what differs."""
