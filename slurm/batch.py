@@ -23,7 +23,7 @@ from pathlib import Path
 from decompft.launcher import checking, node_report, planner, shipped, source
 from decompft.launcher.checkpoints import list_checkpoints, put_back, step_of
 from decompft.launcher.ending import conclude, report
-from decompft.launcher.errors import DecompftError, PlanError, SlurmError, UserError
+from decompft.launcher.errors import EXIT_AGAIN, DecompftError, PlanError, SlurmError, UserError
 from decompft.launcher.outcome import Outcome, write_atomic, write_outcome
 from decompft.launcher.plan import Plan
 from decompft.launcher.recipe import Recipe
@@ -43,6 +43,7 @@ from decompft.slurm.frozen import read_frozen
 
 # beside the measured save: the slowest step, and ranks that notice the stop a little later
 _PATIENCE_S = 60.0
+_LEAST_GRACE_S, _LEAVE_S = 5.0, 5.0  # ranks need a little to leave, once they have saved
 
 
 def main(argv: Sequence[str]) -> int:
@@ -75,6 +76,8 @@ def _begin(args: argparse.Namespace) -> int:
     run = RunDir(args.run_dir)
     _refuse_second(run, args)
     recipe, text = _recipe(args)
+    if args.grace is not None:
+        recipe = _within_grace(recipe, args.grace)
     record = read_record(run)
     hosts = fit_hosts(args.hosts.split(), {*args.down.split(), *record.excluded})
     if len(hosts) < recipe.parallel.fewest_nodes:
@@ -112,6 +115,8 @@ def _checked(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     run = RunDir.open(args.run_dir)
+    if _is_stale(run, args.incarnation):
+        return 0
     chosen = args.nodes.split(",")
     report = node_report.read(run.incarnation_dir(args.incarnation) / "nodes", chosen)
     report.show(Console(stderr=True))
@@ -137,6 +142,8 @@ def _checked(args: argparse.Namespace) -> int:
 
 def _end(args: argparse.Namespace) -> int:
     run = RunDir.open(args.run_dir)
+    if _is_stale(run, args.incarnation):
+        return 0
     outcome = conclude(run, args.incarnation, args.code)
     plan = run.read_plan()
     stop_after = plan.recipe.train.stop_after_steps
@@ -147,6 +154,15 @@ def _end(args: argparse.Namespace) -> int:
         cap=plan.recipe.slurm.max_failures,
     )  # fmt: skip
     return _act(run, args, outcome, decision)
+
+
+def _is_stale(run: RunDir, incarnation: int) -> bool:
+    """A node that was cut off and comes back must not speak for a run that goes on elsewhere."""
+    newest = newest_incarnation(run)
+    if newest > incarnation:
+        _say(f"incarnation {newest} of the run has started elsewhere; this one, {incarnation}, is over")
+        print("exit", EXIT_AGAIN)
+    return newest > incarnation
 
 
 def _job(args: argparse.Namespace, plan: Plan) -> Job:
@@ -174,6 +190,11 @@ def _act(run: RunDir, args: argparse.Namespace, outcome: Outcome, decision: Deci
     )  # fmt: skip
     print(decision.act, ",".join(decision.exclude) or "-")
     return 0
+
+
+def newest_incarnation(run: RunDir) -> int:
+    """0 before the first."""
+    return max((int(p.name) for p in (run.path / "incarnations").glob("*") if p.name.isdecimal()), default=0)
 
 
 def is_cancelled(run: RunDir) -> bool:
@@ -232,12 +253,19 @@ def _plan(recipe: Recipe, num_hosts: int, device: str) -> Plan:
     raise problem
 
 
+def _within_grace(recipe: Recipe, grace_s: float) -> Recipe:
+    """Ranks that do not come to the end of a step must have saved before a preemption's kill."""
+    longest = max(_LEAST_GRACE_S, grace_s - _LEAVE_S)
+    if recipe.checkpoint.grace_s <= longest:
+        return recipe
+    checkpoint = recipe.checkpoint.model_copy(update={"grace_s": longest})
+    return recipe.model_copy(update={"checkpoint": checkpoint})
+
+
 def _refuse_second(run: RunDir, args: argparse.Namespace) -> None:
     """Two jobs in one run directory would fence each other off for ever."""
-    newest = run.path / "incarnations"
-    numbers = [int(p.name) for p in newest.glob("*") if p.name.isdecimal()]
     try:
-        row = json.loads((newest / str(max(numbers, default=0)) / "slurm.json").read_bytes())
+        row = json.loads((run.incarnation_dir(newest_incarnation(run)) / "slurm.json").read_bytes())
     except (OSError, ValueError):
         return
     if row["job_id"] != args.job and row["job_id"] in args.live.split():
@@ -286,6 +314,7 @@ def _parser() -> argparse.ArgumentParser:
 
     begin = verb("begin")
     begin.add_argument("--device", required=True, help="what the script asked Slurm for")
+    begin.add_argument("--grace", type=float, help="seconds from a preemption's notice to the kill")
     begin.add_argument("--live", default="", help="job ids of this user that run")
     begin.add_argument("--restart", type=int, default=int(os.environ.get("SLURM_RESTART_COUNT") or 0))
     begin.add_argument("--task", default=os.environ.get("SLURM_ARRAY_TASK_ID", ""))

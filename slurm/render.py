@@ -66,6 +66,8 @@ def train_script(
         run_dir=run_dir,
         recipe=words,
         batch=BATCH,
+        # of a preemption, where the site has told us; a stop before the time limit leaves much more
+        grace_s=profile.grace_s if "grace_s" in profile.model_fields_set else None,
         node_check=NODE_CHECK,
         prepare=PREPARE,
         worker=WORKER,
@@ -75,11 +77,14 @@ def train_script(
 def setup(profile: Profile, device: str) -> Setup:
     """What a profile's `environment` means to the shell; its paths are expanded on the node."""
     environment = profile.environment
-    lines = [f"module load {shlex.quote(name)} || exit 2" for name in profile.modules]
+    names = list(profile.modules)
+    if isinstance(environment, ModuleEnvironment):
+        names += environment.load
+    # a script's shell has the command only where it was exported to it
+    lines = ["# shellcheck disable=SC1091", "type module >/dev/null 2>&1 || . /etc/profile"] if names else []
+    lines += [f"module load {shlex.quote(name)} || exit 2" for name in names]
     if isinstance(environment, VenvEnvironment):
         return Setup(lines=tuple(lines), python=expanding(f"{environment.path}/bin/python"))
-    if isinstance(environment, ModuleEnvironment):
-        lines += [f"module load {shlex.quote(name)} || exit 2" for name in environment.load]
     if isinstance(environment, CondaEnvironment):
         conda = expanding(f"{environment.base}/bin/conda") if environment.base else "conda"
         which = expanding(environment.name or environment.prefix or "")
@@ -91,7 +96,7 @@ def setup(profile: Profile, device: str) -> Setup:
         inside = ("apptainer", "exec", *gpus, *binds, *options, expanding(environment.image))
         return Setup(lines=tuple(lines), inside=inside, python=expanding(environment.python))
     if isinstance(environment, PyxisEnvironment):
-        mounts = expanding(",".join(environment.mounts))
+        mounts = '"' + ",".join(expanding(mount)[1:-1] for mount in environment.mounts) + '"'  # one word
         srun = [f"--container-image={expanding(environment.image)}"]
         srun += [f"--container-mounts={mounts}"] if environment.mounts else []
         srun += [shlex.quote(option) for option in environment.options]

@@ -159,6 +159,22 @@ def test_address_towards_another_node_is_not_taken_from_the_own_name() -> None:
     assert batch.address_towards("localhost") in ("127.0.0.1", "::1")
 
 
+def test_a_stale_script_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDir.create(tmp_path, recipe_text="", plan=make_plan())
+    run.next_incarnation()
+    run.next_incarnation()
+    assert ended(run, capsys) == "exit 75"
+    assert not (run.path / "slurm").exists() and not (run.path / "events.jsonl").exists()
+
+
+def test_a_sites_grace_shortens_the_runs(submitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["begin", "runs/tiny", "--device=cpu", "--hosts=vn-1", "--job=5", "--recipe=tiny.yaml"]
+    assert batch.main([*argv, "--grace=40"]) == 0
+    assert RunDir.open(submitted).read_plan().recipe.checkpoint.grace_s == 35
+    assert batch.main([*argv, "--grace=600"]) == 0
+    assert RunDir.open(submitted).read_plan().recipe.checkpoint.grace_s == 120
+
+
 # -- the decision itself --
 
 

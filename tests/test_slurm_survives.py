@@ -5,11 +5,12 @@ Numbers of `demand` are those of SLURM.md section 4.
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
 import pytest
-from slurmed import Submitted, slow_saves, slow_steps, submit, unbroken
+from slurmed import Submitted, patched, slow_saves, slow_steps, submit, unbroken
 from testbed import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
@@ -152,3 +153,60 @@ def test_demand_5_a_failure_before_the_first_step_ends_after_the_cap(
     assert len(run.events("start")) == 3
     assert "this node has no luck" in run.log()
     assert "slurm.max_failures" in run.log()
+
+
+def test_demand_4_a_node_that_comes_back_cannot_overwrite_the_newer_state(
+    cluster: Cluster, tmp_path: Path, samples: dict[int, int]
+) -> None:
+    run = submit(
+        cluster, tmp_path, "parallel.nodes=1", "checkpoint.every_steps=2", env=slow_steps(tmp_path, 0.5)
+    )
+    run.until_step(6)
+    stale = run.events("start")[0]["nodes"][0]
+    cuts = cluster.mode == "veth"
+    print(f"node {'cut' if cuts else 'freeze'} {stale}")
+    cluster.node("cut" if cuts else "freeze", stale)
+    try:
+        run.until_incarnation(2, 300)
+        assert run.events("start")[1]["nodes"] != [stale]
+        cluster.until(lambda: any(row["incarnation"] == 2 for row in run.rows()), 150, "a step elsewhere")
+    finally:
+        cluster.node("join" if cuts else "thaw", stale)
+    run.finished(240)
+    check(run, samples, most_lost=40)  # what the stale rank trains on before it wants to save is thrown away
+    saves = run.events("save")
+    first = next(i for i, row in enumerate(saves) if row["incarnation"] == 2)
+    assert {row["incarnation"] for row in saves[first:]} == {2}
+    assert json.loads((run.run.path / "adapter/adapter.json").read_text())["step"] == 40
+
+
+def test_demand_6_a_node_that_fails_twice_is_excluded(
+    cluster: Cluster, tmp_path: Path, samples: dict[int, int]
+) -> None:
+    crash = """
+        import os, signal
+        if "RANK" in os.environ and os.environ.get("SLURMD_NODENAME") == "vn-2":
+            os.kill(os.getpid(), signal.SIGSEGV)
+    """
+    run = submit(cluster, tmp_path, env=patched(tmp_path, crash))
+    run.finished(400)
+    check(run, samples)
+    assert cluster.show(run.job)["ExcNodeList"] == "vn-2"
+    assert [row["exclude"] for row in run.events("requeue")] == [["vn-2"]]
+    assert run.events("start")[-1]["nodes"] == ["vn-1", "vn-3"]
+
+
+def test_demand_6_a_spare_takes_the_place_of_a_node_that_dies(
+    cluster: Cluster, tmp_path: Path, samples: dict[int, int]
+) -> None:
+    run = submit(cluster, tmp_path, "slurm.spares=1", env=slow_steps(tmp_path, 0.3))
+    run.until_step(12)
+    assert run.events("start")[0]["nodes"] == ["vn-1", "vn-2"]
+    cluster.node("kill", "vn-2")
+    try:
+        run.finished(300)
+    finally:
+        cluster.node("start", "vn-2")
+    check(run, samples, most_lost=10)
+    assert run.events("start")[-1]["nodes"] == ["vn-1", "vn-3"]
+    assert not run.events("requeue") and cluster.show(run.job)["Restarts"] == "0"
