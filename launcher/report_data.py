@@ -103,17 +103,17 @@ def read_run(path: Path, now_s: float) -> Seen:
     """
     run = RunDir.open(path)
     plan = _read_plan(run)
-    events = _read_events(run.path / "events.jsonl")
+    events = read_events(run.path / "events.jsonl")
     return Seen(
         run=run,
         plan=plan,
         rows=_read_rows(run.metrics_path),
         events=events,
         evals=_kept_evals(events),
-        incarnations=_incarnations(run, events),
+        incarnations=find_incarnations(run, events),
         packages=_packages(run.path / "env.json"),
-        written_s=_last_written(run),
-        is_held=_is_held(run.path / "lock"),
+        written_s=last_written(run),
+        is_held=is_held(run.path / "lock"),
         now_s=now_s,
     )
 
@@ -146,7 +146,7 @@ def _read_rows(path: Path) -> Rows:
     steps: list[int] = []
     table: list[tuple[float, ...]] = []
     num_unreadable = 0
-    for row in _lines(path):
+    for row in read_lines(path):
         step = None if row is None else _whole(row.get("step"))
         if row is None or step is None:
             num_unreadable += 1
@@ -161,10 +161,11 @@ def _read_rows(path: Path) -> Rows:
     return Rows(steps=steps, columns=columns, holes=gaps(steps), num_unreadable=num_unreadable)
 
 
-def _read_events(path: Path) -> list[Event]:
+def read_events(path: Path) -> list[Event]:
+    """The lines of events.jsonl that are events; each belongs to an incarnation, told or not."""
     events: list[Event] = []
     current = 1
-    for row in _lines(path):
+    for row in read_lines(path):
         if row is None:
             continue
         name, time_s = row.pop("event", None), _float(row.pop("time_s", None))
@@ -192,9 +193,12 @@ def _kept_evals(events: list[Event]) -> list[tuple[int, float]]:
     return [(step, loss) for step, loss in kept if math.isfinite(loss)]
 
 
-def _incarnations(run: RunDir, events: list[Event]) -> list[Incarnation]:
+def find_incarnations(run: RunDir, events: list[Event]) -> list[Incarnation]:
+    """By number, from the events and the folders that are there."""
     found: dict[int, Incarnation] = {}
     for event in events:
+        if event.name in ("submit", "requeue") and event.incarnation not in found:
+            continue  # of a job, before its first ranks
         this = found.setdefault(event.incarnation, Incarnation(number=event.incarnation))
         this.last_s = event.time_s if this.last_s is None else max(this.last_s, event.time_s)
         if event.name == "start":
@@ -212,12 +216,13 @@ def _incarnations(run: RunDir, events: list[Event]) -> list[Incarnation]:
             number = int(folder.name)
             found.setdefault(number, Incarnation(number=number))
     for number, this in found.items():
-        this.outcome = _outcome(run.incarnation_dir(number))
+        this.outcome = checked_outcome(run.incarnation_dir(number))
         this.ranks = _ranks(run.incarnation_dir(number))
     return [found[number] for number in sorted(found)]
 
 
-def _outcome(folder: Path) -> Outcome | None:
+def checked_outcome(folder: Path) -> Outcome | None:
+    """The outcome in an incarnation's folder; None without one, or when it is damaged."""
     try:
         return _checked(read_outcome(folder))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
@@ -248,7 +253,7 @@ def _packages(path: Path) -> dict[str, str]:
         return {}
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any] | None]:
+def read_lines(path: Path) -> Iterator[dict[str, Any] | None]:
     """The objects of a JSONL file, None for a line that is none; a last line without end is still being written."""
     if not path.is_file():
         return
@@ -276,7 +281,7 @@ def _whole(value: object) -> int | None:
     return value if is_step else None  # type: ignore[return-value]  # is_step has narrowed it
 
 
-def _last_written(run: RunDir) -> float | None:
+def last_written(run: RunDir) -> float | None:
     """When a rank of the run last wrote a row, an event, a log line or a sign of life."""
     newest = max((int(p.name) for p in run.path.glob("incarnations/*") if p.name.isdecimal()), default=0)
     signs = [run.metrics_path, run.path / "events.jsonl"]
@@ -285,7 +290,7 @@ def _last_written(run: RunDir) -> float | None:
     return max(times, default=None)
 
 
-def _is_held(lock: Path) -> bool:
+def is_held(lock: Path) -> bool:
     """Whether a process of this machine holds the lock; asked of the kernel, since taking it would be in the way."""
     try:
         number = lock.stat().st_ino

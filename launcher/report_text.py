@@ -1,4 +1,4 @@
-"""How text, numbers, times and sizes are written on a report's page; what comes from a run's folder is untrusted."""
+"""How text, numbers, times and sizes are written for people; what comes from a run's folder is untrusted."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ _UNSHOWN = re.compile(
 
 def text(value: object, limit: int = LIMIT) -> str:
     """Any value as HTML text or as the value of a quoted attribute: escaped, shown, cut at `limit` characters."""
-    plain = str(value)
-    if len(plain) > limit:
-        plain = f"{plain[:limit]} ... ({len(plain) - limit:,} characters more)"
-    return html.escape(_UNSHOWN.sub("\ufffd", plain), quote=True)
+    return html.escape(plain(value, limit), quote=True)
+
+
+def plain(value: object, limit: int = LIMIT) -> str:
+    """Any value as text that a terminal shows and does not obey, cut at `limit` characters."""
+    words = str(value)
+    if len(words) > limit:
+        words = f"{words[:limit]} ... ({len(words) - limit:,} characters more)"
+    return _UNSHOWN.sub("\ufffd", words)
 
 
 def number(value: float | None, digits: int = 4) -> str:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from decompft.launcher.failure import log_tail
 from decompft.launcher.outcome import Outcome
+from decompft.launcher.plan import Plan
 from decompft.launcher.report_data import Event, Seen
 from decompft.launcher.report_text import LIMIT, duration
 
@@ -83,6 +84,26 @@ def judge(seen: Seen) -> Verdict:
     return Verdict(word="silent", line=line, total=total)
 
 
+def total_steps(plan: Plan, step: int, logged: tuple[int, float], newest: Outcome | None) -> Total:
+    """How many steps the run is to have, as far as it can be known.
+
+    Args:
+        step: optimizer steps done.
+        logged: step and epoch of the last row of metrics.jsonl; (0, 0.0) without one.
+        newest: outcome of the newest incarnation.
+    """
+    train = plan.recipe.train
+    if newest is not None and newest.result == "finished":
+        return Total(steps=step)
+    if train.max_steps is not None:
+        return Total(steps=train.max_steps)
+    if train.epochs is None:
+        return Total(steps=None)
+    if plan.steps_per_epoch is not None:
+        return _about(train.epochs * plan.steps_per_epoch, step)
+    return _about(train.epochs * logged[0] / logged[1], step) if logged[1] > 0 else Total(steps=None)
+
+
 def explain_failure(seen: Seen) -> Failure | None:
     """Who failed first, when, of what, what shows it, and what to type next; None when the last start did not."""
     newest = seen.incarnations[-1] if seen.incarnations else None
@@ -122,21 +143,14 @@ def _facts(seen: Seen, outcome: Outcome, event: Event | None) -> Iterator[tuple[
 
 
 def _total(seen: Seen) -> Total:
-    train, newest = seen.plan.recipe.train, seen.incarnations[-1:]
-    if newest and newest[0].outcome is not None and newest[0].outcome.result == "finished":
-        return Total(steps=seen.step)
-    if train.max_steps is not None:
-        return Total(steps=train.max_steps)
-    if train.epochs is None:
-        return Total(steps=None)
-    if seen.plan.steps_per_epoch is not None:
-        return _about(train.epochs * seen.plan.steps_per_epoch, seen)
-    epoch = seen.rows.columns["epoch"][-1] if seen.rows.steps else 0.0
-    return _about(train.epochs * seen.rows.steps[-1] / epoch, seen) if epoch > 0 else Total(steps=None)
+    newest = seen.incarnations[-1].outcome if seen.incarnations else None
+    rows = seen.rows
+    logged = (rows.steps[-1], rows.columns["epoch"][-1]) if rows.steps else (0, 0.0)
+    return total_steps(seen.plan, seen.step, logged, newest)
 
 
-def _about(steps: float, seen: Seen) -> Total:
-    return Total(steps=max(round(steps), seen.step) if math.isfinite(steps) else None, is_exact=False)
+def _about(steps: float, step: int) -> Total:
+    return Total(steps=max(round(steps), step) if math.isfinite(steps) else None, is_exact=False)
 
 
 def _step_s(seen: Seen) -> float:

@@ -251,6 +251,22 @@ def test_the_outcome_decides_when_the_job_is_gone(slurm: FakeSlurm, tmp_path: Pa
     assert state_of(run) == ("finished", 0, f"decompft report {run.path}")
 
 
+def test_a_script_that_started_no_rank_has_the_last_word(
+    slurm: FakeSlurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of_job(tmp_path)
+    run.append_event("submit", job_id="23", kind="train", after=[])
+    slurm.answer("failed", job_id="23")
+    (run.path / "logs").mkdir()
+    (run.path / "logs/train-23.out").write_text("a\npython: No module named decompft\n")
+    assert cli.main(["status", "tiny"]) == 3
+    out = capsys.readouterr().out
+    assert "runs/tiny/logs/train-23.out, which ends:" in out and "| python: No module named decompft" in out
+    assert "how it ended" not in out  # no start, no table of starts
+    assert cli.main(["logs", "tiny"]) == 0
+    assert capsys.readouterr().out == "a\npython: No module named decompft\n"
+
+
 @pytest.mark.parametrize(
     ("name", "state", "code", "words"),
     [

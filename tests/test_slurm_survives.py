@@ -1,4 +1,4 @@
-"""A run that the cluster interrupts, on a real Slurm: it ends trained to its last step, on the samples of an unbroken one.
+"""A run that a real Slurm interrupts: it ends trained to its last step, on the samples of an unbroken one.
 
 Numbers of `demand` are those of SLURM.md section 4.
 """
