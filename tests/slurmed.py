@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
@@ -80,15 +83,24 @@ class Submitted:
 
 
 def submit(
-    cluster: Cluster, folder: Path, *words: str, profile: str = "", env: dict[str, str] | None = None
+    cluster: Cluster,
+    folder: Path,
+    *words: str,
+    profile: str = "",
+    env: dict[str, str] | None = None,
+    as_user: Sequence[str] = (),
 ) -> Submitted:
-    """`decompft launch tiny_map --slurm site.yaml` with two nodes of one rank."""
+    """`decompft launch tiny_map --slurm site.yaml` with two nodes of one rank.
+
+    Args:
+        as_user: words before the command that make it another user's, the interpreter last.
+    """
     interface = "eth0" if cluster.mode == "veth" else "lo"
     (folder / "site.yaml").write_text(
         f"network: {{interface: {interface}}}\ncpus_per_node: 2\ntime: '0:30:00'\n{profile or 'node_check: false'}\n"
     )
     argv = [
-        *CLI, "launch", "tiny_map", "--slurm", "site.yaml", f"train.max_steps={STEPS}", "parallel.nodes=2",
+        *(as_user or CLI[:1]), *CLI[1:], "launch", "tiny_map", "--slurm", "site.yaml", f"train.max_steps={STEPS}", "parallel.nodes=2",
         "logging.tensorboard=false", f"data.cache_dir={folder / 'cache'}", "--run-dir", "run", *words,
     ]  # fmt: skip
     done = subprocess.run(
@@ -164,3 +176,23 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
+
+
+def python_for_everyone(folder: Path) -> Path:
+    """This interpreter with its packages, where any user may run it; this one may lie in a private folder."""
+    home, packages = Path(sys.base_prefix), Path(sysconfig.get_path("purelib"))
+    version = f"python3.{sys.version_info.minor}"
+    made = folder / "python"
+    (made / "bin").mkdir(parents=True)
+    shutil.copy2(Path(sys.executable).resolve(), made / "bin" / version)
+    left_out = shutil.ignore_patterns("site-packages", "test", "tests", "__pycache__", "idlelib", "*.a")
+    shutil.copytree(home / "lib" / version, made / "lib" / version, ignore=left_out, symlinks=True)
+    for library in (home / "lib").glob("libpython*.so*"):
+        shutil.copy2(library, made / "lib")
+    site = made / "lib" / version / "site-packages"
+    site.mkdir()
+    (site / "packages.pth").write_text(f"import site; site.addsitedir({str(packages)!r})\n")
+    script = folder / "python3"
+    script.write_text(f'#!/bin/sh\nLD_LIBRARY_PATH={made}/lib exec {made}/bin/{version} "$@"\n')
+    script.chmod(0o755)
+    return script

@@ -1,0 +1,153 @@
+"""What submitting promises, on a real Slurm: other users, other ways to ask, many interruptions.
+
+Numbers of `demand` are those of SLURM.md section 4.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from slurmed import CLI, Submitted, job_env, patched, python_for_everyone, slow_steps, submit, unbroken
+from testbed import Cluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[int, int]:
+    return unbroken(tmp_path_factory.mktemp("unbroken"))
+
+
+def test_demand_1_submit_asks_slurm_first_and_refuses_a_second_time(cluster: Cluster, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="Slurm would refuse this job: .*ode"):
+        submit(cluster, tmp_path, "parallel.nodes=99")
+    assert not (tmp_path / "run").exists()
+    run = submit(cluster, tmp_path, "train.max_steps=2", env=slow_steps(tmp_path, 30))
+    script = (run.run.path / "slurm/train.sbatch").read_text()
+    assert str(tmp_path) not in script
+    with pytest.raises(AssertionError, match=f"job {run.job} of this run is queued or running"):
+        submit(cluster, tmp_path, "--resume=auto")
+
+
+@pytest.fixture
+def user() -> Iterator[str]:
+    """Somebody without root's rights, made for the test."""
+    name = "decompft-tester"
+    subprocess.run(["useradd", "--no-create-home", "--home-dir", "/nonexistent", name], check=True)
+    yield name
+    subprocess.run(["userdel", name], check=True, capture_output=True)
+
+
+def test_demand_10_a_user_without_rights_with_gres_and_without_requeue(
+    cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, user: str
+) -> None:
+    folder = Path(f"/tmp/decompft-{user}-{os.getpid()}")
+    folder.mkdir()
+    try:
+        python = python_for_everyone(folder)
+        stop = "if 'RANK' in __import__('os').environ: pass\n"
+        env = patched(folder, stop) | {
+            "HOME": str(folder), "DECOMPFT_PYTHON": str(python), "DECOMPFT_CACHE": str(folder / "cache"),
+        }  # fmt: skip
+        subprocess.run(["chown", "-R", user, str(folder)], check=True)
+        run = submit(
+            cluster, folder, "parallel.nodes=1", "train.max_steps=6", "train.stop_after_steps=null",
+            profile="node_check: false\nrequeue: successor\ngres: [gpu:sim:1]", env=env | slow_steps(folder, 0.5),
+            as_user=("runuser", "--preserve-environment", "-u", user, "--", str(python)),
+        )  # fmt: skip
+        shown = cluster.show(run.job)
+        assert shown["UserId"].startswith(user) and "gpu:sim:1" in shown["TresPerNode"]
+        run.until_step(2)
+        cluster.run("scancel", "--batch", "--signal=USR1", run.job)
+        cluster.until(lambda: (run.run.path / "adapter").exists(), 200, f"the adapter\n{run.log()}")
+        started = run.events("start")
+        assert [row["slurm_job"] == run.job for row in started] == [
+            True,
+            False,
+        ]  # the second is the successor
+        assert run.steps_lost() == 0
+        assert (run.run.path / "adapter/adapter.json").stat().st_uid != 0
+    finally:
+        subprocess.run(["rm", "-rf", str(folder)], check=True)
+
+
+def test_plain_sbatch_of_the_printed_script_works(cluster: Cluster, tmp_path: Path) -> None:
+    words = [
+        "sbatch",
+        "tiny_map",
+        "train.max_steps=2",
+        "logging.tensorboard=false",
+        f"data.cache_dir={tmp_path}",
+    ]
+    done = subprocess.run(
+        [*CLI, *words], cwd=tmp_path, env=job_env(), capture_output=True, text=True, check=True
+    )
+    (tmp_path / "job.sh").write_text(done.stdout)
+    job = cluster.submit("job.sh", cwd=tmp_path, env=job_env())
+    assert cluster.finished(job, 240) == "COMPLETED", (tmp_path / f"tiny_map-{job}.out").read_text()
+    assert (tmp_path / "runs/tiny_map/adapter/adapter.json").exists()
+    # the same script again finds nothing to do
+    again = cluster.submit("job.sh", cwd=tmp_path, env=job_env())
+    assert cluster.finished(again, 240) == "COMPLETED"
+
+
+def test_twenty_random_preemptions_lose_no_sample(
+    cluster: Cluster, tmp_path: Path, samples: dict[int, int]
+) -> None:
+    """A job of higher priority takes the nodes at random moments: while it loads, trains, saves, or waits."""
+    count = 20
+    rng = random.Random(6)
+    run = submit(
+        cluster, tmp_path, "parallel.nodes=1", "slurm.partition=preempt", env=slow_steps(tmp_path, 0.7),
+        profile="node_check: false\nexclusive: true",
+    )  # fmt: skip
+    for _ in range(count):
+        cluster.until(lambda: cluster.state(run.job) in ("RUNNING", "COMPLETED"), 120, "the run's turn")
+        if cluster.state(run.job) == "COMPLETED":
+            break
+        time.sleep(rng.uniform(0.5, 20))
+        high = cluster.submit(
+            "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "true", cwd=tmp_path
+        )
+        cluster.until(lambda high=high: cluster.state(high) == "COMPLETED", 120, "the other job")
+    run.finished(300)
+    incarnations = {row["incarnation"]: row["step"] for row in run.rows()}
+    print(f"{cluster.show(run.job)['Restarts']} restarts, steps at the ends of incarnations: {incarnations}")
+    assert int(cluster.show(run.job)["Restarts"]) >= count
+    assert run.samples() == samples
+    assert run.steps_lost() == 0
+    assert not run.events("failure")
+
+
+def test_a_stop_while_loading_leaves_at_once_and_starts_over(
+    cluster: Cluster, tmp_path: Path, samples: dict[int, int]
+) -> None:
+    loading = """
+        import os, sys, time
+        mark = os.path.join(os.environ.get("MARK", "/"), "loading")
+        class Slow:
+            def find_spec(self, name, *_):
+                if name == "torch" and "RANK" in os.environ and not os.path.exists(mark):
+                    open(mark, "w").close()
+                    time.sleep(300)
+        sys.meta_path.insert(0, Slow())
+    """
+    # importing torch takes five minutes, once
+    run = submit(
+        cluster, tmp_path, "parallel.nodes=1", env=patched(tmp_path, loading) | {"MARK": str(tmp_path)}
+    )
+    cluster.until((tmp_path / "loading").exists, 120, "a rank that loads")
+    cluster.run("scancel", "--batch", "--signal=USR1", run.job)
+    run.finished(300)
+    check_all(run, samples)
+
+
+def check_all(run: Submitted, samples: dict[int, int]) -> None:
+    assert run.samples() == samples
+    assert run.steps_lost() == 0
