@@ -16,7 +16,7 @@ def add_run_verbs(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
     Args:
         verb: makes the parser of a verb from its name and a line of help.
     """
-    runs = verb("runs", "list the runs of a folder and how each of them stands")
+    runs = verb("runs", "list the runs of a folder, or the tasks of a sweep, and how each of them stands")
     runs.add_argument(
         "folder", metavar="DIR", nargs="?", type=Path, default=Path("runs"), help="default: ./runs"
     )
@@ -48,6 +48,10 @@ def add_run_verbs(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
 def _runs(args: argparse.Namespace) -> int:
     from decompft.slurm import run_list
 
+    sweep = _sweep(str(args.folder))
+    if sweep is not None:
+        _show_sweep(sweep, args)
+        return EXIT_DONE
     found = run_list.list_runs(args.folder)
     if args.json:
         _print_json(run_list.to_json(found))
@@ -61,6 +65,9 @@ def _status(args: argparse.Namespace) -> int:
 
     from decompft.slurm import history, status_text, watch
 
+    sweep = _sweep(args.run_name)
+    if sweep is not None:
+        return _show_sweep(sweep, args)
     path, job = watch.find_named(args.run_name)
     if path is None:
         assert job is not None
@@ -99,8 +106,11 @@ def _logs(args: argparse.Namespace) -> int:
 
 
 def _cancel(args: argparse.Namespace) -> int:
-    from decompft.slurm import cancel, watch
+    from decompft.slurm import cancel, cancel_sweep, watch
 
+    sweep = _sweep(args.run_name)
+    if sweep is not None:
+        return cancel_sweep.cancel_sweep(sweep, now=args.now, say=_say)
     path, job = watch.find_named(args.run_name)
     if path is None:
         assert job is not None
@@ -108,9 +118,35 @@ def _cancel(args: argparse.Namespace) -> int:
     return cancel.cancel(path, now=args.now, say=_say)
 
 
+def _sweep(word: str) -> Path | None:
+    """The sweep that RUN means, if it is one's folder."""
+    from decompft.launcher.resume import find_run
+    from decompft.launcher.sweep_folder import is_sweep
+
+    path = find_run(word)
+    return path if is_sweep(path) else None
+
+
+def _show_sweep(path: Path, args: argparse.Namespace) -> int:
+    from decompft.slurm import sweep_table
+
+    table = sweep_table.read_table(path)
+    if args.json:
+        _print_json(sweep_table.to_json(table))
+    else:
+        print("\n".join(sweep_table.to_lines(table)))
+    return table.code
+
+
 def _path(word: str) -> Path:
     from decompft.slurm import watch
 
+    sweep = _sweep(word)
+    if sweep is not None:
+        raise UserError(
+            f"{word}: a sweep, each task of which has logs of its own",
+            f"name the run of a task, a folder in {sweep}",
+        )
     path, job = watch.find_named(word)
     if path is None:
         assert job is not None

@@ -197,8 +197,8 @@ def find_incarnations(run: RunDir, events: list[Event]) -> list[Incarnation]:
     """By number, from the events and the folders that are there."""
     found: dict[int, Incarnation] = {}
     for event in events:
-        if event.name in ("submit", "requeue") and event.incarnation not in found:
-            continue  # of a job, before its first ranks
+        if event.name in ("submit", "requeue"):
+            continue  # of a job in the queue, between two starts
         this = found.setdefault(event.incarnation, Incarnation(number=event.incarnation))
         this.last_s = event.time_s if this.last_s is None else max(this.last_s, event.time_s)
         if event.name == "start":

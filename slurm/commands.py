@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from decompft.launcher.errors import SlurmError
 
 # sacct of a busy site can take long; everything else answers in milliseconds
 TIMEOUT_S = 60.0
+_ENV = {"SLURM_TIME_FORMAT": "standard"}  # a user's own form of dates would not be understood
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,13 @@ class Answer:
         return [line for line in self.stdout.splitlines() if line.strip()]
 
 
-def call(argv: Sequence[str], *, timeout_s: float = TIMEOUT_S, stdin: str = "") -> Answer:
+def call(
+    argv: Sequence[str],
+    *,
+    timeout_s: float = TIMEOUT_S,
+    stdin: str = "",
+    env: Mapping[str, str] | None = None,
+) -> Answer:
     """Run squeue, sbatch, scontrol, ...; a code other than 0 is the caller's to judge.
 
     Raises:
@@ -36,6 +44,7 @@ def call(argv: Sequence[str], *, timeout_s: float = TIMEOUT_S, stdin: str = "") 
         done = subprocess.run(
             list(argv),
             input=stdin,
+            env={**os.environ, **_ENV, **(env or {})},
             capture_output=True,
             text=True,
             errors="replace",

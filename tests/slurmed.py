@@ -100,7 +100,8 @@ def submit(
         f"network: {{interface: {interface}}}\ncpus_per_node: 2\ntime: '0:30:00'\n{profile or 'node_check: false'}\n"
     )
     argv = [
-        *(as_user or CLI[:1]), *CLI[1:], "launch", "tiny_map", "--slurm", "site.yaml", f"train.max_steps={STEPS}", "parallel.nodes=2",
+        *(as_user or CLI[:1]), *CLI[1:],
+        "launch", "tiny_map", "--slurm", "site.yaml", f"train.max_steps={STEPS}", "parallel.nodes=2",
         "logging.tensorboard=false", f"data.cache_dir={folder / 'cache'}", "--run-dir", "run", *words,
     ]  # fmt: skip
     done = subprocess.run(

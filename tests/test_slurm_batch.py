@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,33 @@ def test_end_finds_the_rank_behind_sruns_labels(tmp_path: Path, capsys: pytest.C
 def test_address_towards_another_node_is_not_taken_from_the_own_name() -> None:
     assert batch.address_towards("") == "127.0.0.1"
     assert batch.address_towards("localhost") in ("127.0.0.1", "::1")
+
+
+def test_the_node_at_fault_has_slurms_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDir.create(tmp_path, recipe_text="", plan=make_plan(ranks=2))
+    run.next_incarnation()
+    (run.incarnation_dir(1) / "slurm.json").write_text('{"job_id": "5", "nodes": ["vn-1", "vn-2"]}')
+    failed = Outcome(result="failed", cause="crash", rank=3, node="localhost")
+    for outcome in (
+        failed,
+        replace(failed, node="vn-2.cluster.example", rank=0),
+        replace(failed, node="vn-2"),
+    ):
+        write_outcome(run.incarnation_dir(1), outcome)
+        write_record(run, Record())
+        ended(run, capsys)
+        assert read_record(run).suspects == {"vn-2": 1}
+
+
+def test_a_job_that_was_submitted_after_a_cancel_goes_on(
+    submitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(capsys=capsys)
+    mark = submitted / "slurm/cancelled"
+    for jobs, stays in ((["5"], True), (["4"], False)):
+        mark.write_text(json.dumps({"jobs": jobs}))
+        begin(capsys=capsys)
+        assert mark.exists() == stays
 
 
 def test_a_stale_script_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -118,7 +119,6 @@ def test_following_goes_on_over_a_restart_until_the_end(run: RunDir) -> None:
     ]  # fmt: skip
     write(run, 2, "rank-0.log", "last of 2\n")
     end(run, 2, Outcome(result="finished", step=10))
-    import os
 
     os.close(handle)
     follower.ends()

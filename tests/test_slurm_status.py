@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -18,8 +19,6 @@ from decompft.launcher.errors import UserError
 from decompft.launcher.outcome import Outcome
 from decompft.launcher.runs import RunDir
 from decompft.slurm.history import read_history
-from decompft.slurm.queue import Job, find_job, find_jobs, past_rows
-from decompft.slurm.reasons import explain
 from decompft.slurm.watch import Status, find_named, status_of
 
 pytestmark = pytest.mark.dist
@@ -31,157 +30,13 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     return FakeSlurm(tmp_path, monkeypatch)
 
 
-def at(clock: str) -> float:
-    """A moment of the day on which the answers were recorded."""
-    return time.mktime(time.strptime(f"2026-11-22T{clock}", "%Y-%m-%dT%H:%M:%S"))
+_TODO = {"prolog": "scontrol release 23", "no_log": "mkdir -p /nonexistent/logs"}
 
 
 def run_of_job(tmp_path: Path, job_id: str = "23") -> RunDir:
     run = make_run(tmp_path / "runs/tiny")
     submit(run, job_id)
     return run
-
-
-# -- Slurm's words --
-
-REASONS = {
-    "resources": ("waits", "it is next, and waits for nodes to become free; Slurm expects to start it at 16:20:47"),
-    "priority": ("waits", "jobs of higher priority are before it; Slurm expects to start it at 16:40:00"),
-    "dependency": ("waits", r"it waits for afterok:17\(unfulfilled\)"),
-    "begin": ("waits", r"it is to begin at 17:00:32 \(in 59 min"),
-    "requeued": ("waits", r"requeued; Slurm starts a requeued job again after a delay, at 16:00:41 \(in 6.00 s\)"),
-    "node_requeued": ("waits", "nodes that it needs are down, drained or reserved"),
-    "never": ("stuck", "a job that it was to follow has failed"),
-    "held_user": ("stuck", "held by its owner"),
-    "held_admin": ("stuck", "held by an administrator"),
-    "requeue_held": ("stuck", "it was requeued and held"),
-    "prolog": ("stuck", r"health check \(the prolog\) failed .* holds the job"),
-    "req_node": ("stuck", r"it asks for vn-3 by name, and not all of them are available \(vn-3\)"),
-    "no_log": ("stuck", r"the folder of its log file is missing on the node \(/nonexistent/logs\)"),
-    "running": ("runs", "^running for"),
-    "completing": ("runs", "its processes are being ended"),
-    "completed": ("done", "the job has ended"),
-    "failed": ("failed", r"its script failed with exit code 3 \(the run failed\)"),
-    "dependent": ("failed", "a job that it was to follow has failed"),
-    "timeout": ("failed", "it reached its time limit"),
-    "preempted": ("failed", "a job of higher priority took its nodes"),
-    "node_fail": ("failed", "a node failed"),
-    "cancelled": ("cancelled", "the job was cancelled"),
-}  # fmt: skip
-TODO = {
-    "held_user": "scontrol release 23", "requeue_held": "scontrol release 23", "prolog": "scontrol release 23",
-    "never": "scancel 23", "req_node": "scancel 23", "no_log": "mkdir -p /nonexistent/logs",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", REASONS)
-def test_7_a_recorded_state_is_explained_in_words(name: str, slurm: FakeSlurm) -> None:
-    slurm.answer(name, job_id="23")
-    job = find_job("23")
-    assert job is not None
-    kind, words = REASONS[name]
-    standing = explain(job, at("16:00:35"))
-    assert standing.kind == kind
-    assert re.search(words, standing.words), standing.words
-    assert standing.todo == TODO.get(name, "")
-
-
-# not heard on the testbed: it has no limits by user, and no memory limits
-@pytest.mark.parametrize(
-    ("state", "reason", "kind", "words"),
-    [
-        ("PENDING", "QOSMaxJobsPerUserLimit", "waits", "other jobs use all that its QOS may use at a time"),
-        ("PENDING", "AssocGrpCpuLimit", "waits", "other jobs use all that its account or user may use"),
-        (
-            "PENDING",
-            "AssocMaxWallDurationPerJobLimit",
-            "stuck",
-            "more than its account or user allows to one job",
-        ),
-        (
-            "PENDING",
-            "AssocGrpCPUMinutesLimit",
-            "stuck",
-            "the computing time of its account or user is used up",
-        ),
-        ("PENDING", "AssocGrpCPURunMinutesLimit", "waits", "other jobs use all"),
-        ("PENDING", "PartitionTimeLimit", "stuck", "more time than its partition allows"),
-        ("PENDING", "ReqNodeNotAvail, Reserved for maintenance", "waits", "reserved for maintenance"),
-        ("PENDING", "SomethingNew", "waits", "Slurm's reason is SomethingNew"),
-        ("PENDING", "None", "waits", "Slurm's reason is None"),
-        ("PENDING", "", "waits", "the scheduler has not looked at it yet"),
-        ("OUT_OF_MEMORY", "OutOfMemory", "failed", "it used more memory than it asked for"),
-        ("COMPLETING", "", "runs", "its processes are being ended"),
-    ],
-)
-def test_a_state_from_the_manual_is_explained_in_words(
-    state: str, reason: str, kind: str, words: str
-) -> None:
-    standing = explain(Job(job_id="23", state=state, reason=reason), 0.0)
-    assert standing.kind == kind
-    assert words in standing.words
-
-
-def test_7_an_old_row_of_accounting_is_not_believed_over_the_queue(slurm: FakeSlurm) -> None:
-    slurm.answer("late", sacct=("late",), job_id="23")
-    assert recorded("sacct", "late")[0].split("|")[2] == "PENDING"  # heard at the same moment
-    (job,) = find_jobs(["23"])
-    assert (job.state, job.source, job.nodes) == ("RUNNING", "queue", "watch-[1-2]")
-    assert slurm.calls("sacct") == []
-
-
-def test_7_a_job_that_the_queue_has_forgotten_is_found_in_accounting(slurm: FakeSlurm) -> None:
-    slurm.answer(sacct=("timeout", "preempted", "cancelled"))
-    slurm.say("squeue", *recorded("squeue", "running"))
-    ids = [recorded("sacct", name)[-1].split("|")[0] for name in ("timeout", "preempted", "cancelled")]
-    running = recorded("squeue", "running")[0].split("|")[0]
-    states = {job.job_id: (job.state, job.source) for job in find_jobs([*ids, running])}
-    assert states == {
-        ids[0]: ("TIMEOUT", "accounting"), ids[1]: ("PREEMPTED", "accounting"), ids[2]: ("CANCELLED", "accounting"),
-        running: ("RUNNING", "queue"),
-    }  # fmt: skip
-    assert explain(find_jobs(ids[2:])[0], 0.0).words == "the job was cancelled by 0"
-
-
-def test_an_end_that_accounting_never_heard_of_is_not_made_up(slurm: FakeSlurm) -> None:
-    slurm.answer(sacct=("running",), job_id="23")
-    job = find_job("23")
-    assert job is not None and job.state == "UNKNOWN" and not job.is_live
-    assert "accounting saw no end of it" in explain(job, 0.0).words
-
-
-def test_unknown_ids_are_left_out(slurm: FakeSlurm) -> None:
-    slurm.answer("running", job_id="23")
-    assert [job.job_id for job in find_jobs(["23", "9999"])] == ["23"]
-    assert find_jobs(["9999"]) == () and find_job("9999") is None
-    assert find_jobs([]) == ()
-
-
-def test_10_the_tasks_of_an_array_are_jobs_of_their_own(slurm: FakeSlurm) -> None:
-    slurm.answer("array")
-    array = recorded("squeue", "array")[0].split("_")[0]
-    tasks = {job.job_id: job.state for job in find_jobs([array])}
-    assert tasks == {f"{array}_{k}": "RUNNING" if k < 2 else "PENDING" for k in range(4)}
-    (one,) = find_jobs([f"{array}_1"])
-    assert one.belongs_to(array) and one.belongs_to(one.raw_id) and not one.belongs_to(f"{array}_0")
-    assert "throttle" in explain(find_jobs([f"{array}_3"])[0], 0.0).words
-
-
-def test_values_with_blanks_come_through(slurm: FakeSlurm) -> None:
-    slurm.answer("running", job_id="23")
-    job = find_job("23")
-    assert job is not None
-    assert (job.comment, job.work_dir, job.limit_s) == (
-        "decompft:/home/me/my runs/tiny",
-        "/tmp/wrec2",
-        1200.0,
-    )
-    assert (job.exit_code, job.restarts, job.log) == (0, 0, "/tmp/wrec2/slurm-17.out")
-
-
-def test_each_start_of_a_requeued_job_has_a_row_in_accounting(slurm: FakeSlurm) -> None:
-    slurm.answer(sacct=("requeued",), job_id="23")
-    assert [row.state for row in past_rows("23")][0] == "REQUEUED"
 
 
 # -- a run and its job --
@@ -256,7 +111,7 @@ def test_a_script_that_started_no_rank_has_the_last_word(
 ) -> None:
     run = run_of_job(tmp_path)
     run.append_event("submit", job_id="23", kind="train", after=[])
-    slurm.answer("failed", job_id="23")
+    slurm.say("squeue", *recorded("squeue", "failed", "23"))  # its log's place is not known
     (run.path / "logs").mkdir()
     (run.path / "logs/train-23.out").write_text("a\npython: No module named decompft\n")
     assert cli.main(["status", "tiny"]) == 3
@@ -289,7 +144,7 @@ def test_what_slurm_says_when_the_ranks_said_nothing(
     assert (status.state, status.code) == (state, code)
     assert words in status.words
     if state == "needs a hand":
-        assert status.next == TODO[name]
+        assert status.next == _TODO[name]
 
 
 def test_an_outcome_of_an_earlier_job_is_not_that_of_the_last(slurm: FakeSlurm, tmp_path: Path) -> None:
@@ -334,6 +189,9 @@ def test_jobs_before_and_after_the_training_count_too(slurm: FakeSlurm, tmp_path
     assert (status.state, status.code) == ("failed", 3) and "its merge job 23" in status.words
     status = say(("completed", "21"), ("completed", "22"), ("completed", "23"))
     assert (status.state, status.code) == ("finished", 0)
+    submit(run, "32")  # a successor of 22, to which what waited for 22 was handed over
+    submit(run, "23", kind="merge", after=["32"])
+    assert [o.job_id for o in status_of(run.path).others] == ["23"]
 
 
 def test_a_controller_that_does_not_answer_leaves_the_files(slurm: FakeSlurm, tmp_path: Path) -> None:
@@ -372,6 +230,35 @@ def test_a_job_number_finds_its_run(slurm: FakeSlurm, tmp_path: Path) -> None:
     assert cli.main(["status", "nothing"]) == 2
 
 
+def test_10_a_task_is_found_by_both_of_its_numbers(slurm: FakeSlurm, tmp_path: Path) -> None:
+    sweep = make_run(tmp_path / "runs/sweep")
+    submit(sweep, "13", kind="sweep", array=4)
+    task = make_run(tmp_path / "runs/sweep/001-rank_8")
+    submit(task, "13_1", kind="sweep")
+    start(task, job_id="15")
+    slurm.answer("array")
+    assert find_named("13_1") == find_named("15") == (Path("runs/sweep/001-rank_8"), None)
+    assert find_named("13") == find_named("13_3") == (Path("runs/sweep"), None)
+    status = status_of(task.path)
+    assert status.job is not None and (status.job.job_id, status.state) == ("13_1", "running")
+
+
+def test_a_job_that_was_submitted_by_hand_is_found_by_its_comment(slurm: FakeSlurm, tmp_path: Path) -> None:
+    make_run(tmp_path / "elsewhere/my run")
+    line = recorded("squeue", "running", "23")[0].replace("/home/me/my runs/tiny", "elsewhere/my run")
+    slurm.say("squeue", line.replace("/tmp/wrec2", str(tmp_path)))
+    assert find_named("23") == (Path("elsewhere/my run"), None)
+
+
+def test_a_job_between_two_starts_lengthens_neither(slurm: FakeSlurm, tmp_path: Path) -> None:
+    run = run_of_job(tmp_path)
+    end(run, start(run, job_id="23"), stopped(4))
+    (past,) = read_history(status_of(run.path))
+    with (run.path / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "submit", "time_s": time.time() + 3600, "job_id": "24"}) + "\n")
+    assert read_history(status_of(run.path)) == (past,)
+
+
 def test_a_job_of_no_run_is_shown_alone(
     slurm: FakeSlurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -394,8 +281,6 @@ def test_a_local_run_lives_while_its_lock_is_held(tmp_path: Path) -> None:
     train(run, 1, 2)
     age(run, 7200)
     assert "last sign of life 2 h ago" in status_of(run.path).words
-    import os
-
     os.close(handle)
     assert state_of(run)[:2] == ("silent", 4)
     train(run, 3)  # from another machine
