@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from decompft.launcher.cli_runs import add_run_verbs
 from decompft.launcher.cli_tools import add_tools
-from decompft.launcher.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, DecompftError
+from decompft.launcher.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, DecompftError, UserError
 
 if TYPE_CHECKING:
     from decompft.launcher.plan import Plan
@@ -72,6 +72,11 @@ def _launch(args: argparse.Namespace) -> int:
     from decompft.launcher import local, planner
 
     path, recipe = _recipe(args, strict=not args.dry_run)
+    _refuse_idle_chain(args)
+    if recipe.sweep is not None:
+        from decompft.launcher.cli_sweep import launch_sweep
+
+        return launch_sweep(args, path, recipe, lambda plan: _profile(args, plan))
     plan = planner.make(recipe)
     for warning in plan.warnings:
         _warn(warning)
@@ -92,6 +97,10 @@ def _plan(args: argparse.Namespace) -> int:
     from decompft.launcher import planner
 
     _, recipe = _recipe(args, strict=False)
+    if recipe.sweep is not None:
+        _warn(
+            "this is the plan of the recipe without its sweep; `decompft launch --dry-run` shows each task's"
+        )
     plan = planner.make(recipe)
     if args.json:
         from decompft.launcher.plan import to_json
@@ -103,17 +112,23 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _submit(args: argparse.Namespace, plan: Plan, recipe_text: str) -> int:
-    from decompft.slurm.submit import submit_training
+    from decompft.slurm.chain import read_chain, submit_chain
 
     run_dir = args.run_dir or Path("runs") / plan.name
     profile = _profile(args, plan)
+    chain = read_chain(args.chain, profile, merge_into=args.chain_merge, eval_tasks=args.chain_eval)
     if args.dry_run:
         from decompft.slurm.render import train_script
 
         print(train_script(plan, profile, run_dir=str(run_dir)), end="")
         return EXIT_DONE
-    job = submit_training(plan, recipe_text, profile, run_dir=run_dir, resume=args.resume, say=_say)
-    print(f"job {job.job_id}: {plan.name} on {plan.recipe.parallel.nodes} nodes, in {run_dir}")
+    jobs = submit_chain(plan, recipe_text, profile, chain, run_dir=run_dir, resume=args.resume, say=_say)
+    for job in jobs:
+        after = f", after job {job.after[0]}" if job.after else ""
+        if job.kind == "train":
+            print(f"job {job.job_id}: {plan.name} on {plan.recipe.parallel.nodes} nodes, in {run_dir}{after}")
+        else:
+            print(f"job {job.job_id}: {job.kind}{after}")
     print(f"follow: decompft status {run_dir} | decompft logs {run_dir} --follow | decompft cancel {run_dir}")
     return EXIT_DONE
 
@@ -123,6 +138,11 @@ def _sbatch(args: argparse.Namespace) -> int:
     from decompft.slurm.render import train_script
 
     _, recipe = _recipe(args, strict=False)
+    if recipe.sweep is not None:
+        raise UserError(
+            f"{args.recipe}: a sweep is submitted by decompft, which makes a folder for each task",
+            "decompft launch RECIPE --slurm; with --dry-run it prints the script",
+        )
     plan = planner.make(recipe)
     for warning in plan.warnings:
         _warn(warning)
@@ -141,7 +161,14 @@ def _profile(args: argparse.Namespace, plan: Plan) -> Profile:
 
 
 def _check(args: argparse.Namespace) -> int:
-    _, recipe = _recipe(args, strict=False)
+    path, recipe = _recipe(args, strict=False)
+    if recipe.sweep is not None:
+        from decompft.launcher.sweep import check_tasks, tasks_of
+
+        tasks = tasks_of(path, args.overrides)
+        check_tasks(tasks, strict=False)
+        print(f"{args.recipe}: ok ({recipe.name}, a sweep of {len(tasks)} tasks)")
+        return EXIT_DONE
     print(f"{args.recipe}: ok ({recipe.name})")
     return EXIT_DONE
 
@@ -200,13 +227,20 @@ def _report(args: argparse.Namespace) -> int:
 
 def _recipe(args: argparse.Namespace, *, strict: bool) -> tuple[Path, Recipe]:
     """Read and check the RECIPE argument; warnings go to stderr."""
-    from decompft.launcher import checking, shipped, source
+    from decompft.launcher import checking, fetched, shipped, source
 
     path = shipped.find(args.recipe)
     recipe = source.load(path, args.overrides)
+    if "run_dir" in args:  # what `fetch` pinned for the run
+        recipe = fetched.pinned(recipe, args.run_dir or Path("runs") / str(recipe.name))
     for warning in checking.check(recipe, strict=strict):
         _warn(warning)
     return path, recipe
+
+
+def _refuse_idle_chain(args: argparse.Namespace) -> None:
+    if args.slurm is None and (args.chain or args.chain_merge or args.chain_eval):
+        raise UserError("--chain: jobs follow each other in Slurm", "add --slurm")
 
 
 def _say(text: str) -> None:
@@ -238,6 +272,19 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const="",
         help="submit a job; PROFILE: a name, or a path ending in .yaml",
+    )
+    launch.add_argument(
+        "--chain",
+        metavar="STEP,...",
+        help="with --slurm: jobs one after the other, of prepare,train,merge,eval",
+    )
+    launch.add_argument(
+        "--chain-merge",
+        choices=("dense", "dequantized", "requantized"),
+        help="as merge --into; default: dense",
+    )
+    launch.add_argument(
+        "--chain-eval", metavar="FILE", action="append", default=[], help="as eval --task; may be repeated"
     )
     launch.add_argument("--resume", metavar="auto|RUN|CHECKPOINT", help="continue from a checkpoint")
     launch.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/NAME")

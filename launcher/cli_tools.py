@@ -35,6 +35,13 @@ def add_tools(
     doctor.add_argument("--json", action="store_true", help="with --slurm: print the findings as JSON")
     doctor.set_defaults(run=_doctor, positional=(), flags=())
 
+    fetch = verb(
+        "fetch", "download a recipe's model and data where there is a network, and pin them for a run"
+    )
+    add_recipe(fetch)
+    fetch.add_argument("--run-dir", metavar="DIR", help="default: runs/NAME")
+    fetch.set_defaults(run=_with_recipe, positional=("recipe", "overrides"), flags=("run_dir",))
+
     merge = verb("merge", "write the base with the adapter folded in, as a plain model")
     _add_adapter(merge)
     merge.add_argument(
@@ -115,7 +122,7 @@ def add_tools(
     data = kinds.add_parser("data", help="samples as tokens, the trained ones marked")
     add_recipe(data)
     data.add_argument("--num", type=int, metavar="N", help="samples to show")
-    data.set_defaults(run=_inspect, positional=("kind", "recipe", "overrides"), flags=("num",))
+    data.set_defaults(run=_with_recipe, positional=("kind", "recipe", "overrides"), flags=("num",))
     weights = kinds.add_parser("weights", help="how a model's linear weights are distributed")
     weights.add_argument("model", metavar="MODEL", help="a folder, a hub id, or a GGUF file")
     weights.add_argument("--tuned", metavar="MODEL2", help="compare with a tuned model, or with an adapter")
@@ -230,7 +237,7 @@ def _doctor(args: argparse.Namespace) -> int:
     return _tool(args)
 
 
-def _inspect(args: argparse.Namespace) -> int:
+def _with_recipe(args: argparse.Namespace) -> int:
     from decompft.launcher import shipped
 
     args.recipe = shipped.find(args.recipe)

@@ -82,7 +82,7 @@ def make_setting(
         f"train.max_steps={steps}", "train.epochs=null", "train.stop_after_steps=null",
         "train.early_stop_evals=null", f"train.eval_every_steps={eval_every or 'null'}",
         f"checkpoint.every_steps={every}", "logging.every_steps=1", "logging.tensorboard=false",
-        "logging.wandb=null", "logging.mlflow=null",
+        "logging.wandb=null", "logging.mlflow=null", "sweep=null",
     )  # fmt: skip
     shortened = source.load(path, (*overrides, *own))
     for warning in checking.check(shortened, strict=True):

@@ -96,7 +96,7 @@ def _from_hub_id(model_id: str, revision: str, environ: Mapping[str, str]) -> Fo
         f"model.id: the config of {model_id} (revision {revision}) is nowhere on this machine; tried the "
         f"folder {model_id}, the hub cache {cached}, and the built-in table of {len(known_ids())} models",
         (f"did you mean {near[0]}? " if near else "")
-        + "`hf download` fetches it, or name a local folder with a config.json",
+        + "`decompft fetch RECIPE` fetches it where there is a network, or name a local folder with a config.json",
     )
 
 

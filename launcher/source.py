@@ -44,7 +44,23 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse(text, where=str(path), base_dir=path.parent, overrides=overrides)
 
 
-def parse(text: str, *, where: str, base_dir: Path, overrides: Sequence[str] = ()) -> Recipe:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chosen:
+    """One value of a sweep."""
+
+    key: str  # of the recipe
+    value: Any  # as YAML has it
+    path: KeyPath  # where it stands in the recipe: sweep, parameters, ...
+
+
+def parse(
+    text: str,
+    *,
+    where: str,
+    base_dir: Path,
+    overrides: Sequence[str] = (),
+    chosen: Sequence[Chosen] = (),
+) -> Recipe:
     """As `load`, from text.
 
     Args:
@@ -52,6 +68,7 @@ def parse(text: str, *, where: str, base_dir: Path, overrides: Sequence[str] = (
         where: what to call the text in errors; its stem is the recipe's default name.
         base_dir: folder that relative paths in the text are relative to.
         overrides: as in `load`.
+        chosen: values of the recipe's own sweep, which come after the overrides; errors name their lines.
     """
     tree = read(text, where=where)
     if tree.value is None:
@@ -61,6 +78,8 @@ def parse(text: str, *, where: str, base_dir: Path, overrides: Sequence[str] = (
     value = copy.deepcopy(tree.value)
     changes = [_apply(value, override) for override in overrides]
     sources = _Sources(where=where, tree=tree, changes=changes)
+    if chosen:
+        sources = _Sources(where=where, tree=tree, changes=[*changes, *_choose(value, chosen, sources)])
     _validate(Recipe, value, sources)
     _resolve_paths(value, sources, base_dir)
     value.setdefault("name", None)
@@ -147,7 +166,8 @@ def _validate(kind: type[SectionT], value: dict[str, Any], sources: _Sources) ->
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Change:
     path: KeyPath
-    text: str  # the override as typed
+    here: str  # the override as typed, or the place of a sweep's value
+    is_typed: bool = True  # on the command line
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,9 +187,7 @@ class _Sources:
 
     def place(self, path: KeyPath, *, at_key: bool, mark: Mark | None = None) -> _Place:
         if mark is None and (change := self.override_of(path)):
-            return _Place(
-                prefix=f"override {change.text}: ", path=path, order=(1, self.changes.index(change), 0)
-            )
+            return _Place(prefix=f"{change.here}: ", path=path, order=(1, self.changes.index(change), 0))
         marks = self.tree.key_marks if at_key else self.tree.value_marks
         known = path
         while mark is None and known:  # a missing key: the section it belongs to
@@ -222,12 +240,26 @@ def _apply(value: dict[str, Any], override: str) -> _Change:
     """Write `section.key=value` into the recipe's values."""
     key, equals, text = override.partition("=")
     here = f"override {override}"
-    steps = re.findall(r"[^.\[\]]+", key)
     if not equals or not re.fullmatch(r"[^.\[\]]+(\.[^.\[\]]+|\[\d+\])*", key):
         raise RecipeError(
             f"{here}: this is not KEY=VALUE", "e.g. adapter.rank=8 or data.train[0].path=my.jsonl"
         )
-    new = _value(text, here)
+    return _Change(path=_put(value, key, _value(text, here), here), here=here)
+
+
+def _choose(value: dict[str, Any], chosen: Sequence[Chosen], sources: _Sources) -> list[_Change]:
+    """Write the values of one combination of a sweep into the recipe's values."""
+    changes = []
+    for one in chosen:
+        here = sources.place(one.path, at_key=False).prefix.removesuffix(": ")
+        path = _put(value, one.key, copy.deepcopy(one.value), here)
+        changes.append(_Change(path=path, here=here, is_typed=sources.override_of(one.path) is not None))
+    return changes
+
+
+def _put(value: dict[str, Any], key: str, new: Any, here: str) -> KeyPath:
+    """Change what stands at a key that is well formed; the key's path."""
+    steps = re.findall(r"[^.\[\]]+", key)
     node: Any = value
     path: list[str | int] = []
     for i, step in enumerate(steps):
@@ -253,7 +285,7 @@ def _apply(value: dict[str, Any], override: str) -> _Change:
             node = node[step]
         else:
             raise RecipeError(f"{here}: {dotted(tuple(path))} is the value {node!r} and has no keys")
-    return _Change(path=tuple(path), text=override)
+    return tuple(path)
 
 
 def _value(text: str, here: str) -> Any:
@@ -277,7 +309,8 @@ def _resolve_paths(value: dict[str, Any], sources: _Sources, base_dir: Path) -> 
         text = holder.get(str(path[-1]))
         if text is None:
             return
-        base = Path.cwd() if sources.override_of(path) else base_dir
+        change = sources.override_of(path)
+        base = Path.cwd() if change is not None and change.is_typed else base_dir
         full = os.path.abspath(base / Path(text).expanduser())
         if is_path(text, full):
             holder[str(path[-1])] = full

@@ -3,6 +3,7 @@
 begin    makes or continues the run: `start INCARNATION ADDRESS PORT COUNT NODES PATIENCE_S CHECKPOINT|-` or `requeue`
 checked  what the nodes said of themselves: `fit`, else as `end`
 end      what to do now that the ranks are gone: `exit CODE`, `here`, or `requeue NODES|-`
+succeed  another job takes this one's place: the ids of the jobs that waited for this one
 
 Nothing here calls a program of Slurm's: inside a container there is none. The script passes on what Slurm knows.
 """
@@ -19,8 +20,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from decompft.launcher import checking, node_report, planner, shipped, source
+from decompft.launcher import checking, fetched, node_report, planner, shipped, source
 from decompft.launcher.checkpoints import list_checkpoints, put_back, step_of
 from decompft.launcher.ending import conclude, report
 from decompft.launcher.errors import EXIT_AGAIN, DecompftError, PlanError, SlurmError, UserError
@@ -40,6 +42,7 @@ from decompft.slurm.after import (
     write_record,
 )
 from decompft.slurm.frozen import read_frozen
+from decompft.slurm.successor import hand_over
 
 # beside the measured save: the slowest step, and ranks that notice the stop a little later
 _PATIENCE_S = 60.0
@@ -90,6 +93,7 @@ def _begin(args: argparse.Namespace) -> int:
     plan = _plan(recipe, len(hosts), args.device)
     hosts = hosts[: plan.world.nodes]
     put_back(run.checkpoints_dir)
+    _forget_cancelling(run, args.job)
     start = choose_start(plan, run_dir=args.run_dir, resume="auto")
     for note in start.notes:
         _say(note)
@@ -144,7 +148,7 @@ def _end(args: argparse.Namespace) -> int:
     run = RunDir.open(args.run_dir)
     if _is_stale(run, args.incarnation):
         return 0
-    outcome = conclude(run, args.incarnation, args.code)
+    outcome = _at_slurms_node(run, args.incarnation, conclude(run, args.incarnation, args.code))
     plan = run.read_plan()
     stop_after = plan.recipe.train.stop_after_steps
     ends = is_cancelled(run) or (stop_after is not None and outcome.step >= stop_after)
@@ -163,6 +167,11 @@ def _is_stale(run: RunDir, incarnation: int) -> bool:
         _say(f"incarnation {newest} of the run has started elsewhere; this one, {incarnation}, is over")
         print("exit", EXIT_AGAIN)
     return newest > incarnation
+
+
+def _succeed(args: argparse.Namespace) -> int:
+    print(*hand_over(RunDir.open(args.run_dir), args.job, args.next))
+    return 0
 
 
 def _job(args: argparse.Namespace, plan: Plan) -> Job:
@@ -197,6 +206,37 @@ def newest_incarnation(run: RunDir) -> int:
     return max((int(p.name) for p in (run.path / "incarnations").glob("*") if p.name.isdecimal()), default=0)
 
 
+def _at_slurms_node(run: RunDir, incarnation: int, outcome: Outcome) -> Outcome:
+    """The node by Slurm's name for it: ranks and torchrun know it by others (localhost, a full domain name)."""
+    nodes: list[str] = _start_of(run, incarnation).get("nodes", [])
+    if not outcome.node or outcome.node in nodes:
+        return outcome
+    short = [node for node in nodes if node.split(".")[0] == outcome.node.split(".")[0]]
+    if not short and outcome.rank is not None and nodes:
+        # torchrun's agents have the numbers of Slurm's nodes, but under c10d
+        short = [nodes[min(outcome.rank // run.read_plan().world.ranks_per_node, len(nodes) - 1)]]
+    return replace(outcome, node=short[0] if short else outcome.node)
+
+
+def _forget_cancelling(run: RunDir, job: str) -> None:
+    """`decompft cancel` meant the jobs of that time, not one that the user submitted since."""
+    path = run.path / "slurm/cancelled"
+    try:
+        if job not in json.loads(path.read_bytes())["jobs"]:
+            path.unlink()
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+
+
+def _start_of(run: RunDir, incarnation: int) -> dict[str, Any]:
+    """Job and nodes of an incarnation; empty when it was not a job's."""
+    try:
+        row: dict[str, Any] = json.loads((run.incarnation_dir(incarnation) / "slurm.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return row
+
+
 def is_cancelled(run: RunDir) -> bool:
     """Whether `decompft cancel` asked this run to end; a later submission forgets it."""
     return (run.path / "slurm/cancelled").exists()
@@ -223,7 +263,7 @@ def _recipe(args: argparse.Namespace) -> tuple[Recipe, str]:
     if args.recipe is None:
         return read_frozen(RunDir(args.run_dir))
     path = shipped.find(args.recipe)
-    recipe = source.load(path, args.override)
+    recipe = fetched.pinned(source.load(path, args.override), args.run_dir)
     for warning in checking.check(recipe, strict=True):
         _say(f"warning: {warning}")
     return recipe, path.read_text(encoding="utf-8-sig")
@@ -264,11 +304,8 @@ def _within_grace(recipe: Recipe, grace_s: float) -> Recipe:
 
 def _refuse_second(run: RunDir, args: argparse.Namespace) -> None:
     """Two jobs in one run directory would fence each other off for ever."""
-    try:
-        row = json.loads((run.incarnation_dir(newest_incarnation(run)) / "slurm.json").read_bytes())
-    except (OSError, ValueError):
-        return
-    if row["job_id"] != args.job and row["job_id"] in args.live.split():
+    row = _start_of(run, newest_incarnation(run))
+    if row and row["job_id"] != args.job and row["job_id"] in args.live.split():
         raise UserError(
             f"{run.path}: job {row['job_id']} is running in this directory",
             "wait for it, end it with `decompft cancel`, or choose another place with --run-dir DIR",
@@ -308,6 +345,8 @@ def _parser() -> argparse.ArgumentParser:
         sub = verbs.add_parser(name)
         sub.add_argument("run_dir", type=Path)
         sub.add_argument("--job", default=os.environ.get("SLURM_JOB_ID", ""))
+        if name == "succeed":
+            return sub
         sub.add_argument("--hosts", required=True, help="nodes of the job, in Slurm's order, by blanks")
         sub.add_argument("--down", default="", help="those that Slurm has given up")
         return sub
@@ -332,6 +371,9 @@ def _parser() -> argparse.ArgumentParser:
     end.add_argument("code", type=int)
     end.add_argument("--signal", default="", help="what told the script that the time is up")
     end.set_defaults(run=_end)
+    succeed = verb("succeed")
+    succeed.add_argument("--next", required=True, help="the job that goes on with the run")
+    succeed.set_defaults(run=_succeed)
     return parser
 
 

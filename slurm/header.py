@@ -1,4 +1,4 @@
-"""The #SBATCH lines of a training job: what the run needs, then what the site's profile asks."""
+"""The #SBATCH lines of a run's jobs: what the run needs, then what the site's profile asks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from decompft.launcher.errors import PlanError
 from decompft.launcher.plan import Plan
 from decompft.launcher.recipe import SlurmSection
-from decompft.slurm.profile import Profile
+from decompft.slurm.profile import PrepareSection, Profile
 from decompft.slurm.profile_values import HEADER_TEXT
 from decompft.slurm.site_options import site_options
 
@@ -24,11 +24,14 @@ def wanted(profile: Profile, slurm: SlurmSection) -> Profile:
     return profile.model_copy(update={key: value for key, value in told.items() if value is not None})
 
 
-def train_options(plan: Plan, profile: Profile, warning_s: int = WARNING_S) -> list[str]:
+def train_options(
+    plan: Plan, profile: Profile, warning_s: int = WARNING_S, array: str | None = None
+) -> list[str]:
     """What sbatch is told about the training job, one option an item.
 
     Args:
         profile: as `wanted` gives it.
+        array: the tasks of a sweep, e.g. 0-7%2.
 
     Raises:
         PlanError: the time limit leaves no room for a save, or a value cannot stand in a header.
@@ -48,10 +51,42 @@ def train_options(plan: Plan, profile: Profile, warning_s: int = WARNING_S) -> l
         "--requeue" if profile.requeue == "requeue" else "--no-requeue",
         # a node that dies takes only its ranks with it, where the others can go on
         *(["--no-kill"] if spares or most > fewest else []),
+        *([f"--array={array}"] if array else []),
         # %x is the job's name; without append a restart would erase the first log
+        f"--output=%x-{'%A-%a' if array else '%j'}.out",
+        "--open-mode=append",
+    ]
+    return _checked(options, profile)
+
+
+def step_options(plan: Plan, profile: Profile, kind: str) -> list[str]:
+    """As `train_options`, of a job before or after the training: one task.
+
+    Args:
+        kind: prepare, which needs no GPU, merge or eval.
+    """
+    if kind == "prepare":
+        asked = profile.prepare or PrepareSection()
+        # what describes the nodes with the GPUs says nothing of these
+        other: dict[str, object] = {"constraint": None, "reservation": None, "gres": [], "exclusive": False}
+        told = {
+            "partition": asked.partition, "mem": asked.mem, "time": asked.time, "cpus_per_node": asked.cpus
+        }  # fmt: skip
+        profile = profile.model_copy(update=other | told)
+    has_gpu = plan.world.device == "cuda" and kind != "prepare"
+    options = [
+        f"--job-name={plan.name}-{kind}",
+        "--nodes=1",
+        "--ntasks-per-node=1",
+        *site_options(profile, gpus_per_node=1 if has_gpu else 0),
+        "--requeue" if profile.requeue == "requeue" else "--no-requeue",
         "--output=%x-%j.out",
         "--open-mode=append",
     ]
+    return _checked(options, profile)
+
+
+def _checked(options: list[str], profile: Profile) -> list[str]:
     for option in options:
         key, _, value = option.removeprefix("--").partition("=")
         if value and option not in profile.directives and not HEADER_TEXT.fullmatch(value):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from decompft.launcher.job import PREPARE, WORKER, base_env
 from decompft.launcher.plan import Plan
-from decompft.slurm.header import WARNING_S, train_options, wanted
+from decompft.slurm.header import WARNING_S, step_options, train_options, wanted
 from decompft.slurm.profile import Profile
 from decompft.slurm.profile_environment import (
     ApptainerEnvironment,
@@ -34,7 +34,13 @@ class Setup:
 
 
 def train_script(
-    plan: Plan, profile: Profile, *, run_dir: str, recipe: Sequence[str] = (), warning_s: int = WARNING_S
+    plan: Plan,
+    profile: Profile,
+    *,
+    run_dir: str,
+    recipe: Sequence[str] = (),
+    warning_s: int = WARNING_S,
+    array: str | None = None,
 ) -> str:
     """The text to give to sbatch.
 
@@ -43,6 +49,7 @@ def train_script(
         recipe: the recipe's path and KEY=VALUE words as the user typed them, looked up again on the cluster from
             the folder of submission; empty: what is frozen in the run directory.
         warning_s: how long before the time limit the job is told to save.
+        array: the tasks of a sweep, e.g. 0-7%2; `run_dir` is then the sweep's, and each task's run is below it.
 
     Raises:
         PlanError: the time limit leaves no room for a save, or a value cannot stand in the script's header.
@@ -53,12 +60,12 @@ def train_script(
         words += [
             f"parallel.nodes={plan.recipe.parallel.nodes}", f"parallel.gpus_per_node={world.ranks_per_node}"
         ]  # fmt: skip
-    env = {key: value for key, value in base_env(plan, {}).items() if key != "OMP_NUM_THREADS"}
     return render(
         "train.sbatch.j2",
-        directives=[Verbatim(f"#SBATCH {line}") for line in train_options(plan, site, warning_s)],
+        directives=[Verbatim(f"#SBATCH {line}") for line in train_options(plan, site, warning_s, array)],
+        array=array is not None,
         device=world.device,
-        env=dict(sorted(env.items())),
+        env=_env(plan),
         cpus_per_task=_cores(site, world.ranks_per_node),
         profile=site,
         setup=setup(site, world.device),
@@ -71,6 +78,31 @@ def train_script(
         node_check=NODE_CHECK,
         prepare=PREPARE,
         worker=WORKER,
+    )
+
+
+def step_script(plan: Plan, profile: Profile, *, kind: str, commands: Sequence[Sequence[str]]) -> str:
+    """The text of a job before or after the training.
+
+    Args:
+        kind: prepare, merge or eval.
+        commands: words behind `python -m` each, run one after the other until one fails.
+
+    Raises:
+        PlanError: a value cannot stand in the script's header.
+    """
+    site = wanted(profile, plan.recipe.slurm)
+    device = "cpu" if kind == "prepare" else plan.world.device
+    return render(
+        "step.sbatch.j2",
+        directives=[Verbatim(f"#SBATCH {line}") for line in step_options(plan, site, kind)],
+        kind=kind,
+        device=device,
+        env=_env(plan),
+        profile=site,
+        setup=setup(site, device),
+        ranks_per_node=1,
+        commands=commands,
     )
 
 
@@ -128,6 +160,11 @@ class Verbatim(str):
 
 def quote(value: object) -> str:
     return value if isinstance(value, Verbatim) else shlex.quote(str(value))
+
+
+def _env(plan: Plan) -> dict[str, str]:
+    """Without the number of threads, which the node knows."""
+    return {key: value for key, value in sorted(base_env(plan, {}).items()) if key != "OMP_NUM_THREADS"}
 
 
 def _cores(profile: Profile, ranks_per_node: int) -> int | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from decompft.launcher.errors import SlurmError, UserError
 from decompft.launcher.outcome import write_atomic
 from decompft.launcher.plan import Plan
-from decompft.launcher.resume import choose_start
+from decompft.launcher.resume import Start, choose_start
 from decompft.launcher.runs import RunDir
 from decompft.slurm.commands import call
 from decompft.slurm.frozen import freeze
@@ -39,42 +39,50 @@ class Submission:
     time_s: float = 0.0
 
 
-def submit_training(
+def make_ready(
     plan: Plan,
     recipe_text: str,
     profile: Profile,
     *,
     run_dir: Path,
     resume: str | None,
-    after: Sequence[str] = (),
     say: Callable[[str], None],
-) -> Submission:
-    """Submit the training job of a run.
+) -> str:
+    """Check and write down all that a run's training job needs; the script that is to be submitted.
 
     Args:
         recipe_text: the recipe file, verbatim.
         run_dir: on a file system that the nodes share; relative to the current folder, which the job starts in.
         resume: as `decompft launch` takes it.
-        after: jobs that must end well before.
 
     Raises:
         UserError: the run is queued or running already, or cannot be continued so.
-        SlurmError: Slurm is not here, or refuses the script; its words are in the message.
+        SlurmError: Slurm is not here, or would refuse the script; its words are in the message.
     """
     run = RunDir(run_dir)
     refuse_living(run)
     start = choose_start(plan, run_dir=run_dir, resume=resume)
     for note in start.notes:
         say(note)
-    warning_s = max(WARNING_S, round(_MARGIN_S + 2 * _save_s(run)))
-    text = train_script(plan, profile, run_dir=str(run_dir), warning_s=warning_s)
+    text = train_script(plan, profile, run_dir=str(run_dir), warning_s=warning_s([run]))
     check_script(text)
+    record(start, plan, recipe_text)
+    return text
+
+
+def warning_s(runs: Sequence[RunDir]) -> int:
+    """How long before the time limit a job is told to save, by the saves of these runs so far."""
+    return max(WARNING_S, round(_MARGIN_S + 2 * max(map(_save_s, runs))))
+
+
+def record(start: Start, plan: Plan, recipe_text: str) -> None:
+    """Write what a job finds in its run directory."""
+    run = start.run
     if start.is_new and start.checkpoint is not None:
         run.write_origin(start.checkpoint)
     run.record(recipe_text=recipe_text, plan=plan)
     freeze(run, plan.recipe)
     (run.path / "slurm/cancelled").unlink(missing_ok=True)
-    return submit_script(run, text, name=SCRIPT, kind="train", after=after, logs=profile.logs)
 
 
 def submit_script(
@@ -86,14 +94,13 @@ def submit_script(
     after: Sequence[str] = (),
     logs: str | None = None,
     array: int | None = None,
-    options: Sequence[str] = (),
 ) -> Submission:
     """Write a script into the run directory, submit it, and write that down.
 
     Args:
         name: of the script, below the run directory.
         logs: folder of the script's own log; default logs/ of the run directory.
-        options: further options of sbatch.
+        array: tasks that the script's header asks for.
 
     Raises:
         SlurmError: sbatch refuses; its words are in the message.
@@ -108,7 +115,7 @@ def submit_script(
     argv = [
         "sbatch", "--parsable", f"--output={str(folder).replace('%', '%%')}/{kind}-{number}.out",
         *([f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []),
-        *options, str(script),
+        str(script),
     ]  # fmt: skip
     done = call(argv)
     if done.code != 0 or not done.lines:
@@ -118,10 +125,15 @@ def submit_script(
         job_id=job_id, cluster=cluster, kind=kind, script=name, after=tuple(after), array=array,
         sha256=hashlib.sha256(text.encode()).hexdigest(), time_s=round(time.time(), 3),
     )  # fmt: skip
-    with (run.path / "slurm/jobs.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(submission), sort_keys=True) + "\n")
+    append(run, submission)
     run.append_event("submit", job_id=job_id, kind=kind, after=list(after))
     return submission
+
+
+def append(run: RunDir, submission: Submission) -> None:
+    """Add a line to slurm/jobs.jsonl."""
+    with (run.path / "slurm/jobs.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(submission), sort_keys=True) + "\n")
 
 
 def check_script(text: str) -> str:
@@ -156,21 +168,25 @@ def read_submissions(run: RunDir) -> list[Submission]:
     return found
 
 
-def refuse_living(run: RunDir) -> None:
+def refuse_living(*runs: RunDir) -> None:
     """Two jobs in one run directory would fence each other off.
 
     Raises:
-        UserError: a job of the run is queued or running.
+        UserError: a job of one of the runs is queued or running.
     """
-    ids = [s.job_id for s in read_submissions(run) if s.kind in ("train", "sweep")]
+    ids = [(run, s.job_id) for run in runs for s in read_submissions(run) if s.kind in ("train", "sweep")]
     if not ids:
         return
     # an unknown id beside a known one is no error, alone it is: ask about all of this user's
-    known = {line.split()[0] for line in call(["squeue", "--me", "--noheader", "--format=%A"]).lines}
-    living = [job for job in ids if job in known]
+    rows = [
+        line.split() for line in call(["squeue", "--me", "--noheader", "--array", "--format=%F %K"]).lines
+    ]
+    known = {word for row in rows for word in (row[0], "_".join(row))}  # of an array its id, and each task's
+    living = [(run, job) for run, job in ids if job in known]
     if living:
+        run, job = living[-1]
         raise UserError(
-            f"{run.path}: job {living[-1]} of this run is queued or running",
+            f"{run.path}: job {job} of this run is queued or running",
             f"look with `decompft status {run.path}`, end it with `decompft cancel {run.path}`, "
             "or choose another place with --run-dir DIR",
         )

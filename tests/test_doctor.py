@@ -10,7 +10,7 @@ from decompft.launcher.worker.tools.doctor import main
 
 SHOWN = (
     "python", "torch", "transformers", "bitsandbytes", "torchao", "deepspeed", "liger-kernel", "triton",
-    "devices", "bfloat16", "nf4", "8-bit AdamW", "gloo", "nccl", "torchrun", "fsdp", "liger kernels",
+    "devices", "gpu health", "bfloat16", "nf4", "8-bit AdamW", "gloo", "nccl", "torchrun", "fsdp", "liger kernels",
     "cache", "disk", "hub",
 )  # fmt: skip
 
@@ -66,3 +66,13 @@ def test_a_lone_process_group_is_left_as_it_was_found():
 
     assert checkup._gloo().state == "ok"
     assert not dist.is_initialized()
+
+
+def test_a_sick_gpu_is_a_warning(tmp_path, monkeypatch):
+    from test_node_gpus import GOOD, ROWS, A, answer
+
+    answer(tmp_path, monkeypatch, GOOD | {ROWS: f"{A}, No, Yes\n"})
+    found = checkup._gpu_health()
+    assert found.state == "warn" and "could not be remapped" in found.text and "administrators" in found.fix
+    answer(tmp_path, monkeypatch, GOOD)
+    assert checkup._gpu_health().text.endswith("on 2 GPU(s)")

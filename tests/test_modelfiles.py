@@ -257,7 +257,7 @@ def test_hub_model_in_the_cache_is_found_without_a_network(tmp_path: Path) -> No
 def test_unreachable_hub_model_says_what_to_do() -> None:
     with pytest.raises(ModelError, match="someone/else") as caught:
         resolve(plan_for(id="someone/else"))
-    assert "hf download" in caught.value.hint and "HF_HOME" in caught.value.hint
+    assert "decompft fetch" in caught.value.hint and "HF_HOME" in caught.value.hint
 
 
 @pytest.mark.parametrize(

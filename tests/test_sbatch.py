@@ -17,7 +17,7 @@ from decompft.launcher.errors import PlanError
 from decompft.launcher.plan import Plan
 from decompft.slurm import profile as profiles
 from decompft.slurm.profile import Profile
-from decompft.slurm.render import train_script
+from decompft.slurm.render import step_script, train_script
 
 pytestmark = pytest.mark.dist
 
@@ -48,6 +48,25 @@ def gpu_tasks_script() -> str:
     return train_script(on_gpus(plan, nodes=2), profile, run_dir="runs/tiny")
 
 
+def array_script() -> str:
+    return train_script(make_plan(), Profile(requeue="successor"), run_dir="runs/a sweep", array="0-2%2")
+
+
+def step_prepare_script() -> str:
+    asked = {"partition": "cpu", "cpus": 8, "mem": "64G"}
+    profile = Profile(
+        prepare=asked, gpu_type="a100", constraint="ib", exclusive=True, account="proj", mem="400G"
+    )
+    commands = [("decompft.launcher.worker.tools.prepare", "runs/it's a run")]
+    return step_script(on_gpus(make_plan(ranks=8), nodes=4), profile, kind="prepare", commands=commands)
+
+
+def step_merge_script() -> str:
+    profile = profiles.load(profiles.find("container-pyxis", cwd=Path("/")))
+    commands = [("decompft.launcher.cli", "merge", "runs/tiny/adapter", "--into=dense")]
+    return step_script(on_gpus(make_plan(ranks=8), nodes=4), profile, kind="merge", commands=commands)
+
+
 NASTY = ('it\'s a "recipe" $HOME `id`\n; touch pwned.yaml', "train.max_steps=$(touch pwned)", "a b=*")
 
 
@@ -69,6 +88,7 @@ def shipped_script(name: str) -> str:
 SHIPPED = sorted(path.stem for path in (Path(profiles.__file__).parent / "profiles").glob("*.yaml"))
 SCRIPTS = {
     "gpu_4x8": gpu_script, "cpu_1x2": cpu_script, "gpu_tasks": gpu_tasks_script, "nasty": nasty_script,
+    "array": array_script, "step_prepare": step_prepare_script, "step_merge": step_merge_script,
     **{f"site_{name}": partial(shipped_script, name) for name in SHIPPED},
 }  # fmt: skip
 
@@ -132,6 +152,7 @@ PYTHON = """
         echo "start $number 10.0.0.1 4242 2 vn-1,vn-2 300 $CHECKPOINT"; exit "${BEGIN_CODE:-0}" ;;
     *node_check*) exit 0 ;;
     *batch\\ checked) echo "$CHECKED" ;;
+    *batch\\ succeed) echo $WAITING ;;
     *prepare*) eval "$PREPARE_DOES"; exit "${PREPARE_CODE:-0}" ;;
     *batch\\ end) if [ -e "$4/incarnations/7/stop" ]; then echo "$STOPPED"; exit 0; fi
         if [ "$5" = 7 ]; then echo "$ENDED"; else echo 'exit 0'; fi ;;
@@ -164,7 +185,7 @@ PROGRAMS = {
 KNOWN = {
     "SLURM_JOB_NODELIST": "vn-[1-2]",
     "SLURM_JOB_ID": "5", "SLURM_JOB_PARTITION": "gpu", "SRUN_DOES": "", "CHECKPOINT": "-", "CHECKED": "fit -",
-    "ENDED": "exit 0", "STOPPED": "exit 75", "PREPARE_DOES": "",
+    "ENDED": "exit 0", "STOPPED": "exit 75", "PREPARE_DOES": "", "WAITING": "",
 }  # fmt: skip
 
 
@@ -293,6 +314,42 @@ def test_a_successor_leaves_the_bad_node_out(fake: Cluster) -> None:
         "sbatch --parsable --dependency=afterany:5 --exclude=vn-2 --output=runs/tiny/logs/train-%j.out "
         "runs/tiny/slurm/train.sbatch"
     ]
+
+
+def test_jobs_that_wait_for_a_job_wait_for_its_successor(fake: Cluster) -> None:
+    assert fake.run(gpu_tasks_script(), ENDED="requeue -", WAITING="6 7") == 75
+    assert fake.calls[-1][:6] == [
+        "-m",
+        "decompft.slurm.batch",
+        "succeed",
+        "runs/tiny",
+        "--job=5",
+        "--next=99",
+    ]
+    assert fake.asked[1:] == [f"scontrol update JobId={job} Dependency=afterok:99" for job in (6, 7)]
+
+
+def test_an_array_task_works_in_its_own_folder_and_its_successor_is_no_array(fake: Cluster) -> None:
+    for name in ("000-rank_4", "001-rank_8", "010-rank_16"):
+        (fake.folder / "runs/a sweep" / name).mkdir(parents=True)
+    task = {"SLURM_ARRAY_JOB_ID": "4", "SLURM_ARRAY_TASK_ID": "1"}
+    assert fake.run(array_script(), ENDED="requeue -", **task) == 75
+    assert fake.calls[0][3] == "runs/a sweep/001-rank_8"
+    assert fake.asked == [
+        "sbatch --parsable --dependency=afterany:4_1 --output=runs/a sweep/001-rank_8/logs/train-%j.out "
+        "runs/a sweep/001-rank_8/slurm/train.sbatch"
+    ]
+
+
+def test_a_step_ends_at_its_first_failure(fake: Cluster) -> None:
+    text = step_prepare_script()
+    assert fake.run(text) == 0
+    assert fake.calls == [["-m", "decompft.launcher.worker.tools.prepare", "runs/it's a run"]]
+    two = step_script(
+        make_plan(), Profile(), kind="prepare", commands=[("prepare", "runs/a"), ("prepare", "runs/b")]
+    )
+    assert fake.run(two, PREPARE_CODE="2") == 2
+    assert fake.calls[1:] == [["-m", "prepare", "runs/a"]]
 
 
 def test_a_cancelled_job_asks_for_nothing(fake: Cluster) -> None:

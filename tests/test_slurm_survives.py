@@ -144,10 +144,13 @@ def test_demand_4_a_node_that_dies_is_replaced(
 def test_demand_5_a_failure_before_the_first_step_ends_after_the_cap(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    broken = slow_steps(tmp_path, 0.0)
-    with (tmp_path / "site/sitecustomize.py").open("a") as file:
-        file.write("import os\nif 'RANK' in os.environ: raise RuntimeError('this node has no luck')\n")
-    run = submit(cluster, tmp_path, "slurm.max_failures=2", "parallel.nodes=1", env=broken)
+    broken = """
+        import os
+        if "RANK" in os.environ:
+            os.write(2, b"ImportError: this node has no luck\\n")
+            os._exit(1)
+    """
+    run = submit(cluster, tmp_path, "slurm.max_failures=2", "parallel.nodes=1", env=patched(tmp_path, broken))
     assert cluster.finished(run.job, 240) == "FAILED"
     assert cluster.show(run.job)["ExitCode"] == "3:0"
     assert len(run.events("start")) == 3

@@ -100,6 +100,19 @@ def _devices() -> Finding:
     return Finding(name="devices", state="ok", text="; ".join([*counted, cores]))
 
 
+def _gpu_health() -> Finding:
+    """What the check before a job on Slurm asks of each node's GPUs."""
+    from decompft.launcher.worker.node_gpus import check_gpus
+
+    states, problems = check_gpus(0)
+    told = [problem for problem in problems if problem.kind != "gpu count"]  # nobody asked for any
+    if told:
+        text = "; ".join(problem.text for problem in told)
+        return Finding(name="gpu health", state="warn", text=text, fix=told[0].hint)
+    found = f"no ECC error, slowdown or foreign memory on {len(states)} GPU(s)" if states else "no GPU to ask"
+    return Finding(name="gpu health", state="ok", text=found)
+
+
 def _bfloat16() -> Finding:
     import torch
 
@@ -250,7 +263,7 @@ def _hub() -> Finding:
     names = [n for n in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE") if _is_on(n)]
     where = f"cache {hub_cache(os.environ)}"
     if names:
-        fix = "right for a compute node without a network; run `hf download MODEL` where there is one"
+        fix = "right for a compute node without a network; run `decompft fetch RECIPE` where there is one"
         return Finding(name="hub", state="warn", text=f"offline by {', '.join(names)}; {where}", fix=fix)
     token = "HF_TOKEN is set" if os.environ.get("HF_TOKEN") else "no HF_TOKEN: gated models are refused"
     return Finding(name="hub", state="ok", text=f"{where}; {token}")
@@ -275,6 +288,7 @@ def _device() -> str:
 
 _CHECKS: tuple[tuple[str, Check, bool], ...] = (
     ("devices", _devices, True),
+    ("gpu health", _gpu_health, False),
     ("bfloat16", _bfloat16, False),
     ("nf4", _nf4, True),
     ("8-bit AdamW", _adamw8bit, False),

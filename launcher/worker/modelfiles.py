@@ -121,7 +121,7 @@ def _downloaded(repo: str, revision: str, with_code: bool, say: Callable[[str], 
     except LocalEntryNotFoundError as error:
         raise ModelError(
             f"model.id: there is no folder {repo}, the hub's cache lacks it, and the hub cannot be reached",
-            "run `hf download MODEL` where there is a network (a login node) with HF_HOME on a shared "
+            "run `decompft fetch RECIPE` where there is a network (a login node) with HF_HOME on a shared "
             "disk, or name a local folder",
         ) from error
     except Exception as error:  # HTTP, authentication, gating, disk: the library's first line says which

@@ -196,7 +196,7 @@ def _from_hub(name: str, revision: str, trust_code: bool) -> PreTrainedTokenizer
         raise ModelError(
             f"{name}: no such folder here, and the hub could not give its tokenizer: {_first_line(error)}",
             "without a network, give a local folder (model.id or model.tokenizer), or run "
-            "`hf download MODEL` where there is one",
+            "`decompft fetch RECIPE` where there is one",
         ) from error
 
 

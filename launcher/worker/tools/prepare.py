@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from decompft.launcher import fetched
 from decompft.launcher.outcome import write_atomic
 from decompft.launcher.plan import Plan
 from decompft.launcher.runs import RunDir
@@ -21,6 +23,9 @@ from decompft.launcher.worker.tools.main import run_tool
 def main(argv: list[str]) -> None:
     run = RunDir.open(Path(argv[0]))
     plan = run.read_plan()
+    if fetched.read(run.path) is not None:
+        os.environ |= fetched.OFFLINE  # first: the hub's library reads them when it is imported
+        fetched.verify(run.path)
     # transformers takes seconds to import: only here, after the plan was read
     from decompft.launcher.worker.data.cache import data_cache_root
     from decompft.launcher.worker.data.prepare import prepare_data
