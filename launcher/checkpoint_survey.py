@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from decompft.launcher.checkpoints import FORMAT_VERSION, OLDEST_VERSION, find_problem, list_checkpoints
+from decompft.launcher.runs import RunDir
 
 _LARGE_BYTES = 256 * 2**20  # hashing more takes long enough to wonder
 _STEP = re.compile(r"step-(\d{8,})")
@@ -151,7 +152,7 @@ def _leftover(path: Path) -> Leftover:
             if may_delete
             else f"it is {original.name}: replacing it was cut short; the next save puts it back"
         )
-    elif incarnation is not None and not _has_ended(path.parent.parent, incarnation):
+    elif incarnation is not None and not _has_ended(RunDir(path.parent.parent), incarnation):
         may_delete = False
         why = f"incarnation {incarnation} left no outcome: it may be running, and saving now"
     else:
@@ -159,11 +160,10 @@ def _leftover(path: Path) -> Leftover:
     return Leftover(path=path, num_bytes=_size(path)[0], may_delete=may_delete, why=why)
 
 
-def _has_ended(run_dir: Path, incarnation: int) -> bool:
+def _has_ended(run: RunDir, incarnation: int) -> bool:
     """Ended itself, or a newer one has started, which may write alone."""
-    root = run_dir / "incarnations"
-    newer = any(p.name.isdecimal() and int(p.name) > incarnation for p in root.glob("*"))
-    return newer or (root / str(incarnation) / "outcome.json").exists()
+    has_newer = run.newest_incarnation() > incarnation
+    return has_newer or (run.incarnation_dir(incarnation) / "outcome.json").exists()
 
 
 def _sealed_manifest(folder: Path) -> dict[str, Any]:

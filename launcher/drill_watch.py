@@ -32,8 +32,8 @@ class Look:
 
 def look(run: RunDir) -> Look:
     """Look now; files may be in the middle of being written."""
-    incarnation = newest_incarnation(run)
-    events = [e for e in read_lines(run.path / "events.jsonl") if e.get("incarnation") == incarnation]
+    incarnation = run.newest_incarnation()
+    events = [e for e in read_lines(run.events_path) if e.get("incarnation") == incarnation]
     whole = [folder for folder in list_checkpoints(run.checkpoints_dir) if (folder / "COMPLETE").is_file()]
     return Look(
         has_plan=run.plan_path.is_file(),
@@ -63,16 +63,9 @@ def read_lines(path: Path) -> list[Row]:
     return found
 
 
-def newest_incarnation(run: RunDir) -> int:
-    """Its number; 0 before the first."""
-    folder = run.path / "incarnations"
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return max((int(name) for name in names if name.isdigit()), default=0)
-
-
 def began_at(run: RunDir, incarnation: int) -> int:
     """The step that an incarnation went on from, as its start says; 0 from the beginning."""
-    for event in read_lines(run.path / "events.jsonl"):
+    for event in read_lines(run.events_path):
         if event.get("event") == "start" and event.get("incarnation") == incarnation:
             checkpoint = event.get("checkpoint")
             return step_of(Path(checkpoint)) if checkpoint else 0
