@@ -16,6 +16,7 @@ from typing import Any, Self
 from pydantic import ValidationError
 
 from decompft.launcher.errors import UserError
+from decompft.launcher.hangs import read_written
 from decompft.launcher.outcome import write_atomic
 from decompft.launcher.plan import Plan, to_json
 
@@ -200,14 +201,14 @@ class RunDir:
     def _living_ranks(self) -> list[int]:
         """Processes on this machine that the newest incarnation's pulses name and that are there."""
         found = []
-        for path in self.incarnation_dir(self.newest_incarnation()).glob("pulse-*.json"):
-            try:
-                pulse = json.loads(path.read_bytes())
-                if pulse["node"] == platform.node():
-                    os.kill(pulse["pid"], 0)
-                    found.append(int(pulse["pid"]))
-            except (OSError, ValueError, KeyError, TypeError):
+        for reading in read_written(self.incarnation_dir(self.newest_incarnation())):
+            if reading.node != platform.node():
                 continue
+            try:
+                os.kill(reading.pid, 0)
+            except OSError:
+                continue
+            found.append(reading.pid)
         return sorted(found)
 
     def _unwritable(self, error: OSError) -> UserError:

@@ -14,6 +14,7 @@ import pytest
 
 from decompft.launcher.checkpoints import FORMAT_VERSION, newest_valid, put_back
 from decompft.launcher.errors import UserError
+from decompft.launcher.hangs import Reading, pulse_path, to_json
 from decompft.launcher.outcome import Outcome, read_outcome, read_ranks, write_outcome, write_rank
 from decompft.launcher.plan import Batch, Forecast, Plan, Term, World
 from decompft.launcher.recipe import Recipe
@@ -101,7 +102,7 @@ def test_a_launch_whose_launcher_is_gone_names_the_ranks_that_are_left(tmp_path:
     for rank, (pid, node) in enumerate(
         [(os.getpid(), platform.node()), (ended.pid, platform.node()), (1, "else")]
     ):
-        (folder / f"pulse-{rank}.json").write_text(json.dumps({"pid": pid, "node": node}))
+        pulse_path(folder, rank).write_text(to_json(Reading(rank=rank, pid=pid, node=node)))
     handle = run.lock()
     with pytest.raises(UserError, match="another launch is running") as caught:
         run.lock()
