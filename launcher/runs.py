@@ -218,6 +218,13 @@ class RunDir:
         )
 
 
+def find_run(typed: str) -> Path:
+    """What a user means by a run or a place in one: a path, else a name under ./runs; as typed if there is neither."""
+    path = Path(os.path.expanduser(typed))
+    named = Path("runs", typed)
+    return named if not path.exists() and ".." not in named.parts and named.is_dir() else path
+
+
 def environment() -> dict[str, Any]:
     """The versions a run is made on, read without importing any of them."""
     packages = {}

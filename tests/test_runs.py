@@ -19,7 +19,7 @@ from decompft.launcher.outcome import Outcome, read_outcome, read_ranks, write_o
 from decompft.launcher.plan import Batch, Forecast, Plan, Term, World
 from decompft.launcher.recipe import Recipe
 from decompft.launcher.resume import check_resume, choose_start
-from decompft.launcher.runs import RunDir
+from decompft.launcher.runs import RunDir, find_run
 
 RECIPE = "# a comment is kept\nmodel: {config: {model_type: llama}, weights: random}\n"
 
@@ -109,6 +109,18 @@ def test_a_launch_whose_launcher_is_gone_names_the_ranks_that_are_left(tmp_path:
     os.close(handle)
     assert f"(its ranks here: pid {os.getpid()})" in caught.value.message
     assert f"`kill {os.getpid()}`" in caught.value.hint
+
+
+def test_a_run_is_named_by_a_path_or_under_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("work/runs/one/adapter", "work/runs/two", "work/two", "work/aside", "home/three"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    found = {
+        "one": "runs/one", "one/adapter": "runs/one/adapter", "two": "two", "~/three": tmp_path / "home/three",
+        "nowhere": "nowhere", "../aside": "../aside", "~no-such-user/x": "~no-such-user/x",
+    }  # fmt: skip
+    assert {typed: find_run(typed) for typed in found} == {typed: Path(to) for typed, to in found.items()}
 
 
 def test_an_unwritable_place_is_the_users_error(tmp_path: Path) -> None:
