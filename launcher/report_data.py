@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from decompft.launcher.checkpoints import step_of
 from decompft.launcher.errors import UserError
+from decompft.launcher.json_lines import read_lines
 from decompft.launcher.outcome import Outcome, read_outcome, read_ranks
 from decompft.launcher.plan import Plan
 from decompft.launcher.report_scale import gaps
@@ -250,22 +250,6 @@ def _packages(path: Path) -> dict[str, str]:
         return {str(name): str(version) for name, version in packages.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any] | None]:
-    """The objects of a JSONL file, None for a line that is none; a last line without end is still being written."""
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if isinstance(row, dict):
-                yield row
-            elif line.endswith(b"\n") and line.strip():
-                yield None
 
 
 def _float(value: object) -> float:
