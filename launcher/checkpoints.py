@@ -38,6 +38,17 @@ def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def completed_at(checkpoints_dir: Path) -> dict[str, int | None]:
+    """When each checkpoint was completed, by name (ns; None: not yet); other after any save, deletion or `put_back`."""
+    found: dict[str, int | None] = {}
+    for folder in list_checkpoints(checkpoints_dir):
+        try:
+            found[folder.name] = (folder / "COMPLETE").stat().st_mtime_ns
+        except OSError:
+            found[folder.name] = None
+    return found
+
+
 def put_back(checkpoints_dir: Path) -> None:
     """Undo a replacement of a checkpoint that was cut short between its two renames: the old one is the checkpoint."""
     for aside in checkpoints_dir.glob(".old-step-*") if checkpoints_dir.is_dir() else ():

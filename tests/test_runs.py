@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from decompft.launcher.checkpoints import FORMAT_VERSION, newest_valid, put_back
+from decompft.launcher.checkpoints import FORMAT_VERSION, completed_at, newest_valid, put_back
 from decompft.launcher.errors import UserError
 from decompft.launcher.hangs import Reading, pulse_path, to_json
 from decompft.launcher.outcome import Outcome, read_outcome, read_ranks, write_outcome, write_rank
@@ -221,6 +221,30 @@ def test_a_replacement_that_was_cut_short_is_undone_before_a_resume(tmp_path: Pa
     newest.rename(newest.with_name(".old-step-00000200"))
     put_back(path / "checkpoints")  # as a launch does once the run is its own
     assert choose_start(make_plan(), run_dir=path, resume="auto").checkpoint == newest
+
+
+def test_whatever_happens_to_checkpoints_shows_in_when_they_were_completed(tmp_path: Path) -> None:
+    seen = [completed_at(tmp_path / "checkpoints")]
+
+    def note() -> None:
+        seen.append(completed_at(tmp_path / "checkpoints"))
+        assert seen[-1] not in seen[:-1]
+
+    first, second = tmp_path / "checkpoints/step-00000004", tmp_path / "checkpoints/step-00000008"
+    for folder in (first, second):
+        folder.mkdir(parents=True)
+        note()
+        (folder / "COMPLETE").touch()
+        note()
+    os.utime(second / "COMPLETE", ns=(1, 1))  # replaced by another save of the same step
+    note()
+    assert completed_at(tmp_path / "checkpoints") == seen[-1]
+    shutil.rmtree(first)
+    note()
+    second.rename(second.with_name(".old-step-00000008"))
+    assert completed_at(tmp_path / "checkpoints") == {}
+    put_back(tmp_path / "checkpoints")
+    assert completed_at(tmp_path / "checkpoints") == seen[-1] != {}
 
 
 def test_a_fork_that_died_before_its_first_checkpoint_begins_at_its_origin_again(tmp_path: Path) -> None:
