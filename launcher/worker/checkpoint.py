@@ -128,7 +128,9 @@ def save(
             if world_size > 1:
                 write_verdict(verdict, step, failure)
         else:
-            if has_failed(verdict, step) and not isinstance(failure, AnotherRankFailed):
+            # the leader clears the folder before it says so: on a full disk that makes the room for its word
+            is_elsewhere = isinstance(error, FileNotFoundError) or has_failed(verdict, step)
+            if is_elsewhere and not isinstance(failure, AnotherRankFailed):
                 failure = _in_words(final, AnotherRankFailed(ANOTHER))
             leave(temp, rank, failure)
         if failure is error:
