@@ -158,7 +158,7 @@ def _end(args: argparse.Namespace) -> int:
 
 def _is_stale(run: RunDir, incarnation: int) -> bool:
     """A node that was cut off and comes back must not speak for a run that goes on elsewhere."""
-    newest = newest_incarnation(run)
+    newest = run.newest_incarnation()
     if newest > incarnation:
         _say(f"incarnation {newest} of the run has started elsewhere; this one, {incarnation}, is over")
         print("exit", EXIT_AGAIN)
@@ -190,11 +190,6 @@ def _act(run: RunDir, args: argparse.Namespace, outcome: Outcome, decision: Deci
     )  # fmt: skip
     print(decision.act, ",".join(decision.exclude) or "-")
     return 0
-
-
-def newest_incarnation(run: RunDir) -> int:
-    """0 before the first."""
-    return max((int(p.name) for p in (run.path / "incarnations").glob("*") if p.name.isdecimal()), default=0)
 
 
 def is_cancelled(run: RunDir) -> bool:
@@ -265,7 +260,7 @@ def _within_grace(recipe: Recipe, grace_s: float) -> Recipe:
 def _refuse_second(run: RunDir, args: argparse.Namespace) -> None:
     """Two jobs in one run directory would fence each other off for ever."""
     try:
-        row = json.loads((run.incarnation_dir(newest_incarnation(run)) / "slurm.json").read_bytes())
+        row = json.loads((run.incarnation_dir(run.newest_incarnation()) / "slurm.json").read_bytes())
     except (OSError, ValueError):
         return
     if row["job_id"] != args.job and row["job_id"] in args.live.split():
