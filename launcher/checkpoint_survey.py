@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from decompft.launcher.checkpoints import FORMAT_VERSION, OLDEST_VERSION, find_problem, list_checkpoints
+from decompft.launcher.checkpoints import FORMAT_VERSION, NAME, OLDEST_VERSION, find_problem, list_checkpoints
+from decompft.launcher.runs import RunDir
 
 _LARGE_BYTES = 256 * 2**20  # hashing more takes long enough to wonder
-_STEP = re.compile(r"step-(\d{8,})")
 _INCARNATION = re.compile(r"-inc(\d+)")
 _LEFTOVER = re.compile(r"(\.tmp-|\.old-|abandoned-).+")
 
@@ -59,8 +59,8 @@ class Leftover:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a folder is, or was to become, one checkpoint; it may have been renamed."""
-    is_leftover = _LEFTOVER.fullmatch(path.name) and _STEP.search(path.name)
-    is_named = _STEP.fullmatch(path.name) or is_leftover
+    is_leftover = _LEFTOVER.fullmatch(path.name) and NAME.search(path.name)
+    is_named = NAME.fullmatch(path.name) or is_leftover
     return path.is_dir() and (bool(is_named) or (path / "manifest.json").exists())
 
 
@@ -90,7 +90,7 @@ def examine(folder: Path, say: Callable[[str], None], *, which: str = "") -> Fou
     Args:
         which: of how many, for the line that is said.
     """
-    num_bytes, num_files = _size(folder)
+    num_bytes, num_files = size_of(folder)
     marker = folder / "COMPLETE"
     marker_time = (marker if marker.exists() else folder).stat().st_mtime
     if num_bytes >= _LARGE_BYTES:
@@ -98,7 +98,7 @@ def examine(folder: Path, say: Callable[[str], None], *, which: str = "") -> Fou
     problem = find_problem(folder)
     manifest = _sealed_manifest(folder)
     is_read = manifest.get("version") in range(OLDEST_VERSION, FORMAT_VERSION + 1)
-    in_name = _STEP.search(folder.name)
+    in_name = NAME.search(folder.name)
     return Found(
         path=folder,
         problem=problem,
@@ -119,6 +119,16 @@ def examine(folder: Path, say: Callable[[str], None], *, which: str = "") -> Fou
 def leftovers(checkpoints_dir: Path) -> list[Leftover]:
     """What lies beside the checkpoints, by name."""
     return [_leftover(path) for path in _leftover_paths(checkpoints_dir)]
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Bytes and files under a folder, or of a file; what vanishes meanwhile does not count."""
+    inside = (os.path.join(root, name) for root, _, names in os.walk(path) for name in names)
+    sizes = []
+    for each in inside if path.is_dir() else (path,):
+        with suppress(FileNotFoundError):
+            sizes.append(os.lstat(each).st_size)
+    return sum(sizes), len(sizes)
 
 
 def size_text(num_bytes: int) -> str:
@@ -151,19 +161,18 @@ def _leftover(path: Path) -> Leftover:
             if may_delete
             else f"it is {original.name}: replacing it was cut short; the next save puts it back"
         )
-    elif incarnation is not None and not _has_ended(path.parent.parent, incarnation):
+    elif incarnation is not None and not _has_ended(RunDir(path.parent.parent), incarnation):
         may_delete = False
         why = f"incarnation {incarnation} left no outcome: it may be running, and saving now"
     else:
         why = "a save that was cut short; the next save deletes it"
-    return Leftover(path=path, num_bytes=_size(path)[0], may_delete=may_delete, why=why)
+    return Leftover(path=path, num_bytes=size_of(path)[0], may_delete=may_delete, why=why)
 
 
-def _has_ended(run_dir: Path, incarnation: int) -> bool:
+def _has_ended(run: RunDir, incarnation: int) -> bool:
     """Ended itself, or a newer one has started, which may write alone."""
-    root = run_dir / "incarnations"
-    newer = any(p.name.isdecimal() and int(p.name) > incarnation for p in root.glob("*"))
-    return newer or (root / str(incarnation) / "outcome.json").exists()
+    has_newer = run.newest_incarnation() > incarnation
+    return has_newer or (run.incarnation_dir(incarnation) / "outcome.json").exists()
 
 
 def _sealed_manifest(folder: Path) -> dict[str, Any]:
@@ -189,17 +198,3 @@ def _number(manifest: dict[str, Any], key: str) -> int | None:
     """A newer format may have moved it."""
     value = manifest.get(key)
     return value if isinstance(value, int) else None
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """Bytes and files under a folder, or of a file; those that vanish meanwhile do not count."""
-    if not path.is_dir():
-        return path.lstat().st_size, 1
-    sizes = []
-    for root, _, names in os.walk(path):
-        for name in names:
-            try:
-                sizes.append(os.lstat(os.path.join(root, name)).st_size)
-            except FileNotFoundError:
-                continue
-    return sum(sizes), len(sizes)

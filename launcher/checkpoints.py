@@ -10,7 +10,7 @@ from pathlib import Path
 FORMAT_VERSION = 2  # of a checkpoint's manifest and of adapter.json, the newest that is read
 OLDEST_VERSION = 2  # of a manifest: format 1 cut tensors at rows, which ZeRO does not
 
-_NAME = re.compile(r"step-(\d{8,})")
+NAME = re.compile(r"step-(\d{8,})")  # of a checkpoint's folder, its step
 
 
 def newest_valid(checkpoints_dir: Path) -> tuple[Path | None, list[str]]:
@@ -34,8 +34,19 @@ def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
     """Folders named like checkpoints, oldest first; temporary folders have other names."""
     if not checkpoints_dir.is_dir():
         return []
-    found = [p for p in checkpoints_dir.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()]
+    found = [p for p in checkpoints_dir.iterdir() if NAME.fullmatch(p.name) and p.is_dir()]
     return sorted(found, key=step_of)
+
+
+def completed_at(checkpoints_dir: Path) -> dict[str, int | None]:
+    """When each checkpoint was completed, by name (ns; None: not yet); other after any save, deletion or `put_back`."""
+    found: dict[str, int | None] = {}
+    for folder in list_checkpoints(checkpoints_dir):
+        try:
+            found[folder.name] = (folder / "COMPLETE").stat().st_mtime_ns
+        except OSError:
+            found[folder.name] = None
+    return found
 
 
 def put_back(checkpoints_dir: Path) -> None:
@@ -48,7 +59,7 @@ def put_back(checkpoints_dir: Path) -> None:
 
 def step_of(checkpoint_dir: Path) -> int:
     """The optimizer step in a checkpoint folder's name."""
-    match = _NAME.fullmatch(checkpoint_dir.name)
+    match = NAME.fullmatch(checkpoint_dir.name)
     if match is None:
         raise ValueError(f"{checkpoint_dir}: a checkpoint folder is named step-XXXXXXXX")
     return int(match[1])

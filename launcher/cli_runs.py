@@ -120,7 +120,7 @@ def _cancel(args: argparse.Namespace) -> int:
 
 def _sweep(word: str) -> Path | None:
     """The sweep that RUN means, if it is one's folder."""
-    from decompft.launcher.resume import find_run
+    from decompft.launcher.runs import find_run
     from decompft.launcher.sweep_folder import is_sweep
 
     path = find_run(word)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
+from decompft.launcher.checkpoint_survey import size_of
 from decompft.launcher.checkpoints import newest_valid, step_of
 from decompft.launcher.drill_launch import Ended, Launch
 from decompft.launcher.drill_setting import Setting, Unbroken, resume_to_end
 from decompft.launcher.drill_verdicts import Verdict, judge, no_end, not_applicable, same_end
 from decompft.launcher.drill_watch import HALF_WRITTEN, Look, began_at
 from decompft.launcher.errors import EXIT_DONE, EXIT_FAILED
+from decompft.launcher.outcome import read_outcome
 
 _TRIES = 3  # a fast run may be over before it is caught
 _NAMED = "the failure is named: which rank, and that it was killed"
@@ -53,7 +52,7 @@ def drill(setting: Setting, unbroken: Unbroken) -> list[Verdict]:
     part = "SIGKILL to every process in a save"
 
     def in_a_save(now: Look) -> bool:
-        return bool(now.saved) and now.step < setting.steps and any(map(_num_bytes, now.saving))
+        return bool(now.saved) and now.step < setting.steps and any(size_of(path)[0] for path in now.saving)
 
     kill = _catch(setting, "job-killed", in_a_save, lambda launch: launch.kill_all())
     return rows + (
@@ -98,7 +97,7 @@ def _after(setting: Setting, unbroken: Unbroken, part: str, kill: _Kill, rank: i
     rows = _naming(part, setting, kill, rank)
     newest, skipped = newest_valid(run.checkpoints_dir)
     saved = 0 if newest is None else step_of(newest)
-    half = {path.name: _num_bytes(path) for path in run.checkpoints_dir.glob(HALF_WRITTEN)}
+    half = {path.name: size_of(path)[0] for path in run.checkpoints_dir.glob(HALF_WRITTEN)}
     ended = resume_to_end(setting, kill.name, unbroken)
     began = began_at(run, at.incarnation + 1)
     whole = f"whole on disk: step {saved}; the resume began after step {began}"
@@ -122,9 +121,10 @@ def _naming(part: str, setting: Setting, kill: _Kill, rank: int | None) -> list[
     if kill.ended is None:
         reason = "the launcher was killed too: nobody was left to say it"
         return [not_applicable(part, claim, reason) for claim in (_NAMED, _ENDS)]
-    outcome = _outcome(setting.run(kill.name).incarnation_dir(kill.at.incarnation))
-    told = "; ".join(str(outcome[key]) for key in ("message", "cause", "meaning") if outcome.get(key))
-    is_named = outcome.get("rank") == rank and re.search(_KILLED, told) is not None
+    outcome = read_outcome(setting.run(kill.name).incarnation_dir(kill.at.incarnation))
+    words = () if outcome is None else (outcome.message, outcome.cause, outcome.meaning)
+    told = "; ".join(filter(None, words))
+    is_named = outcome is not None and outcome.rank == rank and re.search(_KILLED, told) is not None
     is_ended = kill.ended.code == EXIT_FAILED
     seconds = kill.ended.seconds
     measured = f"{seconds:.1f} s after the kill, with exit code {kill.ended.code}"
@@ -134,12 +134,3 @@ def _naming(part: str, setting: Setting, kill: _Kill, rank: int | None) -> list[
             part, _ENDS, is_ended, measured if kill.ended.code is not None else kill.ended.text, end_s=seconds
         ),
     ]
-
-
-def _outcome(incarnation_dir: Path) -> dict[str, Any]:
-    path = incarnation_dir / "outcome.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-
-
-def _num_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from decompft.launcher.drill_processes import all_pids, hold, rank_pids, release, send
-from decompft.launcher.drill_watch import Look, look, newest_incarnation
+from decompft.launcher.drill_watch import Look, look
 from decompft.launcher.errors import EXIT_DONE
 from decompft.launcher.runs import RunDir
 
@@ -56,7 +56,7 @@ class Launch:
         self.run = run
         self.log = log
         self._world_size = world_size
-        self._before = newest_incarnation(run)
+        self._before = run.newest_incarnation()
         self._ranks: dict[int, int] = {}
         self._since = time.monotonic()
         argv = [sys.executable, "-m", "decompft.launcher.cli", "launch", *words, "--run-dir", str(run.path)]
@@ -103,7 +103,7 @@ class Launch:
         self._since = time.monotonic()
         self._process.send_signal(signal.SIGTERM)
         deadline = self._since + _HEARD_S
-        while newest_incarnation(self.run) > self._before and time.monotonic() < deadline:
+        while self.run.newest_incarnation() > self._before and time.monotonic() < deadline:
             if self._process.poll() is not None or look(self.run).has_event("signal"):
                 return
             time.sleep(_POLL_S)

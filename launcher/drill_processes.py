@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
-from decompft.launcher.job import MARK, WORKER
+from decompft.launcher.job import WORKER, job_mark
+from decompft.launcher.processes import marked, read_proc
 from decompft.launcher.runs import RunDir
 
 _HELD_S = 2.0  # a thread stops when it leaves the system call that it is in
@@ -23,18 +24,17 @@ def has_proc() -> bool:
 def rank_pids(run: RunDir, incarnation: int) -> dict[int, int]:
     """The process of each rank that has started, by rank."""
     found: dict[int, int] = {}
-    for pid, environ in _marked(run, incarnation):
-        names = dict(word.split(b"=", 1) for word in environ if b"=" in word)
+    for pid, environ in marked(job_mark(run.path, incarnation)):
         # what a rank starts (compilers, readers of data) inherits its environment, but not its module
-        if b"RANK" in names and WORKER.encode() in _read(pid, "cmdline"):
-            rank = int(names[b"RANK"])
+        if b"RANK" in environ and WORKER.encode() in read_proc(pid, "cmdline"):
+            rank = int(environ[b"RANK"])
             found[rank] = min(pid, found.get(rank, pid))
     return dict(sorted(found.items()))
 
 
 def all_pids(run: RunDir) -> list[int]:
     """Every process of the run's jobs: ranks, what they started, torchrun."""
-    return [pid for pid, _ in _marked(run, None)]
+    return [pid for pid, _ in marked(job_mark(run.path))]
 
 
 def hold(pids: Iterable[int]) -> None:
@@ -70,20 +70,3 @@ def _is_still(pid: int) -> bool:
         if state not in _STOPPED:
             return False
     return True
-
-
-def _marked(run: RunDir, incarnation: int | None) -> Iterator[tuple[int, list[bytes]]]:
-    """Processes with the mark of the run's job (see job.py) in their environment."""
-    number = "" if incarnation is None else str(incarnation)
-    mark = f"{MARK}={run.path.absolute()}#{number}".encode()
-    for folder in Path("/proc").glob("[0-9]*"):
-        environ = _read(int(folder.name), "environ").split(b"\0")
-        if any(word == mark if incarnation is not None else word.startswith(mark) for word in environ):
-            yield int(folder.name), environ
-
-
-def _read(pid: int, name: str) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/{name}").read_bytes()
-    except OSError:
-        return b""  # ended meanwhile, or another user's

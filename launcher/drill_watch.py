@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from decompft.launcher.checkpoints import list_checkpoints, step_of
+from decompft.launcher.json_lines import read_lines
 from decompft.launcher.runs import RunDir
 
 HALF_WRITTEN = ".tmp-step-*"  # what a save is called before it is renamed into place
@@ -32,8 +32,8 @@ class Look:
 
 def look(run: RunDir) -> Look:
     """Look now; files may be in the middle of being written."""
-    incarnation = newest_incarnation(run)
-    events = [e for e in read_lines(run.path / "events.jsonl") if e.get("incarnation") == incarnation]
+    incarnation = run.newest_incarnation()
+    events = [e for e in _rows(run.events_path) if e.get("incarnation") == incarnation]
     whole = [folder for folder in list_checkpoints(run.checkpoints_dir) if (folder / "COMPLETE").is_file()]
     return Look(
         has_plan=run.plan_path.is_file(),
@@ -47,33 +47,18 @@ def look(run: RunDir) -> Look:
 
 def steps(run: RunDir) -> dict[int, Row]:
     """The rows of metrics.jsonl by their step."""
-    return {int(row["step"]): row for row in read_lines(run.metrics_path) if "step" in row}
-
-
-def read_lines(path: Path) -> list[Row]:
-    """The objects of a .jsonl file, without a line that is cut off; none if there is no file."""
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # half a line: it is being written, or its writer was killed
-        if isinstance(row, dict):
-            found.append(row)
-    return found
-
-
-def newest_incarnation(run: RunDir) -> int:
-    """Its number; 0 before the first."""
-    folder = run.path / "incarnations"
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return max((int(name) for name in names if name.isdigit()), default=0)
+    return {int(row["step"]): row for row in _rows(run.metrics_path) if "step" in row}
 
 
 def began_at(run: RunDir, incarnation: int) -> int:
     """The step that an incarnation went on from, as its start says; 0 from the beginning."""
-    for event in read_lines(run.path / "events.jsonl"):
+    for event in _rows(run.events_path):
         if event.get("event") == "start" and event.get("incarnation") == incarnation:
             checkpoint = event.get("checkpoint")
             return step_of(Path(checkpoint)) if checkpoint else 0
     return 0
+
+
+def _rows(path: Path) -> list[Row]:
+    """Without a line that is cut off: it is being written, or its writer was killed."""
+    return [row for row in read_lines(path) if row is not None]

@@ -146,6 +146,13 @@ def read_all(folder: Path, world_size: int) -> list[Reading]:
     ]
 
 
+def read_written(folder: Path) -> list[Reading]:
+    """A reading of every rank that has left one, for who does not know how many there are."""
+    numbers = (path.stem.removeprefix("pulse-") for path in folder.glob("pulse-*.json"))
+    ranks = sorted(int(number) for number in numbers if number.isdecimal())
+    return [reading for rank in ranks if (reading := _read(folder, rank)) is not None]
+
+
 def pulse_path(folder: Path, rank: int) -> Path:
     return folder / f"pulse-{rank}.json"
 

@@ -23,6 +23,7 @@ from decompft.launcher.checkpoint_survey import (
     survey,
 )
 from decompft.launcher.errors import EXIT_DONE, EXIT_FAILED, UserError
+from decompft.launcher.runs import find_run
 
 _VALUE_WIDTH = 100  # of a printed value of the state; --json has all of it
 _HINT = "name a run, its folder checkpoints, or one checkpoint in it (RUN/checkpoints/step-NNNNNNNN)"
@@ -83,9 +84,7 @@ def _place(typed: str) -> Path:
     Raises:
         UserError: it is neither.
     """
-    path = Path(typed).expanduser()
-    if not path.exists() and path.name == typed and (Path("runs") / typed).is_dir():
-        path = Path("runs") / typed
+    path = find_run(typed)
     if not path.exists():
         raise UserError(f"{typed}: no such folder", _HINT)
     if is_checkpoint(path):

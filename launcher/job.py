@@ -43,7 +43,7 @@ def make_job(
 ) -> JobSpec:
     """The ranks of a plan on this machine: torchrun, or the worker itself when there is one rank."""
     worker = (WORKER, *worker_args(run_dir.absolute(), incarnation=incarnation, resume=resume))
-    env = base_env(plan, environ) | {MARK: f"{run_dir.absolute()}#{incarnation}"}
+    env = base_env(plan, environ) | {MARK: job_mark(run_dir, incarnation)}
     if plan.world.size == 1:
         # without torchrun: seconds of start-up saved; its variables by hand
         argv = (sys.executable, "-m", *worker)
@@ -64,6 +64,11 @@ def make_job(
         nodes=plan.world.nodes,
         ranks_per_node=plan.world.ranks_per_node,
     )
+
+
+def job_mark(run_dir: Path, incarnation: int | None = None) -> str:
+    """The value of MARK; without an incarnation what those of all begin with."""
+    return f"{run_dir.absolute()}#{'' if incarnation is None else incarnation}"
 
 
 def worker_args(run_dir: Path, *, incarnation: int, resume: Path | None) -> tuple[str, ...]:

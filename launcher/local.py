@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from decompft.launcher.causes import describe_exit
-from decompft.launcher.checkpoints import put_back
+from decompft.launcher.checkpoints import completed_at, put_back
 from decompft.launcher.ending import Say, report
 from decompft.launcher.errors import EXIT_AGAIN, EXIT_FAILED, EXIT_USER, PlanError, RunFailed
 from decompft.launcher.job import base_env, free_port, make_job, prepare_argv
@@ -65,13 +65,15 @@ def launch(
     if absent:
         raise PlanError(absent, "pip install 'decompft[deepspeed]', or use parallel.strategy: fsdp")
     path = run_dir or Path("runs") / plan.name
+    looked_at = completed_at(RunDir(path).checkpoints_dir)
     begin = choose_start(plan, run_dir=path, resume=resume)
     lock = None if dry_run else begin.run.lock()
     try:
         if lock is not None and not begin.is_new:
-            # again, now that no other launch can write a checkpoint meanwhile
             put_back(begin.run.checkpoints_dir)
-            begin = choose_start(plan, run_dir=path, resume=resume)
+            if completed_at(begin.run.checkpoints_dir) != looked_at:
+                # again, now that no other launch can write a checkpoint meanwhile; it reads the newest one whole
+                begin = choose_start(plan, run_dir=path, resume=resume)
         for line in (*begin.notes, summary_line(plan), forecast_line(plan.forecast)):
             say(line)
         if lock is None:

@@ -389,6 +389,8 @@ class Recipe(Section):
             raise ValueError("parallel.shard_size works with strategy hsdp only")
         if self.train.early_stop_evals and not self.train.eval_every_steps:
             raise ValueError("train.early_stop_evals needs train.eval_every_steps")
+        if self.checkpoint.keep_best and not self.train.eval_every_steps:
+            raise ValueError("checkpoint.keep_best needs train.eval_every_steps")
         if (self.train.eval_every_steps) and not (self.data.eval or self.data.eval_fraction):
             raise ValueError("train.eval_every_steps needs data.eval or data.eval_fraction")
         return self

@@ -10,7 +10,7 @@ from decompft.launcher import report_compare, report_page
 from decompft.launcher.errors import UserError
 from decompft.launcher.outcome import write_atomic
 from decompft.launcher.report_data import read_run
-from decompft.launcher.resume import find_run
+from decompft.launcher.runs import find_run
 
 FILE = "report.html"
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from decompft.launcher.checkpoints import step_of
 from decompft.launcher.errors import UserError
+from decompft.launcher.json_lines import read_lines
 from decompft.launcher.outcome import Outcome, read_outcome, read_ranks
 from decompft.launcher.plan import Plan
 from decompft.launcher.report_scale import gaps
@@ -19,6 +19,7 @@ from decompft.launcher.runs import RunDir
 COLUMNS = ("loss", "learning_rate", "grad_norm", "tokens_per_s", "peak_mem_bytes", "step_s", "epoch")
 _LARGEST_STEP = 2**53
 _LARGEST, _SMALLEST = 1e30, 1e-30  # beyond them differences and ratios overflow
+_LAST_INCARNATION = 10**9
 _LAST_TIME_S = 1e11  # epoch seconds: the year 5138
 
 
@@ -103,7 +104,7 @@ def read_run(path: Path, now_s: float) -> Seen:
     """
     run = RunDir.open(path)
     plan = _read_plan(run)
-    events = read_events(run.path / "events.jsonl")
+    events = read_events(run.events_path)
     return Seen(
         run=run,
         plan=plan,
@@ -210,10 +211,8 @@ def find_incarnations(run: RunDir, events: list[Event]) -> list[Incarnation]:
         if event.step is not None:
             this.last_step = max(event.step, this.last_step or 0)
         this.ended = this.ended or event.name == "end"
-    root = run.path / "incarnations"
-    for folder in root.iterdir() if root.is_dir() else ():
-        if folder.name.isdecimal() and len(folder.name) < 10:
-            number = int(folder.name)
+    for number in run.incarnations():
+        if number < _LAST_INCARNATION:
             found.setdefault(number, Incarnation(number=number))
     for number, this in found.items():
         this.outcome = checked_outcome(run.incarnation_dir(number))
@@ -253,22 +252,6 @@ def _packages(path: Path) -> dict[str, str]:
         return {}
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any] | None]:
-    """The objects of a JSONL file, None for a line that is none; a last line without end is still being written."""
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if isinstance(row, dict):
-                yield row
-            elif line.endswith(b"\n") and line.strip():
-                yield None
-
-
 def _float(value: object) -> float:
     """nan for what is no number, or none that a plot can be made of."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST < value < _LARGEST:
@@ -283,8 +266,8 @@ def _whole(value: object) -> int | None:
 
 def last_written(run: RunDir) -> float | None:
     """When a rank of the run last wrote a row, an event, a log line or a sign of life."""
-    newest = max((int(p.name) for p in run.path.glob("incarnations/*") if p.name.isdecimal()), default=0)
-    signs = [run.metrics_path, run.path / "events.jsonl"]
+    newest = run.newest_incarnation()
+    signs = [run.metrics_path, run.events_path]
     signs += [*run.incarnation_dir(newest).glob("*"), *run.log_dir(newest).glob("*")]
     times = [path.stat().st_mtime for path in signs if path.is_file()]
     return max(times, default=None)

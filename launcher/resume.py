@@ -11,7 +11,7 @@ from decompft.launcher.checkpoints import find_problem, list_checkpoints, newest
 from decompft.launcher.errors import CheckpointError, UserError
 from decompft.launcher.plan import Plan
 from decompft.launcher.recipe import AdapterSection, Recipe
-from decompft.launcher.runs import RunDir
+from decompft.launcher.runs import RunDir, find_run
 
 # what may differ on resume; every other recipe key must be as it was
 _MAY_DIFFER = (
@@ -47,12 +47,6 @@ def choose_start(plan: Plan, *, run_dir: Path, resume: str | None) -> Start:
     if resume is None:
         return Start(run=run, is_new=True, checkpoint=None, notes=())
     return _fork(run, plan, resume)
-
-
-def find_run(name: str) -> Path:
-    """A run's folder from what a user types: a path, or a name under ./runs."""
-    path = Path(name)
-    return path if path.exists() else Path("runs") / name
 
 
 def check_resume(old: Plan, new: Plan) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Self
 from pydantic import ValidationError
 
 from decompft.launcher.errors import UserError
+from decompft.launcher.hangs import read_written
 from decompft.launcher.outcome import write_atomic
 from decompft.launcher.plan import Plan, to_json
 
@@ -69,12 +70,24 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def events_path(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
     def _origin_path(self) -> Path:
         return self.path / "origin.json"
 
     @property
     def checkpoints_dir(self) -> Path:
         return self.path / "checkpoints"
+
+    def incarnations(self) -> list[int]:
+        """The numbers that were claimed, ascending; none where there is no run yet."""
+        return sorted(int(p.name) for p in (self.path / "incarnations").glob("*") if p.name.isdecimal())
+
+    def newest_incarnation(self) -> int:
+        """Its number; 0 before the first."""
+        return max(self.incarnations(), default=0)
 
     def incarnation_dir(self, incarnation: int) -> Path:
         return self.path / "incarnations" / str(incarnation)
@@ -145,19 +158,19 @@ class RunDir:
 
     def next_incarnation(self) -> int:
         """Claim the next number (from 1) and make its folders."""
-        root = self.path / "incarnations"
-        root.mkdir(exist_ok=True)
-        number = max((int(p.name) for p in root.iterdir() if p.name.isdigit()), default=0) + 1
-        self.incarnation_dir(number).mkdir()
+        number = self.newest_incarnation() + 1
+        folder = self.incarnation_dir(number)
+        folder.parent.mkdir(exist_ok=True)
+        folder.mkdir()
         self.log_dir(number).mkdir(parents=True, exist_ok=True)
         # plan.json is replaced by the next launch; this copy says what this incarnation ran
-        write_atomic(self.incarnation_dir(number) / "plan.json", self.plan_path.read_text(encoding="utf-8"))
+        write_atomic(folder / "plan.json", self.plan_path.read_text(encoding="utf-8"))
         return number
 
     def append_event(self, event: str, **details: Any) -> None:
         """Add a line to events.jsonl: start, save, signal, resume, failure, end."""
         line = json.dumps({"time_s": round(time.time(), 3), "event": event, **details}, sort_keys=True)
-        with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
+        with self.events_path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def lock(self) -> int:
@@ -187,16 +200,15 @@ class RunDir:
 
     def _living_ranks(self) -> list[int]:
         """Processes on this machine that the newest incarnation's pulses name and that are there."""
-        numbers = [int(p.name) for p in (self.path / "incarnations").glob("*") if p.name.isdigit()]
         found = []
-        for path in self.incarnation_dir(max(numbers, default=0)).glob("pulse-*.json"):
-            try:
-                pulse = json.loads(path.read_bytes())
-                if pulse["node"] == platform.node():
-                    os.kill(pulse["pid"], 0)
-                    found.append(int(pulse["pid"]))
-            except (OSError, ValueError, KeyError, TypeError):
+        for reading in read_written(self.incarnation_dir(self.newest_incarnation())):
+            if reading.node != platform.node():
                 continue
+            try:
+                os.kill(reading.pid, 0)
+            except OSError:
+                continue
+            found.append(reading.pid)
         return sorted(found)
 
     def _unwritable(self, error: OSError) -> UserError:
@@ -204,6 +216,13 @@ class RunDir:
             f"{self.path}: the run directory cannot be written ({error.strerror})",
             "choose another place with --run-dir DIR",
         )
+
+
+def find_run(typed: str) -> Path:
+    """What a user means by a run or a place in one: a path, else a name under ./runs; as typed if there is neither."""
+    path = Path(os.path.expanduser(typed))
+    named = Path("runs", typed)
+    return named if not path.exists() and ".." not in named.parts and named.is_dir() else path
 
 
 def environment() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from decompft.launcher.ending import Say, conclude
 from decompft.launcher.failure import tail
 from decompft.launcher.job import MARK, JobSpec
 from decompft.launcher.outcome import Outcome, read_outcome
+from decompft.launcher.processes import marked
 from decompft.launcher.runs import RunDir
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -117,8 +118,9 @@ def start(
 
 def kill_job(job: JobSpec, process: subprocess.Popen[bytes]) -> None:
     """Kill a job's processes: its group, and the ranks, which torchrun puts in sessions of their own."""
-    for pid in _marked(job.env.get(MARK)):
-        _kill(os.kill, pid)
+    if MARK in job.env:
+        for pid, _ in marked(job.env[MARK]):
+            _kill(os.kill, pid)
     _kill(os.killpg, process.pid)
 
 
@@ -149,21 +151,6 @@ def _wait(process: subprocess.Popen[bytes]) -> int | None:
         return process.wait(_POLL_S)
     except subprocess.TimeoutExpired:
         return None
-
-
-def _marked(mark: str | None) -> list[int]:
-    """Processes whose environment carries the job's mark; none where there is no /proc."""
-    if mark is None:
-        return []
-    needle = b"\0" + f"{MARK}={mark}".encode() + b"\0"
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if needle in b"\0" + (folder / "environ").read_bytes() + b"\0":
-                found.append(int(folder.name))
-        except OSError:
-            continue  # ended meanwhile, or another user's
-    return found
 
 
 def _kill(how: Callable[[int, int], None], target: int) -> None:

@@ -162,7 +162,7 @@ def _end(args: argparse.Namespace) -> int:
 
 def _is_stale(run: RunDir, incarnation: int) -> bool:
     """A node that was cut off and comes back must not speak for a run that goes on elsewhere."""
-    newest = newest_incarnation(run)
+    newest = run.newest_incarnation()
     if newest > incarnation:
         _say(f"incarnation {newest} of the run has started elsewhere; this one, {incarnation}, is over")
         print("exit", EXIT_AGAIN)
@@ -199,11 +199,6 @@ def _act(run: RunDir, args: argparse.Namespace, outcome: Outcome, decision: Deci
     )  # fmt: skip
     print(decision.act, ",".join(decision.exclude) or "-")
     return 0
-
-
-def newest_incarnation(run: RunDir) -> int:
-    """0 before the first."""
-    return max((int(p.name) for p in (run.path / "incarnations").glob("*") if p.name.isdecimal()), default=0)
 
 
 def _at_slurms_node(run: RunDir, incarnation: int, outcome: Outcome) -> Outcome:
@@ -304,7 +299,7 @@ def _within_grace(recipe: Recipe, grace_s: float) -> Recipe:
 
 def _refuse_second(run: RunDir, args: argparse.Namespace) -> None:
     """Two jobs in one run directory would fence each other off for ever."""
-    row = _start_of(run, newest_incarnation(run))
+    row = _start_of(run, run.newest_incarnation())
     if row and row["job_id"] != args.job and row["job_id"] in args.live.split():
         raise UserError(
             f"{run.path}: job {row['job_id']} is running in this directory",

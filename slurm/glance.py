@@ -89,7 +89,7 @@ def glance(path: Path) -> Glance:
     """
     run = RunDir.open(path)
     plan = _plan(run)
-    number = newest_incarnation(run)
+    number = run.newest_incarnation()
     folder = run.incarnation_dir(number)
     outcome = checked_outcome(folder)
     rows = _tail_rows(run.metrics_path)
@@ -108,12 +108,6 @@ def glance(path: Path) -> Glance:
         is_held=is_held(run.path / "lock"), written_s=last_written(run),
         submissions=tuple(read_submissions(run)), is_cancelled=cancelled_path(run).exists(),
     )  # fmt: skip
-
-
-def newest_incarnation(run: RunDir) -> int:
-    """Its number; 0 before the first."""
-    names = [path.name for path in run.path.glob("incarnations/*")]
-    return max((int(name) for name in names if name.isdecimal() and len(name) < 10), default=0)
 
 
 def read_start(folder: Path) -> Start | None:

@@ -13,7 +13,7 @@ from decompft.launcher.failure import find_failure, log_tail, tail
 from decompft.launcher.outcome import Outcome
 from decompft.launcher.report_data import Incarnation, checked_outcome, find_incarnations, read_events
 from decompft.launcher.runs import RunDir
-from decompft.slurm.glance import glance, newest_incarnation, read_start
+from decompft.slurm.glance import glance, read_start
 from decompft.slurm.watch import Status, script_log, status_of
 
 Say = Callable[[str], None]
@@ -36,7 +36,7 @@ def show(path: Path, *, incarnation: int | None, rank: str, say: Say) -> None:
         UserError: there is no such incarnation, or none of its logs.
     """
     run = RunDir.open(path)
-    number = newest_incarnation(run) if incarnation is None else incarnation
+    number = run.newest_incarnation() if incarnation is None else incarnation
     files = _files(run, number, rank)
     if not files and rank == "0":
         files = _before_ranks(run, number, incarnation)
@@ -45,7 +45,7 @@ def show(path: Path, *, incarnation: int | None, rank: str, say: Say) -> None:
             f"{run.path}: no incarnation {incarnation}"
             if incarnation
             else f"{run.path}: no rank was started yet",
-            f"there are 1 to {newest_incarnation(run)}"
+            f"there are 1 to {run.newest_incarnation()}"
             if incarnation
             else f"`decompft status {path}` says why",
         )
@@ -69,14 +69,14 @@ def follow(path: Path, *, rank: str, say: Say, tell: Say) -> Status:
         tell: for what is not in a log: a new incarnation, what the job waits for, the end.
     """
     run = RunDir.open(path)
-    number, readers = newest_incarnation(run), dict[Path, _Reader]()
+    number, readers = run.newest_incarnation(), dict[Path, _Reader]()
     asked_s, told = float("-inf"), ""
     if number:
         tell(_announce(run, number))
     while True:
         for prefix, file in _files(run, number, rank).items():
             readers.setdefault(file, _Reader(file, prefix)).pour(say)
-        newest = newest_incarnation(run)
+        newest = run.newest_incarnation()
         if newest > number:
             _finish(readers, say)
             number = newest
@@ -86,7 +86,7 @@ def follow(path: Path, *, rank: str, say: Say, tell: Say) -> Status:
         if time.monotonic() - asked_s > (_ASK_S / 5 if has_outcome else _ASK_S):
             status = status_of(path)
             asked_s = time.monotonic()
-            if not status.is_live and newest_incarnation(run) == number:
+            if not status.is_live and run.newest_incarnation() == number:
                 _finish(readers, say)
                 return status
             waits = status.job.reason if status.job is not None and status.state == "queued" else ""

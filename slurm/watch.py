@@ -16,8 +16,7 @@ from typing import Literal
 from decompft.launcher.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, SlurmError, UserError
 from decompft.launcher.report_data import read_events
 from decompft.launcher.report_text import duration, plain
-from decompft.launcher.resume import find_run
-from decompft.launcher.runs import RunDir
+from decompft.launcher.runs import RunDir, find_run
 from decompft.slurm.glance import TRAINING, Glance, glance, read_start, script_path
 from decompft.slurm.queue import Job, find_job, find_jobs, is_job_id, with_details
 from decompft.slurm.reasons import Kind, Standing, explain

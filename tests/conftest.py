@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import testbed
@@ -25,6 +26,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DECOMPFT_CACHE", str(tmp_path_factory.mktemp("decompft-cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny Llama; never changed."""
+    # transformers: seconds that most files need not wait
+    from tiny_models import FAMILIES, saved
+
+    return saved(tmp_path_factory.mktemp("llama"), FAMILIES["llama"])[0]
 
 
 @pytest.fixture

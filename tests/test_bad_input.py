@@ -1,36 +1,40 @@
 """What a user gets wrong, or a disk does: words, exit code 2 or 3, no traceback, and nothing lost.
 
 In the order in which it is found: by `launch` before it starts anything, by `prepare`, by the ranks (which
-are forked: marked `dist`).
+are forked: marked `dist`). Disks: test_disks.py.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hostile import (
+    GOOD,
+    Sections,
+    content,
+    is_plain,
+    local_model,
+    planned,
+    run_on,
+    write_recipe,
+)
 from safetensors.torch import load_file, save_file
-from tiny import CPU, LLAMA, losses, make_run, recipe_data
+from tiny import LLAMA, losses, make_run
 from workers import run_worker
 
 from decompft.launcher.checkpoints import newest_valid
 from decompft.launcher.cli import main
-from decompft.launcher.planner import make
 from decompft.launcher.runs import RunDir
-from decompft.launcher.source import load
 from decompft.launcher.worker.tokenizers import byte_tokenizer, save_tokenizer
 from decompft.launcher.worker.tools import prepare
 from decompft.launcher.worker.tools.main import run_tool
 
 Capture = pytest.CaptureFixture[str]
-Sections = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(autouse=True)
@@ -60,34 +64,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     return run
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def is_plain(text: str) -> bool:
-    """No traceback, nor the end of one."""
-    return "Traceback" not in text and 'File "' not in text
-
-
-def write_recipe(folder: Path, **sections: dict[str, Any]) -> Path:
-    path = folder / "recipe.yaml"
-    path.write_text(json.dumps(recipe_data(folder, **sections)))
-    return path
-
-
-def planned(folder: Path, **sections: dict[str, Any]) -> RunDir:
-    """A run directory as `launch` makes it from folder/recipe.yaml, not yet prepared."""
-    path = write_recipe(folder, **sections)
-    return RunDir.create(folder / "run", recipe_text=path.read_text(), plan=make(load(path), machine=CPU))
-
-
 # -- found before anything is started --
-
-
-def local_model(folder: Path, model_dir: Path) -> tuple[Path, Sections]:
-    copy = shutil.copytree(model_dir, folder / "model")
-    # from `config` to `id`: null is what a key that is not given is
-    return copy, {"model": {"config": None, "weights": "checkpoint", "id": str(copy), "tokenizer": None}}
 
 
 def no_data(folder: Path, _: Path) -> Sections:
@@ -207,13 +184,6 @@ def test_a_damaged_checkpoint_is_not_forked(trained: RunDir, tmp_path: Path, cap
 # -- found while the data is read --
 
 
-def run_on(folder: Path, records: list[dict[str, str]], **data: Any) -> RunDir:
-    path = folder / "mine.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    section = {"train": [{"path": str(path), "format": "completion"}], "sequence_length": 64, **data}
-    return planned(folder, data=section)
-
-
 def refused(run: RunDir, capsys: Capture) -> str:
     """What `prepare` says of a user's mistake."""
     with pytest.raises(SystemExit) as caught:
@@ -224,7 +194,6 @@ def refused(run: RunDir, capsys: Capture) -> str:
     return err
 
 
-GOOD = {"prompt": "one", "completion": "two"}
 LONG = {"prompt": "one", "completion": "two" * 40}
 
 
@@ -321,81 +290,3 @@ def test_weights_of_another_shape_than_the_config_are_refused(tmp_path: Path, mo
 
 def losses_if_any(run: RunDir) -> list[float]:
     return losses(run) if run.metrics_path.exists() else []
-
-
-# -- a full disk --
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 400 KiB: room for one checkpoint of the tiny run, not for two."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    argv = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(place)]
-    try:
-        done = subprocess.run(argv, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command")
-    if done.returncode:
-        pytest.skip(f"only root may mount a small disk: {done.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
-def fill(disk: Path) -> None:
-    with (disk / "ballast").open("wb", buffering=0) as ballast, pytest.raises(OSError):
-        while True:
-            ballast.write(bytes(4096))
-
-
-@pytest.mark.dist
-def test_a_full_disk_ends_the_run_and_spoils_no_checkpoint(small_disk: Path, tmp_path: Path) -> None:
-    made = make_run(tmp_path, "made", checkpoint={"every_steps": 2})
-    run = RunDir(shutil.copytree(made.path, small_disk / "run"))
-    ended = run_worker(run)
-    assert ended.outcome.exit_code == 3
-    assert "step-00000004: not saved: No space left on device" in ended.said
-    assert "free some space" in ended.said
-    assert "last step: 4" in ended.said and is_plain(ended.said + ended.screen)
-    kept, skipped = newest_valid(run.checkpoints_dir)
-    assert kept is not None and (kept.name, skipped) == ("step-00000002", [])
-    # with room again, the same run goes on from there
-    whole = RunDir(shutil.copytree(run.path, tmp_path / "whole"))
-    assert run_worker(whole, resume=whole.checkpoints_dir / kept.name).outcome.exit_code == 0
-    assert len(losses(whole)) == 4
-
-
-@pytest.mark.dist
-def test_a_disk_too_full_for_words_still_ends_in_words(small_disk: Path, tmp_path: Path) -> None:
-    made = make_run(tmp_path, "made", checkpoint={"every_steps": 2})
-    run = RunDir(shutil.copytree(made.path, small_disk / "run"))
-    run.incarnation_dir(1).mkdir(parents=True)  # as next_incarnation would, before the disk is full
-    (run.incarnation_dir(1) / "plan.json").write_bytes(run.plan_path.read_bytes())
-    run.log_dir(1).mkdir(parents=True)
-    run.rank_log(1, 0).touch()
-    fill(small_disk)
-    ended = run_worker(run, incarnation=1)
-    assert ended.outcome.exit_code == 3
-    assert "rank 0 ended with exit code 3" in ended.said
-    assert "the disk (or the quota) of the run directory is full" in ended.said
-    assert is_plain(ended.said + ended.screen)
-
-
-def test_a_disk_that_fills_while_preparing_is_said_in_words(
-    small_disk: Path, tmp_path: Path, capfd: Any
-) -> None:
-    run = run_on(tmp_path, [GOOD])
-    there = RunDir(shutil.copytree(run.path, small_disk / "run"))
-    fill(small_disk)
-    with pytest.raises(SystemExit) as caught:
-        run_tool(prepare.main, [str(there.path)])
-    assert caught.value.code == 3
-    err = capfd.readouterr().err
-    assert "error: " in err and "no space left on the disk" in err and is_plain(err)
-
-
-def test_a_run_directory_on_a_full_disk_is_refused(small_disk: Path, tmp_path: Path, capsys: Capture) -> None:
-    fill(small_disk)
-    assert main(["launch", str(write_recipe(tmp_path)), "--run-dir", str(small_disk / "run")]) == 2
-    err = capsys.readouterr().err
-    assert "the run directory cannot be written (No space left on device)" in err and "--run-dir" in err

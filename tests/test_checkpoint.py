@@ -25,7 +25,7 @@ from decompft.launcher.worker.checkpoint import (
     open_checkpoint,
     save,
 )
-from decompft.launcher.worker.meeting import Patience
+from decompft.launcher.worker.meeting import AnotherRankFailed, Patience
 from decompft.launcher.worker.retention import Retention
 
 Whole = dict[tuple[str, str], Tensor]  # (name, kind) -> the whole tensor
@@ -291,6 +291,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting a small tmpfs needs root")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_rank_whose_folder_the_leader_has_cleared_blames_another(tmp_path: Path) -> None:
+    def slices() -> Iterator[Slice]:
+        shutil.rmtree(tmp_path / "checkpoints/.tmp-step-00000100-inc1")
+        yield from shard(make_whole(), 1, 2)
+
+    with pytest.raises(AnotherRankFailed, match="step-00000100: not saved"):
+        save(
+            tmp_path, 100, slices(), STATE, rank=1, world_size=2, incarnation=1, retention=Retention(newest=3),
+            adapter_json=ADAPTER_JSON, patience=Patience(timeout_s=20),
+        )  # fmt: skip
 
 
 def test_a_full_disk_fails_every_rank_and_keeps_the_old(small_disk: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import WORLDS, losses, make_run
+from tiny import TRAIN, WORLDS, losses, make_run
 from workers import end_ranks, run_worker, start_ranks
 
 import decompft.launcher.worker.build as build_module
@@ -26,13 +26,6 @@ from decompft.launcher.worker.restore import load_adapter, open_checkpoint
 
 pytestmark = pytest.mark.dist
 
-TRAIN = {
-    "max_steps": 6,
-    "learning_rate": 0.01,
-    "global_batch_size": 4,
-    "micro_batch_size": 1,
-    "warmup_steps": 2,
-}
 GRACE = {"grace_s": 3.0}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import LLAMA, WORLDS, losses, make_run, run_ranks
+from tiny import LLAMA, TRAIN, WORLDS, losses, make_run, run_ranks
 from torch import Tensor
 
 from decompft.launcher.checkpoints import newest_valid
@@ -18,14 +18,7 @@ from decompft.launcher.worker.restore import Checkpoint, open_checkpoint
 
 pytestmark = pytest.mark.dist
 
-LAST, SAVED = 6, 3
-TRAIN = {
-    "max_steps": LAST,
-    "learning_rate": 0.01,
-    "global_batch_size": 4,
-    "micro_batch_size": 1,
-    "warmup_steps": 2,
-}
+LAST, SAVED = TRAIN["max_steps"], 3
 MODEL = {"config": {**LLAMA, "num_hidden_layers": 1}}
 KINDS = ("param", "exp_avg", "exp_avg_sq", "step")
 TOLERANCE = 1e-4  # of losses: the cap of the parity tests in float32

@@ -1,4 +1,4 @@
-"""Runs of two ranks in hostile places: full and read-only disks, damaged checkpoints, another base, another recipe.
+"""Runs of two ranks in hostile places: damaged checkpoints, another base, another recipe; disks: test_disks.py.
 
 Each is named in words, the older checkpoints stay as they were, and the run goes on once the place is a good one.
 The ranks are the worker's own main in forked processes; one test goes through the whole of `decompft launch`.
@@ -8,34 +8,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from hostile import (
+    FSDP,
+    all_whole,
+    assert_words,
+    content,
+    copied,
+    go_on,
+    is_plain,
+    local_model,
+    name,
+    train_two_ranks,
+)
 from safetensors.torch import load_file, save_file
-from test_bad_input import content, is_plain, local_model, write_recipe
 from test_checkpoint import flip
 from test_launch_end_to_end import TWO, Launch
-from tiny import CPU, LLAMA, make_run
-from workers import Ended, end_ranks, run_worker, start_ranks
+from tiny import LLAMA, make_run
+from workers import run_worker
 
-from decompft.launcher.checkpoints import FORMAT_VERSION, find_problem, list_checkpoints
+from decompft.launcher.checkpoints import FORMAT_VERSION, list_checkpoints
 from decompft.launcher.cli import main
-from decompft.launcher.planner import make
-from decompft.launcher.resume import choose_start
 from decompft.launcher.runs import RunDir
-from decompft.launcher.source import load
 from decompft.launcher.worker.tokenizers import byte_tokenizer, save_tokenizer
 from decompft.launcher.worker.tools import prepare
 
 Capture = pytest.CaptureFixture[str]
-FSDP = {"strategy": "fsdp", "gpus_per_node": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -43,78 +46,10 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DECOMPFT_DEVICE", "cpu")
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A small file system of its own."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("mounting a small disk needs root")
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], capture_output=True, text=True
-    )
-    if done.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """Two ranks, each with its shard, saved at steps 2, 4 and 6 and stopped there; never changed."""
-    train = {"max_steps": 8, "stop_after_steps": 6}
-    run = planned(tmp_path_factory.mktemp("trained"), train=train, checkpoint={"every_steps": 2, "keep": 9})
-    prepare.main([str(run.path)])
-    assert run_worker(run).outcome.exit_code == 75
-    assert [path.name for path in list_checkpoints(run.checkpoints_dir)] == [name(2), name(4), name(6)]
-    return run
-
-
-def planned(folder: Path, **sections: dict[str, Any]) -> RunDir:
-    """A run directory as `launch` makes it from folder/recipe.yaml, not yet prepared."""
-    path = write_recipe(folder, **{"parallel": FSDP} | sections)
-    return RunDir.create(folder / "run", recipe_text=path.read_text(), plan=make(load(path), machine=CPU))
-
-
-def name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def copied(run: RunDir, folder: Path) -> RunDir:
-    return RunDir(shutil.copytree(run.path, folder / "run"))
-
-
-def remount(disk: Path, options: str, *, patience_s: float = 30) -> None:
-    """A file system on which a file is open for writing refuses to become read-only."""
-    end = time.monotonic() + patience_s
-    while subprocess.run(["mount", "-o", f"remount,{options}", str(disk)], capture_output=True).returncode:
-        assert time.monotonic() < end, f"cannot be remounted: {options}"
-
-
-def until(is_true: Callable[[], Any], *, patience_s: float = 60) -> None:
-    end = time.monotonic() + patience_s
-    while not is_true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def all_whole(run: RunDir) -> list[str]:
-    """The names of the run's checkpoints, each of which is as it was written."""
-    found = list_checkpoints(run.checkpoints_dir)
-    assert {path.name: find_problem(path) for path in found} == {path.name: None for path in found}
-    return [path.name for path in found]
-
-
-def go_on(run: RunDir) -> Ended:
-    """What `--resume auto` does, from where it would."""
-    start = choose_start(run.read_plan(), run_dir=run.path, resume="auto")
-    assert start.checkpoint is not None
-    return run_worker(run, resume=start.checkpoint)
-
-
-def assert_words(ended: Ended, *words: str) -> None:
-    assert all(each in ended.said for each in words), ended.said
-    assert is_plain(ended.said + ended.screen), ended.said + ended.screen
+    """Never changed."""
+    return train_two_ranks(tmp_path_factory.mktemp("trained"))
 
 
 # -- damaged checkpoints --
@@ -256,75 +191,6 @@ def test_other_training_data_are_refused_and_a_fork_may_have_them(tmp_path: Path
     assert "put the data back" in ended.said
     fork = make_run(tmp_path, "fork", train={"max_steps": 4})
     assert run_worker(fork, resume=newest).outcome.result == "finished"
-
-
-# -- disks --
-
-
-@pytest.mark.dist
-def test_a_disk_that_fills_under_two_ranks_keeps_what_was_saved(disk: Path, tmp_path: Path) -> None:
-    checkpoint = {"every_steps": 1, "keep": 999}
-    made = make_run(tmp_path, "made", train={"max_steps": 14}, parallel=FSDP, checkpoint=checkpoint)
-    run = RunDir(shutil.copytree(made.path, disk / "run"))
-    remount(disk, "size=2m")
-    ended = run_worker(run)
-    assert ended.outcome.exit_code == 3
-    assert_words(ended, "No space left on device", "free some space")
-    kept = all_whole(run)
-    assert 2 < len(kept) < 14 and kept == [name(step) for step in range(1, len(kept) + 1)]
-    remount(disk, "size=64m")  # some space was freed
-    assert go_on(run).outcome.exit_code == 0
-    assert all_whole(run) == [name(step) for step in range(1, 15)]
-
-
-@pytest.mark.dist
-def test_a_disk_that_turns_read_only_under_two_ranks_keeps_what_was_saved(disk: Path, tmp_path: Path) -> None:
-    checkpoint = {"every_steps": 5, "keep": 999}
-    run = make_run(tmp_path, "run", train={"max_steps": 400}, parallel=FSDP, checkpoint=checkpoint)
-    # only the checkpoints lie there: what else a run keeps open for writing would keep the disk from turning
-    run.checkpoints_dir.symlink_to(disk)
-    incarnation, ranks = start_ranks(run)
-    until(lambda: list_checkpoints(disk))
-    remount(disk, "ro")
-    before = {path.name: content(path) for path in list_checkpoints(disk)}
-    ended = end_ranks(run, incarnation, ranks)
-    assert ended.outcome.exit_code == 3
-    assert_words(ended, "Read-only file system")
-    assert {path.name: content(path) for path in list_checkpoints(disk)} == before
-    remount(disk, "rw")
-    assert go_on_to_a_stop(run, after=max(before)).outcome.exit_code == 75
-    assert all_whole(run)[: len(before)] == sorted(before)
-
-
-def go_on_to_a_stop(run: RunDir, *, after: str) -> Ended:
-    """Resume, and stop in order after the next save."""
-    start = choose_start(run.read_plan(), run_dir=run.path, resume="auto")
-    assert start.checkpoint is not None and start.checkpoint.name == after
-    incarnation, ranks = start_ranks(run, resume=start.checkpoint)
-    until(lambda: list_checkpoints(run.checkpoints_dir)[-1].name > after)
-    run.stop_file(incarnation).touch()
-    return end_ranks(run, incarnation, ranks)
-
-
-@pytest.mark.dist
-def test_a_run_on_a_read_only_disk_is_refused_but_can_be_inspected_and_forked(
-    disk: Path, trained: RunDir, tmp_path: Path, capsys: Capture
-) -> None:
-    there = copied(trained, disk)
-    remount(disk, "ro")
-    recipe = str(trained.path.parent / "recipe.yaml")
-    assert main(["launch", recipe, "--run-dir", str(there.path), "--resume", "auto"]) == 2
-    err = capsys.readouterr().err
-    assert "the run directory cannot be written (Read-only file system)" in err and "--run-dir DIR" in err
-    assert is_plain(err)
-    assert main(["inspect", "checkpoint", str(there.path)]) == 0
-    start = choose_start(there.read_plan(), run_dir=tmp_path / "new", resume=str(there.path))
-    assert start.checkpoint == there.checkpoints_dir / name(6) and start.is_new
-    sections = {"train": {"max_steps": 8}, "checkpoint": {"every_steps": 2}, "parallel": FSDP}
-    fork = make_run(tmp_path, "new", **sections)
-    assert run_worker(fork, resume=start.checkpoint).outcome.exit_code == 0
-    assert all_whole(fork) == [name(8)]
-    assert content(there.path) == content(trained.path)
 
 
 # -- another base, another recipe --

@@ -239,6 +239,8 @@ def test_an_item_of_a_list_that_may_also_be_text() -> None:
 def test_a_combination_points_at_a_key_it_names() -> None:
     caught = error(GOOD + "  eval_every_steps: 5\n")
     assert caught.message == "r.yaml:12:3: train.eval_every_steps needs data.eval or data.eval_fraction"
+    caught = error(GOOD + "checkpoint: {keep_best: 1}\n")
+    assert caught.message == "r.yaml:12:14: checkpoint.keep_best needs train.eval_every_steps"
 
 
 def test_a_section_that_contradicts_itself() -> None:

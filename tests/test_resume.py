@@ -4,21 +4,13 @@ import json
 
 import pytest
 import torch
-from tiny import WORLDS, losses, make_run, run_ranks
+from tiny import TRAIN, WORLDS, losses, make_run, run_ranks
 
 from decompft.launcher.checkpoints import newest_valid
 from decompft.launcher.runs import RunDir
 from decompft.launcher.worker.restore import load_adapter
 
 pytestmark = pytest.mark.dist
-
-TRAIN = {
-    "max_steps": 6,
-    "learning_rate": 0.01,
-    "global_batch_size": 4,
-    "micro_batch_size": 1,
-    "warmup_steps": 2,
-}
 
 
 def start(folder, name, world="single", **sections):

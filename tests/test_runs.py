@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from decompft.launcher.checkpoints import FORMAT_VERSION, newest_valid, put_back
+from decompft.launcher.checkpoints import FORMAT_VERSION, completed_at, newest_valid, put_back
 from decompft.launcher.errors import UserError
+from decompft.launcher.hangs import Reading, pulse_path, to_json
 from decompft.launcher.outcome import Outcome, read_outcome, read_ranks, write_outcome, write_rank
 from decompft.launcher.plan import Batch, Forecast, Plan, Term, World
 from decompft.launcher.recipe import Recipe
 from decompft.launcher.resume import check_resume, choose_start
-from decompft.launcher.runs import RunDir
+from decompft.launcher.runs import RunDir, find_run
 
 RECIPE = "# a comment is kept\nmodel: {config: {model_type: llama}, weights: random}\n"
 
@@ -101,13 +102,25 @@ def test_a_launch_whose_launcher_is_gone_names_the_ranks_that_are_left(tmp_path:
     for rank, (pid, node) in enumerate(
         [(os.getpid(), platform.node()), (ended.pid, platform.node()), (1, "else")]
     ):
-        (folder / f"pulse-{rank}.json").write_text(json.dumps({"pid": pid, "node": node}))
+        pulse_path(folder, rank).write_text(to_json(Reading(rank=rank, pid=pid, node=node)))
     handle = run.lock()
     with pytest.raises(UserError, match="another launch is running") as caught:
         run.lock()
     os.close(handle)
     assert f"(its ranks here: pid {os.getpid()})" in caught.value.message
     assert f"`kill {os.getpid()}`" in caught.value.hint
+
+
+def test_a_run_is_named_by_a_path_or_under_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("work/runs/one/adapter", "work/runs/two", "work/two", "work/aside", "home/three"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    found = {
+        "one": "runs/one", "one/adapter": "runs/one/adapter", "two": "two", "~/three": tmp_path / "home/three",
+        "nowhere": "nowhere", "../aside": "../aside", "~no-such-user/x": "~no-such-user/x",
+    }  # fmt: skip
+    assert {typed: find_run(typed) for typed in found} == {typed: Path(to) for typed, to in found.items()}
 
 
 def test_an_unwritable_place_is_the_users_error(tmp_path: Path) -> None:
@@ -208,6 +221,30 @@ def test_a_replacement_that_was_cut_short_is_undone_before_a_resume(tmp_path: Pa
     newest.rename(newest.with_name(".old-step-00000200"))
     put_back(path / "checkpoints")  # as a launch does once the run is its own
     assert choose_start(make_plan(), run_dir=path, resume="auto").checkpoint == newest
+
+
+def test_whatever_happens_to_checkpoints_shows_in_when_they_were_completed(tmp_path: Path) -> None:
+    seen = [completed_at(tmp_path / "checkpoints")]
+
+    def note() -> None:
+        seen.append(completed_at(tmp_path / "checkpoints"))
+        assert seen[-1] not in seen[:-1]
+
+    first, second = tmp_path / "checkpoints/step-00000004", tmp_path / "checkpoints/step-00000008"
+    for folder in (first, second):
+        folder.mkdir(parents=True)
+        note()
+        (folder / "COMPLETE").touch()
+        note()
+    os.utime(second / "COMPLETE", ns=(1, 1))  # replaced by another save of the same step
+    note()
+    assert completed_at(tmp_path / "checkpoints") == seen[-1]
+    shutil.rmtree(first)
+    note()
+    second.rename(second.with_name(".old-step-00000008"))
+    assert completed_at(tmp_path / "checkpoints") == {}
+    put_back(tmp_path / "checkpoints")
+    assert completed_at(tmp_path / "checkpoints") == seen[-1] != {}
 
 
 def test_a_fork_that_died_before_its_first_checkpoint_begins_at_its_origin_again(tmp_path: Path) -> None:

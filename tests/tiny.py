@@ -48,6 +48,14 @@ WORLDS: dict[str, dict[str, Any]] = {
     "zero2": {"strategy": "zero2", "gpus_per_node": 2},
     "zero3": {"strategy": "zero3", "gpus_per_node": 2},
 }
+# what differs in every step: a rate that rises, then falls
+TRAIN: dict[str, Any] = {
+    "max_steps": 6,
+    "learning_rate": 0.01,
+    "global_batch_size": 4,
+    "micro_batch_size": 1,
+    "warmup_steps": 2,
+}
 CPU = Machine(num_cores=2, host_memory_bytes=16 * 2**30)
 
 

@@ -202,9 +202,10 @@ def _through_base(
         scale = f.row
     if not (needs_dx or f.col is not None or pulls or (scale is not None and kept_TO is None)):
         return None, None, row, col
-    weight = base.unpack(storage, g_TO.dtype, None if pulls else scale)
-    if pulls and scale is not None:
-        g_TO = times_columns(g_TO, scale.expand(g_TO.shape[1]).contiguous())
+    assert not pulls or scale is None, (
+        "pull_back wants the bare weight: its method's row is a vector, or None"
+    )
+    weight = base.unpack(storage, g_TO.dtype, scale)
     dx_TI = g_TO @ weight
     if f.col is not None:
         col = dot_columns_and_scale_(x.reshape(-1, base.in_features), dx_TI, f.col)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from decompft.launcher.checkpoints import newest_valid
 from decompft.launcher.errors import AdapterError
+from decompft.launcher.runs import find_run
 
 
 def adapter_folder(adapter: str) -> Path:
@@ -14,9 +15,7 @@ def adapter_folder(adapter: str) -> Path:
     Raises:
         AdapterError: there is none.
     """
-    path = Path(adapter).expanduser()
-    if not path.exists() and path.name == adapter and (Path("runs") / adapter).is_dir():
-        path = Path("runs") / adapter
+    path = find_run(adapter)
     for folder in (path, path / "adapter"):
         if (folder / "adapter.json").is_file():
             return folder

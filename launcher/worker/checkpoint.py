@@ -21,6 +21,7 @@ from torch import Tensor
 
 from decompft.launcher.checkpoints import FORMAT_VERSION, put_back
 from decompft.launcher.errors import AdapterError, CheckpointError, RunFailed
+from decompft.launcher.runs import RunDir
 from decompft.launcher.worker.meeting import (
     ANOTHER,
     PATIENT,
@@ -100,7 +101,7 @@ def save(
     root = run_dir / "checkpoints"
     final = root / f"step-{step:08d}"
     temp = root / f".tmp-{final.name}-inc{incarnation}{tag}"
-    verdict = run_dir / f"incarnations/{incarnation}/save{tag}.json"
+    verdict = RunDir(run_dir).incarnation_dir(incarnation) / f"save{tag}.json"
     head = {
         "version": FORMAT_VERSION, "step": step, "world_size": world_size, "incarnation": incarnation,
         "time_s": time.time(), "eval_loss": eval_loss,
@@ -127,7 +128,9 @@ def save(
             if world_size > 1:
                 write_verdict(verdict, step, failure)
         else:
-            if has_failed(verdict, step) and not isinstance(failure, AnotherRankFailed):
+            # the leader clears the folder before it says so: on a full disk that makes the room for its word
+            is_elsewhere = isinstance(error, FileNotFoundError) or has_failed(verdict, step)
+            if is_elsewhere and not isinstance(failure, AnotherRankFailed):
                 failure = _in_words(final, AnotherRankFailed(ANOTHER))
             leave(temp, rank, failure)
         if failure is error:
@@ -182,8 +185,7 @@ def _prepare(run_dir: Path, temp: Path, incarnation: int, *, cleans: bool) -> No
 
 
 def _refuse_stale(run_dir: Path, incarnation: int) -> None:
-    numbers = [int(p.name) for p in (run_dir / "incarnations").glob("*") if p.name.isdecimal()]
-    newest = max(numbers, default=incarnation)
+    newest = RunDir(run_dir).newest_incarnation()
     if newest > incarnation:
         raise RunFailed(
             f"{run_dir}: this is incarnation {incarnation}, but incarnation {newest} of the run has started; "

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from decompft.launcher.checkpoints import step_of
 from decompft.launcher.errors import RunFailed
@@ -28,6 +28,7 @@ from decompft.launcher.worker.pulse import Pulse
 
 Reason = Literal["stop", "deadline", "failed", "hang"]
 TAG = "-emergency"  # of its temporary folder
+REQUEST = "emergency.json"  # in the incarnation's folder: the ranks are being saved
 _POLL_S, _SLOWEST_POLL_S = 0.25, 5.0
 _GATHER_S = 8.0  # for the other ranks' word; who is silent is taken for dead
 _CATCH_UP_S = 20.0  # for a rank that is one step behind
@@ -160,17 +161,17 @@ class Emergency:
         temp = self._folder / f".emergency-{self._rank}"
         temp.write_text(json.dumps({"reason": reason, "words": words}), encoding="utf-8")
         try:
-            os.link(temp, self._folder / "emergency.json")
+            os.link(temp, self._folder / REQUEST)
         except FileExistsError:
             pass
         except OSError:  # a file system without hard links: the last request stands, which is as good
-            temp.replace(self._folder / "emergency.json")
+            temp.replace(self._folder / REQUEST)
         temp.unlink(missing_ok=True)
 
     def _request(self) -> dict[str, str] | None:
-        if "emergency.json" not in os.listdir(self._folder):
+        if REQUEST not in os.listdir(self._folder):
             return None
-        found: dict[str, str] = json.loads((self._folder / "emergency.json").read_text(encoding="utf-8"))
+        found: dict[str, str] = json.loads((self._folder / REQUEST).read_text(encoding="utf-8"))
         return found
 
     def _answer(self, request: dict[str, str]) -> None:
@@ -242,11 +243,10 @@ class Emergency:
         found: dict[int, _Word] = {}
         end = time.monotonic() + _GATHER_S + 2 * self._poll_s
         while len(found) < self._world_size and time.monotonic() < end:
-            for name in os.listdir(self._folder):
-                number = name.removeprefix("frozen-").removesuffix(".json")
-                if name == f"frozen-{number}.json" and number.isdecimal() and int(number) not in found:
-                    content: dict[str, Any] = json.loads((self._folder / name).read_bytes())
-                    found[int(number)] = _Word(**content)
+            for path in self._folder.glob("frozen-*.json"):
+                rank = int(path.stem.removeprefix("frozen-"))
+                if rank not in found:
+                    found[rank] = _Word(**json.loads(path.read_bytes()))
             time.sleep(0.02)
         return found
 

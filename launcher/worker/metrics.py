@@ -18,6 +18,7 @@ from typing import Any, Self, TextIO
 from decompft.launcher.errors import RunFailed
 from decompft.launcher.outcome import write_atomic
 from decompft.launcher.recipe import LoggingSection
+from decompft.launcher.runs import RunDir
 from decompft.launcher.worker.console import Console, StepRow
 from decompft.launcher.worker.trackers import Tracker, open_trackers
 
@@ -60,9 +61,10 @@ class Metrics:
             self._trackers = open_trackers(logging, run_dir, start_step=start_step)
         except OSError as error:
             raise _not_written(run_dir, error) from error
-        _cut(run_dir / "metrics.jsonl", start_step)
-        self._metrics = _Lines(run_dir / "metrics.jsonl")
-        self._events = _Lines(run_dir / "events.jsonl")
+        run = RunDir(run_dir)
+        _cut(run.metrics_path, start_step)
+        self._metrics = _Lines(run.metrics_path)
+        self._events = _Lines(run.events_path)
         self._console = Console(stream, total_steps=total_steps, start_step=start_step)
 
     def step(self, row: StepRow) -> None:

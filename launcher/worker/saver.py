@@ -78,6 +78,7 @@ class Saver:
         self._called_off = threading.Event()
         self._failure: RunFailed | None = None
         self._done: list[Saved] = []
+        self.begun = saved_step  # the newest save's step, in place or under way
         self._in_place = saved_step
         self._settled = torch.cuda.Event() if engine.device.type == "cuda" else None
 
@@ -91,12 +92,15 @@ class Saver:
         """Whether this rank still writes; asked before `failed`, which is then final where this is not."""
         return self._thread is not None and self._thread.is_alive()
 
-    def begin(self, reason: str) -> None:
-        """Copy this rank's slices and write them in the background.
+    def begin(self, step: int, reason: str) -> None:
+        """Copy this rank's slices and write them in the background, unless this step's were already.
 
         Raises:
             RunFailed: the save before failed.
         """
+        if step == self.begun:
+            return
+        self._pulse.at("saving")
         began = time.perf_counter()
         self.finish()
         held = self._held(False)
@@ -106,6 +110,7 @@ class Saver:
             target=self._write, args=(held, snapshot, reason, stall_s), name="save", daemon=True
         )
         self._thread.start()
+        self.begun = step
 
     def check(self, any_failed: bool, any_writing: bool) -> None:
         """What all ranks know of each other's saves: end the run where one failed, forget those that are done.

@@ -107,8 +107,6 @@ def train(
             )
         phases.resume(resume.step)
         at = Progress.of(resume)
-    # a fork's checkpoint lies in another run: this one has none yet
-    saved_step = at.step if resume is not None and resume.path.is_relative_to(run.path) else None
 
     def held(stands_in: bool) -> Held:
         return Held(
@@ -121,16 +119,11 @@ def train(
 
     keeping = recipe.checkpoint
     saver = Saver(
-        run, engine, held, pulse, incarnation=incarnation, adapter_json=adapter_json, saved_step=saved_step,
+        run, engine, held, pulse, incarnation=incarnation, adapter_json=adapter_json,
+        # a fork's checkpoint lies in another run: this one has none yet
+        saved_step=at.step if resume is not None and resume.path.is_relative_to(run.path) else None,
         retention=Retention(newest=keeping.keep, best=keeping.keep_best, every_hours=keeping.keep_every_hours),
     )  # fmt: skip
-
-    def checkpoint(reason: str) -> None:
-        nonlocal saved_step
-        if saved_step != at.step:
-            pulse.at("saving")
-            saver.begin(reason)
-            saved_step = at.step
 
     def tell() -> None:
         """What was saved in the background meanwhile."""
@@ -167,7 +160,7 @@ def train(
         at.start_eval = loss if at.step == 0 else at.start_eval
         at.last_eval, at.eval_step, at.eval_due = loss, at.step, False
         if gained and keeping.keep_best and at.step:
-            checkpoint("best")
+            saver.begin(at.step, "best")
         patience = recipe.train.early_stop_evals
         return patience is not None and at.evals_without_gain >= patience
 
@@ -213,10 +206,10 @@ def train(
         tell()
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
             if at.step:
-                checkpoint("non-finite")
+                saver.begin(at.step, "non-finite")
                 saver.finish()
                 tell()
-            raise not_finite(at.step + 1, loss_value, grad_norm, step.sample_ids, saved_step)
+            raise not_finite(at.step + 1, loss_value, grad_norm, step.sample_ids, saver.begun)
         pulse.at("optimizer")
         with emergency.changing():
             phases.observe(at.step)
@@ -252,10 +245,10 @@ def train(
                 )
                 total = at.step
         if not stopped and at.step < total and keeping.every_steps and at.step % keeping.every_steps == 0:
-            checkpoint("interval")
+            saver.begin(at.step, "interval")
     ahead.close()
     # also where nothing was left to train: a run ends with a checkpoint of its own
-    checkpoint("end" if at.step == total else "stop")
+    saver.begin(at.step, "end" if at.step == total else "stop")
     saver.finish()
     tell()
     emergency.disarm()

@@ -40,6 +40,7 @@ from decompft.launcher.hangs import (
     to_json,
 )
 from decompft.launcher.runs import RunDir
+from decompft.launcher.worker.emergency import REQUEST
 from decompft.launcher.worker.pulse import Beat, Pulse
 
 logger = logging.getLogger(__name__)
@@ -158,7 +159,7 @@ class Watchdog:
             names = os.listdir(self._folder)
         except OSError:  # a file system that comes and goes
             return True
-        return "emergency.json" in names or any(re.fullmatch(r"rank-\d+\.json", name) for name in names)
+        return REQUEST in names or any(re.fullmatch(r"rank-\d+\.json", name) for name in names)
 
     def _judge(self, reading: Reading, passed: float) -> Reading:
         """Another rank's reading, stale when it has not changed for long while this thread looked."""

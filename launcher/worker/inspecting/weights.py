@@ -14,6 +14,7 @@ from decompft.adapters.targets import TargetMismatch, select
 from decompft.launcher.errors import AdapterError, ModelError, UserError
 from decompft.launcher.quantized_checkpoint import read_config_json, stored_format
 from decompft.launcher.recipe import ModelSection, QuantizationSection
+from decompft.launcher.runs import find_run
 from decompft.launcher.worker.adapter_folder import adapter_folder
 from decompft.launcher.worker.build import open_source, outline_of
 from decompft.launcher.worker.inspecting.comparison import Comparison, compare
@@ -164,11 +165,9 @@ def _device() -> torch.device:
 
 def _adapter(tuned: str) -> Path | None:
     """The folder of an adapter or a run, or None for what must be a model."""
-    path = Path(tuned).expanduser()
-    is_run = path.name == tuned and (Path("runs") / tuned).is_dir()
-    if is_run or (path.is_dir() and not (path / "config.json").is_file()):
-        return adapter_folder(tuned)
-    return None
+    path = find_run(tuned)
+    is_model = not path.is_dir() or (path / "config.json").is_file()
+    return None if is_model else adapter_folder(tuned)
 
 
 def _merged_by(folder: Path, base: Weights, say: Say) -> Change:
