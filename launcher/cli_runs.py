@@ -46,10 +46,12 @@ def add_run_verbs(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
 
 
 def _runs(args: argparse.Namespace) -> int:
+    from decompft.launcher.runs import find_run
+    from decompft.launcher.sweep_folder import is_sweep
     from decompft.slurm import run_list
 
-    sweep = _sweep(str(args.folder))
-    if sweep is not None:
+    sweep = find_run(str(args.folder))
+    if is_sweep(sweep):
         _show_sweep(sweep, args)
         return EXIT_DONE
     found = run_list.list_runs(args.folder)
@@ -63,12 +65,12 @@ def _runs(args: argparse.Namespace) -> int:
 def _status(args: argparse.Namespace) -> int:
     import time
 
+    from decompft.launcher.sweep_folder import is_sweep
     from decompft.slurm import history, status_text, watch
 
-    sweep = _sweep(args.run_name)
-    if sweep is not None:
-        return _show_sweep(sweep, args)
     path, job = watch.find_named(args.run_name)
+    if path is not None and is_sweep(path):
+        return _show_sweep(path, args)
     if path is None:
         assert job is not None
         now_s = time.time()
@@ -106,25 +108,16 @@ def _logs(args: argparse.Namespace) -> int:
 
 
 def _cancel(args: argparse.Namespace) -> int:
+    from decompft.launcher.sweep_folder import is_sweep
     from decompft.slurm import cancel, cancel_sweep, watch
 
-    sweep = _sweep(args.run_name)
-    if sweep is not None:
-        return cancel_sweep.cancel_sweep(sweep, now=args.now, say=_say)
     path, job = watch.find_named(args.run_name)
+    if path is not None and is_sweep(path):
+        return cancel_sweep.cancel_sweep(path, now=args.now, say=_say)
     if path is None:
         assert job is not None
         return cancel.cancel_job(job, _say)
     return cancel.cancel(path, now=args.now, say=_say)
-
-
-def _sweep(word: str) -> Path | None:
-    """The sweep that RUN means, if it is one's folder."""
-    from decompft.launcher.runs import find_run
-    from decompft.launcher.sweep_folder import is_sweep
-
-    path = find_run(word)
-    return path if is_sweep(path) else None
 
 
 def _show_sweep(path: Path, args: argparse.Namespace) -> int:
@@ -139,20 +132,20 @@ def _show_sweep(path: Path, args: argparse.Namespace) -> int:
 
 
 def _path(word: str) -> Path:
+    from decompft.launcher.sweep_folder import is_sweep
     from decompft.slurm import watch
 
-    sweep = _sweep(word)
-    if sweep is not None:
-        raise UserError(
-            f"{word}: a sweep, each task of which has logs of its own",
-            f"name the run of a task, a folder in {sweep}",
-        )
     path, job = watch.find_named(word)
     if path is None:
         assert job is not None
         raise UserError(
             f"{word}: a job of no run in ./runs",
             f"its own log is {job.log}" if job.log else "name the run's folder",
+        )
+    if is_sweep(path):
+        raise UserError(
+            f"{word}: a sweep, each task of which has logs of its own",
+            f"name the run of a task, a folder in {path}",
         )
     return path
 

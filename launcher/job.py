@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from decompft.launcher import fetched
 from decompft.launcher.plan import Plan
 
 WORKER = "decompft.launcher.worker.main"
@@ -44,6 +45,8 @@ def make_job(
     """The ranks of a plan on this machine: torchrun, or the worker itself when there is one rank."""
     worker = (WORKER, *worker_args(run_dir.absolute(), incarnation=incarnation, resume=resume))
     env = base_env(plan, environ) | {MARK: job_mark(run_dir, incarnation)}
+    if (run_dir / fetched.FILE).exists():
+        env |= fetched.OFFLINE
     if plan.world.size == 1:
         # without torchrun: seconds of start-up saved; its variables by hand
         argv = (sys.executable, "-m", *worker)

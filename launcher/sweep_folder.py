@@ -101,9 +101,9 @@ def tasks_to_run(path: Path, tasks: Sequence[Task], *, resume: str | None) -> tu
 
 def has_finished(run: Path) -> bool:
     """Whether the newest incarnation of a task's run says so."""
-    numbers = [int(p.name) for p in (run / "incarnations").glob("*") if p.name.isdecimal()]
+    folder = RunDir(run)
     try:
-        outcome = read_outcome(run / "incarnations" / str(max(numbers, default=0)))
+        outcome = read_outcome(folder.incarnation_dir(folder.newest_incarnation()))
     except (OSError, ValueError, KeyError, TypeError):  # damaged
         return False
     return outcome is not None and outcome.result == "finished"

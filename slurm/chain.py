@@ -87,7 +87,7 @@ def submit_chain(
         for kind in chain.steps:
             after = [submission.job_id for submission in done[-1:]]
             name = SCRIPT if kind == "train" else step_path(kind)
-            done.append(submit_script(run, texts[kind], name=name, kind=kind, after=after, logs=profile.logs))
+            done.append(submit_script(run, texts[kind], name=name, kind=kind, after=after, profile=profile))
     except SlurmError:
         # half a chain is of no use; the last first, or one would start as its forerunner ends
         for submission in reversed(done):

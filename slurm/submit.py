@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -92,21 +94,21 @@ def submit_script(
     name: str,
     kind: str,
     after: Sequence[str] = (),
-    logs: str | None = None,
+    profile: Profile,
     array: int | None = None,
 ) -> Submission:
     """Write a script into the run directory, submit it, and write that down.
 
     Args:
         name: of the script, below the run directory.
-        logs: folder of the script's own log; default logs/ of the run directory.
+        profile: of the site; may name another folder for the script's own log than logs/ of the run directory.
         array: tasks that the script's header asks for.
 
     Raises:
         SlurmError: sbatch refuses; its words are in the message.
     """
     script = run.path / name
-    folder = Path(logs) if logs else run.path / "logs"
+    folder = Path(profile.logs) if profile.logs else run.path / "logs"
     # a missing folder fails the job without a log anywhere
     folder.mkdir(parents=True, exist_ok=True)
     script.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +119,7 @@ def submit_script(
         *([f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []),
         str(script),
     ]  # fmt: skip
-    done = call(argv)
+    done = call(argv, env=_own_python(profile))
     if done.code != 0 or not done.lines:
         raise SlurmError(f"sbatch refused {script}: {_words(done.stderr)}", f"try it: {shlex.join(argv)}")
     job_id, _, cluster = done.lines[-1].strip().partition(";")
@@ -190,6 +192,13 @@ def refuse_living(*runs: RunDir) -> None:
             f"look with `decompft status {run.path}`, end it with `decompft cancel {run.path}`, "
             "or choose another place with --run-dir DIR",
         )
+
+
+def _own_python(profile: Profile) -> dict[str, str]:
+    """Where a profile says nothing of the environment, the job's Python is the one that submits."""
+    if profile.environment.kind != "none" or "DECOMPFT_PYTHON" in os.environ:
+        return {}
+    return {"DECOMPFT_PYTHON": sys.executable}
 
 
 def _save_s(run: RunDir) -> float:

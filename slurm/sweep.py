@@ -120,13 +120,11 @@ def submit_sweep(
         (run.path / SCRIPT).write_text(script, encoding="utf-8")
     done: list[Submission] = []
     if prepare:
-        done.append(
-            submit_script(sweep, prepare, name=step_path("prepare"), kind="prepare", logs=profile.logs)
-        )
+        done.append(submit_script(sweep, prepare, name=step_path("prepare"), kind="prepare", profile=profile))
     after = [submission.job_id for submission in done]
     try:
         array = submit_script(
-            sweep, text, name=SCRIPT, kind="sweep", after=after, logs=profile.logs, array=len(left)
+            sweep, text, name=SCRIPT, kind="sweep", after=after, profile=profile, array=len(left)
         )
     except SlurmError:
         for submission in done:

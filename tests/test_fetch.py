@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from decompft.launcher import fetched
 from decompft.launcher.errors import UserError
-from decompft.launcher.job import free_port
+from decompft.launcher.job import free_port, make_job
 from decompft.launcher.planner import make
 from decompft.launcher.runs import RunDir
 from decompft.launcher.source import load
@@ -148,7 +148,13 @@ def test_a_fetched_run_trains_without_a_network_on_the_pinned_commit(site: Site)
     assert plan.recipe.model.revision == first
     assert json.loads((run / "prepared.json").read_text())["identity"]["revision"] == first
 
-    # asked again, it stays with what the run was made of
+    # asked again, it stays with what the run was made of, and takes no other file for it
+    config = Path(found["model"].folder) / "config.json"
+    text = config.read_text()
+    config.resolve().write_text("{}")
+    done = site.decompft("fetch", recipe)
+    assert done.returncode == 2 and f"{config}: is not what was pinned for model" in done.stderr
+    config.resolve().write_text(text)
     done = site.decompft("fetch", recipe)
     assert done.returncode == 0, done.stderr
     assert pins(run) == found
@@ -242,6 +248,8 @@ def test_local_files_are_pinned_by_hash_and_read_back(local: Path) -> None:
     assert not any(name.endswith(".bin") for name in found["model"].files)
     prepare.main([str(run.path)])
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+    job = make_job(run.read_plan(), run.path, incarnation=1, resume=None, port=1)
+    assert job.env.items() >= fetched.OFFLINE.items()
 
 
 @pytest.mark.parametrize(

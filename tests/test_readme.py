@@ -25,6 +25,7 @@ PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT 
 
 # what the line above a shell block may say: which test runs it, or why none does
 QUICK, TOUR, OWN_DATA, CI, GPU_ONLY = "test: quick", "test: tour", "test: own-data", "ci", "gpu-only"
+ON_A_CLUSTER = "needs a cluster"  # tests/test_slurm_survives.py does it, with another recipe
 AS_PRINTED = "as printed"  # above a text block: each line is in the output of the block before
 
 
@@ -77,7 +78,7 @@ def marked(marker: str) -> list[Block]:
 def test_every_shell_block_is_run_or_says_why_not() -> None:
     shell = [block for block in ALL if block.language in ("sh", "bash", "shell", "console", "")]
     assert len(shell) > 8
-    known = (QUICK, TOUR, OWN_DATA, CI, GPU_ONLY)
+    known = (QUICK, TOUR, OWN_DATA, CI, GPU_ONLY, ON_A_CLUSTER)
     assert [block.where for block in shell if block.language != "sh" or block.marker not in known] == []
     assert len(marked(OWN_DATA)) == 1  # test_own_data.py
     for block in marked(CI):  # .ci/run calls `make test`; `make quickstart` installs, which no test does

@@ -172,7 +172,9 @@ def test_demand_4_a_node_that_comes_back_cannot_overwrite_the_newer_state(
     try:
         run.until_incarnation(2, 300)
         assert run.events("start")[1]["nodes"] != [stale]
-        cluster.until(lambda: any(row["incarnation"] == 2 for row in run.rows()), 150, "a step elsewhere")
+        cluster.until(
+            lambda: any(row["incarnation"] == 2 for row in run.events("save")), 150, "a save elsewhere"
+        )
     finally:
         cluster.node("join" if cuts else "thaw", stale)
     run.finished(240)
@@ -196,7 +198,7 @@ def test_demand_6_a_node_that_fails_twice_is_excluded(
     check(run, samples)
     assert cluster.show(run.job)["ExcNodeList"] == "vn-2"
     assert [row["exclude"] for row in run.events("requeue")] == [["vn-2"]]
-    assert run.events("start")[-1]["nodes"] == ["vn-1", "vn-3"]
+    assert "vn-2" not in run.events("start")[-1]["nodes"]
 
 
 def test_demand_6_a_spare_takes_the_place_of_a_node_that_dies(

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from fake_sbatch import FakeSbatch
+from fake_slurm import FakeSlurm, recorded
 from slurmed import job_env, json_lines
-from watched import end, failed, start, train
+from watched import end, failed, make_run, start, submit, train
 
 from decompft.launcher import cli
 from decompft.launcher.outcome import Outcome
@@ -111,7 +112,7 @@ def test_the_table_has_the_best_first(slurm: FakeSbatch, capsys: pytest.CaptureF
     train(broken, 1)
     end(broken, start(broken), failed(1))
     capsys.readouterr()
-    assert cli.main(["status", "run", "--json"]) == 4  # task 1 is gone from the queue, and left nothing
+    assert cli.main(["status", "run", "--json"]) == 3  # task 1 is gone from the queue, and left nothing
     told = json.loads(capsys.readouterr().out)
     assert [(task["task"], task["state"], task["eval_loss"]) for task in told["tasks"]] == [
         (2, "finished", 4.5), (0, "finished", 5.25), (3, "failed", None), (1, "failed", None),
@@ -125,6 +126,33 @@ def test_the_table_has_the_best_first(slurm: FakeSbatch, capsys: pytest.CaptureF
     assert lines[-1] == f"next: decompft status run/{FOLDERS[3]}"
     assert cli.main(["logs", "run"]) == 2
     assert "name the run of a task" in capsys.readouterr().err
+
+
+def test_what_waits_of_a_sweep_is_cancelled_before_what_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm = FakeSlurm(tmp_path, monkeypatch)
+    names = ["000-a", "001-b", "002-c"]
+    rows = [{"index": i, "parameters": {"a.b": i}, "folder": name} for i, name in enumerate(names)]
+    for number, name in enumerate(names):
+        submit(make_run(tmp_path / "run" / name), f"27_{number}", kind="sweep")
+    (tmp_path / "run/sweep.json").write_text(json.dumps({"tasks": rows}))
+    living = [
+        recorded("squeue", "running", "27_0"),
+        *(recorded("squeue", "priority", f"27_{i}") for i in (1, 2)),
+    ]
+    slurm.say("squeue", *(line for lines in living for line in lines))
+    slurm.scancel_does(
+        'rows = open(folder + "/squeue").read().splitlines()\n'
+        'open(folder + "/squeue", "w").write("\\n".join(r for r in rows if r.split("|")[0] != argv[-1]))'
+    )
+    assert cli.main(["cancel", str(tmp_path / "run"), "--now"]) == 0
+    assert [words[-1] for words in slurm.calls("scancel")] in (
+        ["27_1", "27_2", "27_0"],
+        ["27_2", "27_1", "27_0"],
+    )
+    assert cli.main(["cancel", str(tmp_path / "run")]) == 0
+    assert "nothing of it is queued or running" in capsys.readouterr().out
 
 
 def test_here_the_tasks_run_one_after_the_other(tmp_path: Path) -> None:

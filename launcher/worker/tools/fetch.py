@@ -49,10 +49,15 @@ def main(argv: list[str]) -> None:
         # what is pinned already stays what it is, whatever its branch has become
         is_same = old is not None and (old.id, old.revision) == (name, revision)
         pin = _pin(recipe, part, name, revision, commit=old.commit if old is not None and is_same else "")
-        if old is not None and is_same and RunDir(run_dir).plan_path.exists() and old.files != pin.files:
+        # a commit never has other files; what a disk holds may change until a run has begun with it
+        is_fixed = pin.kind == "hub" or RunDir(run_dir).plan_path.exists()
+        if old is not None and is_same and is_fixed and old.files != pin.files:
+            changed = next(n for n in old.files.keys() | pin.files if old.files.get(n) != pin.files.get(n))
             raise UserError(
-                f"{part}: {name} has other files than those this run was made with",
-                "put them back, or start another run with --run-dir DIR",
+                f"{Path(pin.folder) / changed}: is not what was pinned for {part}",
+                "delete it and fetch again"
+                if pin.kind == "hub"
+                else "put it back, or start another run with --run-dir DIR",
             )
         pins.append(pin)
         _say(f"{part}: {len(pin.files)} files, {pin.num_bytes / 2**30:.2f} GiB, in {pin.folder}")
