@@ -38,7 +38,7 @@ def test_demand_1_submit_asks_slurm_first_and_refuses_a_second_time(cluster: Clu
 @pytest.fixture
 def user() -> Iterator[str]:
     """Somebody without root's rights, made for the test."""
-    name = "decompft-tester"
+    name = f"decompft-{os.getpid()}"
     subprocess.run(["useradd", "--no-create-home", "--home-dir", "/nonexistent", name], check=True)
     yield name
     subprocess.run(["userdel", name], check=True, capture_output=True)
@@ -47,7 +47,7 @@ def user() -> Iterator[str]:
 def test_demand_10_a_user_without_rights_with_gres_and_without_requeue(
     cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, user: str
 ) -> None:
-    folder = Path(f"/tmp/decompft-{user}-{os.getpid()}")
+    folder = Path("/tmp") / user  # pytest's own folders are root's alone
     folder.mkdir()
     try:
         python = python_for_everyone(folder)

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from slurmed import Submitted, patched, slow_saves, slow_steps, submit, unbroken
+from slurmed import CLI, Submitted, job_env, json_lines, patched, slow_saves, slow_steps, submit, unbroken
 from testbed import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
@@ -28,15 +28,36 @@ def check(run: Submitted, samples: dict[int, int], *, most_lost: int = 0) -> Non
     assert lost <= most_lost, run.log()
 
 
+@pytest.mark.parametrize(
+    "profile", ["node_check: true", "node_check: false\ntasks: gpu", "node_check: false\nrendezvous: c10d"]
+)
 def test_two_nodes_of_two_ranks_train_to_the_last_step(
-    cluster: Cluster, tmp_path: Path, samples: dict[int, int]
+    cluster: Cluster, tmp_path: Path, samples: dict[int, int], profile: str
 ) -> None:
-    run = submit(cluster, tmp_path, "parallel.gpus_per_node=2")
+    run = submit(cluster, tmp_path, "parallel.gpus_per_node=2", profile=profile)
     run.finished(240)
     check(run, samples)
     assert f"job {run.job}" in run.shown
     assert run.events("start")[0]["world_size"] == 4
     assert run.events("start")[0]["nodes"] == ["vn-1", "vn-2"]
+    checked = list((run.run.incarnation_dir(1) / "nodes").glob("vn-?.json"))
+    assert len(checked) == (2 if "true" in profile else 0)
+
+
+def test_the_quickstart_runs_as_a_job(cluster: Cluster, tmp_path: Path) -> None:
+    words = [
+        "quickstart",
+        "--slurm",
+        "train.max_steps=2",
+        "--run-dir",
+        "run",
+        f"data.cache_dir={tmp_path / 'cache'}",
+    ]
+    subprocess.run([*CLI, "launch", *words], cwd=tmp_path, env=job_env(), check=True, timeout=120)
+    job = json_lines(tmp_path / "run/slurm/jobs.jsonl")[-1]["job_id"]
+    cluster.jobs.append(job)
+    assert cluster.finished(job, 400) == "COMPLETED"
+    assert (tmp_path / "run/adapter/adapter.safetensors").exists()
 
 
 @pytest.mark.parametrize("signal", ["USR1", "TERM"])

@@ -91,6 +91,13 @@ def start(patch: pytest.MonkeyPatch) -> Iterator[Cluster]:
             pytest.fail(why)
         pytest.skip(why)
     folder = Path(os.environ.get("SLURM_TESTBED_DIR", "/tmp/slurm-testbed"))
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    if worker != "0":  # each worker has a cluster of its own; the node names are the same
+        folder = folder.with_name(f"{folder.name}-{worker}")
+        patch.setenv("SLURM_TESTBED_DIR", str(folder))
+        port = int(os.environ.get("SLURM_TESTBED_PORT", "16810")) + 60 * int(worker)
+        patch.setenv("SLURM_TESTBED_PORT", str(port))
+        patch.setenv("SLURM_TESTBED_ETC_LINK", "0")
     was_up = subprocess.run([str(TESTBED / "status")], capture_output=True, timeout=60).returncode == 0
     done = subprocess.run([str(TESTBED / "up")], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
