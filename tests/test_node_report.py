@@ -207,7 +207,7 @@ def test_the_report_is_a_table_on_a_terminal_and_lines_elsewhere(tmp_path: Path)
     report.show(Console(file=screen, force_terminal=True, width=100))
     assert plain.getvalue().splitlines() == report.lines()
     assert "  bad: ECC [x]" in report.lines()
-    assert "━" in screen.getvalue() and "ECC [x]" in screen.getvalue()
+    assert "\u2501" in screen.getvalue() and "ECC [x]" in screen.getvalue()
 
 
 @pytest.mark.parametrize("num_nodes", range(1, 12))
