@@ -14,7 +14,14 @@ from pathlib import Path
 
 import pytest
 from slurmed import CLI, Submitted, job_env, patched, python_for_everyone, slow_steps, submit, unbroken
+from test_runs import make_plan
+from test_sbatch import on_gpus
 from testbed import Cluster
+
+from decompft.launcher.errors import SlurmError
+from decompft.slurm.profile import Profile
+from decompft.slurm.render import train_script
+from decompft.slurm.submit import check_script
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 
@@ -33,6 +40,22 @@ def test_demand_1_submit_asks_slurm_first_and_refuses_a_second_time(cluster: Clu
     assert str(tmp_path) not in script
     with pytest.raises(AssertionError, match=f"job {run.job} of this run is queued or running"):
         submit(cluster, tmp_path, "--resume=auto")
+
+
+@pytest.mark.parametrize("request_", ["gpus-per-node", "gres"])
+@pytest.mark.parametrize("tasks", ["node", "gpu"])
+def test_demand_1_slurm_accepts_what_is_rendered(cluster: Cluster, request_: str, tasks: str) -> None:
+    fields = {
+        "gpu_request": request_, "gpu_type": "sim", "tasks": tasks, "cpus_per_node": 8, "mem": "8G", "exclusive": True,
+        "partition": "debug", "directives": ["--nice=5"], "mail": {"user": "me@example.org"}, "requeue": "successor",
+    }  # fmt: skip
+    plan = on_gpus(
+        make_plan(ranks=2, parallel={"nodes": "2-3"}, slurm={"spares": 1, "time": "1:00:00"}), nodes=2
+    )
+    text = train_script(plan, Profile.model_validate(fields), run_dir="runs/it's $HOME %j")
+    assert "to start at" in check_script(text)
+    with pytest.raises(SlurmError, match="Slurm would refuse this job"):
+        check_script(text.replace("--nodes=3-4", "--nodes=13-14"))
 
 
 @pytest.fixture
