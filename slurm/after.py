@@ -74,6 +74,12 @@ def decide(outcome: Outcome, record: Record, job: Job, *, saved_step: int, ends:
         if ends:
             return Decision(act="exit", code=code, why="stopped as asked", record=kept)
         return Decision(act="requeue", code=code, why="state saved, more to do", record=kept)
+    if (
+        outcome.cause == "preempted"
+    ):  # before the ranks could catch the signal: nobody's fault, and no place to stay
+        why = "told to end from outside before there was anything to save"
+        kept = replace(record, step=max(saved_step, record.step))
+        return Decision(act="exit" if ends else "requeue", code=code, why=why, record=kept)
     failures = 1 if has_gained else record.failures + 1
     counted = replace(record, failures=failures, step=max(saved_step, record.step))
     if failures > cap:

@@ -235,6 +235,11 @@ def test_twenty_preemptions_do_not_use_the_cap_up() -> None:
     assert record.failures == 0
 
 
+def test_a_rank_that_is_told_to_end_while_it_starts_is_no_failure() -> None:
+    decision = decided(Outcome(result="failed", cause="preempted", node="b"), Record(failures=3))
+    assert (decision.act, decision.record.failures, decision.record.suspects) == ("requeue", 3, {})
+
+
 def test_a_node_that_is_at_fault_twice_is_left_out() -> None:
     first = decided(CRASH, hosts="a b c")
     assert (first.act, first.exclude, first.record.suspects) == ("here", (), {"b": 1})

