@@ -156,6 +156,11 @@ def _profile(args: argparse.Namespace, plan: Plan) -> Profile:
     """The site: what --slurm names, else the recipe, else what holds everywhere."""
     from decompft.slurm import profile
 
+    if plan.world.device == "cpu" and os.environ.get("DECOMPFT_DEVICE") != "cpu":
+        _warn(
+            "this machine has no GPU, so the job asks for none; for nodes that have them set parallel.gpu_memory_gib "
+            "and parallel.gpus_per_node in the recipe, and DECOMPFT_DEVICE=cpu if none are meant"
+        )
     name = args.slurm or plan.recipe.slurm.profile
     return profile.load(profile.find(name, cwd=Path.cwd())) if name else profile.default()
 

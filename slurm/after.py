@@ -25,6 +25,7 @@ _NODE_CAUSES: tuple[Kind, ...] = (
     "gpu", "node_lost", "network", "hang", "killed", "crash", "out_of_memory_host", "package", "unknown",
 )  # fmt: skip
 _SUSPICIONS = 2  # until a node is left out
+_IDLE_STOPS = 25  # stops in a row without a step, of a job that is never given the time to load its model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class Record:
 
     failures: int = 0  # in a row, without progress between them
     step: int = 0  # of the checkpoint that the newest incarnation began with
+    idle_stops: int = 0  # stops in a row without a step between them
     suspects: dict[str, int] = field(default_factory=dict)  # failures that a node was blamed for
     excluded: tuple[str, ...] = ()  # nodes that were left out for it
 
@@ -70,9 +72,13 @@ def decide(outcome: Outcome, record: Record, job: Job, *, saved_step: int, ends:
     if outcome.result in ("finished", "user_error"):
         return Decision(act="exit", code=code, why=outcome.result, record=replace(record, failures=0))
     if outcome.result == "checkpointed":
-        kept = replace(record, failures=0, step=saved_step)
+        idle = 0 if has_gained else record.idle_stops + 1
+        kept = replace(record, failures=0, step=saved_step, idle_stops=idle)
         if ends:
             return Decision(act="exit", code=code, why="stopped as asked", record=kept)
+        if idle > _IDLE_STOPS:
+            why = f"stopped {idle} times in a row before it had made a step: its time is too short"
+            return Decision(act="exit", code=code, why=why, record=kept)
         return Decision(act="requeue", code=code, why="state saved, more to do", record=kept)
     if (
         outcome.cause == "preempted"
@@ -145,7 +151,11 @@ def read_record(run: RunDir) -> Record:
     except (OSError, ValueError):
         return Record()
     return Record(
-        failures=row["failures"], step=row["step"], suspects=row["suspects"], excluded=tuple(row["excluded"])
+        failures=row["failures"],
+        step=row["step"],
+        suspects=row["suspects"],
+        excluded=tuple(row["excluded"]),
+        idle_stops=row.get("idle_stops", 0),
     )
 
 

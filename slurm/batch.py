@@ -88,7 +88,9 @@ def _begin(args: argparse.Namespace) -> int:
             f"{len(hosts)} of {len(args.hosts.split())} nodes are fit, {recipe.parallel.fewest_nodes} are needed"
         )
         run.append_event("requeue", reason="too few fit nodes", job_id=args.job, exclude=[])
-        print("requeue -")
+        # given back a node that was left out before: Slurm must be told again
+        came_back = set(args.hosts.split()) & set(record.excluded)
+        print("requeue", ",".join(record.excluded) if came_back else "-")
         return 0
     plan = _plan(recipe, len(hosts), args.device)
     hosts = hosts[: plan.world.nodes]
@@ -197,7 +199,8 @@ def _act(run: RunDir, args: argparse.Namespace, outcome: Outcome, decision: Deci
         "requeue" if decision.act == "requeue" else "restart",
         incarnation=args.incarnation, reason=decision.why, job_id=args.job, exclude=list(decision.exclude),
     )  # fmt: skip
-    print(decision.act, ",".join(decision.exclude) or "-")
+    # Slurm replaces a job's list of excluded nodes: it is told all of them
+    print(decision.act, ",".join(decision.record.excluded if decision.exclude else ()) or "-")
     return 0
 
 

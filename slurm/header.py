@@ -48,7 +48,8 @@ def train_options(
             profile, gpus_per_node=world.ranks_per_node if world.device == "cuda" else 0, tasks_per_node=tasks
         ),
         f"--signal=B:{profile.signal}@{warning_s}",
-        "--requeue" if profile.requeue == "requeue" else "--no-requeue",
+        # also where a successor follows a stop: a node's death is Slurm's to answer
+        "--no-requeue" if profile.requeue == "never" else "--requeue",
         # a node that dies takes only its ranks with it, where the others can go on
         *(["--no-kill"] if spares or most > fewest else []),
         *([f"--array={array}"] if array else []),

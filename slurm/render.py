@@ -55,6 +55,8 @@ def train_script(
         PlanError: the time limit leaves no room for a save, or a value cannot stand in the script's header.
     """
     world, site = plan.world, wanted(profile, plan.recipe.slurm)
+    # a rank that does not come to the end of a step saves by then
+    warning_s = max(warning_s, round(plan.recipe.checkpoint.grace_s) + 60)
     words = list(recipe)
     if words:  # last, so that the node plans for what the header asks for
         words += [
@@ -125,11 +127,21 @@ def setup(profile: Profile, device: str) -> Setup:
         binds = [word for bind in environment.binds for word in ("--bind", expanding(bind))]
         gpus = ["--nv"] if device == "cuda" else []
         options = [shlex.quote(option) for option in environment.options]
-        inside = ("apptainer", "exec", *gpus, *binds, *options, expanding(environment.image))
+        inside = (
+            "apptainer",
+            "exec",
+            "--pwd",
+            '"$PWD"',
+            *gpus,
+            *binds,
+            *options,
+            expanding(environment.image),
+        )
         return Setup(lines=tuple(lines), inside=inside, python=expanding(environment.python))
     if isinstance(environment, PyxisEnvironment):
         mounts = '"' + ",".join(expanding(mount)[1:-1] for mount in environment.mounts) + '"'  # one word
-        srun = [f"--container-image={expanding(environment.image)}"]
+        # else a command starts in the image's own folder
+        srun = [f"--container-image={expanding(environment.image)}", '--container-workdir="$PWD"']
         srun += [f"--container-mounts={mounts}"] if environment.mounts else []
         srun += [shlex.quote(option) for option in environment.options]
         return Setup(lines=tuple(lines), srun=tuple(srun), python=expanding(environment.python))

@@ -74,7 +74,8 @@ def make_ready(
 
 def warning_s(runs: Sequence[RunDir]) -> int:
     """How long before the time limit a job is told to save, by the saves of these runs so far."""
-    return max(WARNING_S, round(_MARGIN_S + 2 * max(map(_save_s, runs))))
+    longest_save = max(map(_save_s, runs))
+    return max(WARNING_S, round(_MARGIN_S + 2 * longest_save))
 
 
 def record(start: Start, plan: Plan, recipe_text: str) -> None:
@@ -180,9 +181,10 @@ def refuse_living(*runs: RunDir) -> None:
     if not ids:
         return
     # an unknown id beside a known one is no error, alone it is: ask about all of this user's
-    rows = [
-        line.split() for line in call(["squeue", "--me", "--noheader", "--array", "--format=%F %K"]).lines
-    ]
+    answer = call(["squeue", "--me", "--noheader", "--array", "--format=%F %K"])
+    if answer.code != 0:
+        raise SlurmError(f"squeue: {_words(answer.stderr)}", "try again when the controller answers")
+    rows = [line.split() for line in answer.lines]
     known = {word for row in rows for word in (row[0], "_".join(row))}  # of an array its id, and each task's
     living = [(run, job) for run, job in ids if job in known]
     if living:

@@ -235,6 +235,16 @@ def test_twenty_preemptions_do_not_use_the_cap_up() -> None:
     assert record.failures == 0
 
 
+def test_stops_that_never_let_it_make_a_step_end_some_day() -> None:
+    record, acts = Record(), []
+    for _ in range(26):
+        decision = decided(Outcome(result="checkpointed"), record)
+        record = decision.record
+        acts.append(decision.act)
+    assert acts == ["requeue"] * 25 + ["exit"] and decision.code == 75
+    assert decided(Outcome(result="checkpointed"), record, saved=1).act == "requeue"
+
+
 def test_a_rank_that_is_told_to_end_while_it_starts_is_no_failure() -> None:
     decision = decided(Outcome(result="failed", cause="preempted", node="b"), Record(failures=3))
     assert (decision.act, decision.record.failures, decision.record.suspects) == ("requeue", 3, {})
