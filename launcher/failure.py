@@ -75,7 +75,7 @@ def find_failure(run: RunDir, incarnation: int, returncode: int, *, oom_kills: i
     hang = read_hang(folder)
     if hang is not None:
         return hang.outcome()
-    agent_log = tail(run.launcher_log(incarnation))
+    agent_log = _before_srun_ended_it(tail(run.launcher_log(incarnation)))
     dead = list(_dead_ranks(agent_log))
     ranks = read_ranks(folder)
     suspects = [_speaker(told, rank) for rank, told in ranks.items()]
@@ -216,6 +216,16 @@ def _signal_or_code(code: int) -> int:
 
 def _scheduler_lines(log: str) -> str:
     return "\n".join(line for line in log.splitlines() if "slurmstepd: " in line or "srun: " in line)
+
+
+def _before_srun_ended_it(log: str) -> str:
+    """The log without the word that srun itself cancelled the step: it does so after any task's failure."""
+    kept, by_srun = [], False
+    for line in log.splitlines(keepends=True):
+        by_srun = by_srun or ("srun: " in line and "Terminating StepId=" in line)
+        if not (by_srun and "CANCELLED AT" in line and "DUE TO" not in line):
+            kept.append(line)
+    return "".join(kept)
 
 
 def _dead_ranks(agent_log: str) -> Iterator[_Dead]:

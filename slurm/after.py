@@ -84,8 +84,10 @@ def decide(outcome: Outcome, record: Record, job: Job, *, saved_step: int, ends:
         outcome.cause == "preempted"
     ):  # before the ranks could catch the signal: nobody's fault, and no place to stay
         why = "told to end from outside before there was anything to save"
-        kept = replace(record, step=max(saved_step, record.step))
-        return Decision(act="exit" if ends else "requeue", code=code, why=why, record=kept)
+        idle = 0 if has_gained else record.idle_stops + 1
+        kept = replace(record, step=max(saved_step, record.step), idle_stops=idle)
+        act: Act = "exit" if ends or idle > _IDLE_STOPS else "requeue"
+        return Decision(act=act, code=code, why=why, record=kept)
     failures = 1 if has_gained else record.failures + 1
     counted = replace(record, failures=failures, step=max(saved_step, record.step))
     if failures > cap:

@@ -155,6 +155,19 @@ def test_end_finds_the_rank_behind_sruns_labels(tmp_path: Path, capsys: pytest.C
     assert read_record(run).suspects == {"vn-2": 1}
 
 
+def test_sruns_own_cancelling_is_no_preemption(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDir.create(tmp_path, recipe_text="", plan=make_plan(ranks=2))
+    run.next_incarnation()
+    (run.incarnation_dir(1) / "slurm.json").write_text('{"job_id": "5", "nodes": ["vn-1"]}')
+    report = ["  host      : localhost", "  rank      : 1 (local_rank: 1)", "  exitcode  : -11 (pid: 5)"]
+    cancelled = "0: slurmstepd-vn-1: error: *** STEP 39.0 ON vn-1 CANCELLED AT 2026-11-22T17:42:05 ***"
+    ended_by = "srun: launch/slurm: _step_signal: Terminating StepId=39.0"
+    lines = [*(f"1: {line}" for line in report), ended_by, cancelled]
+    run.launcher_log(1).write_text("".join(f"{line}\n" for line in lines))
+    assert ended(run, capsys) == "here -"
+    assert read_record(run).suspects == {"vn-1": 1}
+
+
 def test_address_towards_another_node_is_not_taken_from_the_own_name() -> None:
     assert batch.address_towards("") == "127.0.0.1"
     assert batch.address_towards("localhost") in ("127.0.0.1", "::1")
