@@ -126,4 +126,5 @@ def _find_outcome(
         )
     else:
         outcome = find_failure(run, incarnation, returncode, oom_kills=oom_kills)
-    return outcome if outcome.step else replace(outcome, step=last_step(run.metrics_path, log_start))
+    # a rank's pulse may be seconds old, and a step's row is written after the step
+    return replace(outcome, step=max(outcome.step, last_step(run.metrics_path, log_start)))
