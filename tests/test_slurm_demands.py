@@ -128,18 +128,17 @@ def test_twenty_random_preemptions_lose_no_sample(
     count = 20
     rng = random.Random(6)
     run = submit(
-        cluster, tmp_path, "parallel.nodes=1", "slurm.partition=preempt", env=slow_steps(tmp_path, 0.7),
+        cluster, tmp_path, "parallel.nodes=1", "slurm.partition=preempt", env=slow_steps(tmp_path, 3.0),
         profile="node_check: false\nexclusive: true",
     )  # fmt: skip
     for _ in range(count):
-        cluster.until(lambda: cluster.state(run.job) in ("RUNNING", "COMPLETED"), 120, "the run's turn")
-        if cluster.state(run.job) == "COMPLETED":
-            break
+        cluster.until(lambda: cluster.state(run.job) == "RUNNING", 120, "the run's turn")
         time.sleep(rng.uniform(0.5, 14))
         high = cluster.submit(
             "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "true", cwd=tmp_path
         )
         cluster.until(lambda high=high: cluster.state(high) == "COMPLETED", 120, "the other job")
+    (tmp_path / "hurry").touch()
     run.finished(300)
     ends = [row["step"] for row in run.events("end")]
     print(f"{cluster.show(run.job)['Restarts']} restarts; the incarnations ended at steps {ends}")
