@@ -69,12 +69,17 @@ class Submitted:
         return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-4000:]}" for path in files)
 
     def steps_lost(self) -> int:
-        """Steps that were trained more than once; the samples of each step are those of the first time."""
-        seen: dict[int, int] = {}
-        lost = 0
-        for row in self.rows():
-            lost += row["step"] in seen
-            assert seen.setdefault(row["step"], row["samples"]) == row["samples"], row
+        """Steps between the end of an incarnation, where it left word, and where the next one began.
+
+        From the events: a resumed run drops the rows of metrics.jsonl that it trains again.
+        """
+        lost, ended = 0, 0
+        for row in json_lines(self.run.path / "events.jsonl"):
+            if row["event"] == "end":
+                ended = row["step"]
+            elif row["event"] == "start":
+                began = step_of(Path(row["checkpoint"])) if row["checkpoint"] else 0
+                lost, ended = lost + max(0, ended - began), 0
         return lost
 
     def samples(self) -> dict[int, int]:
