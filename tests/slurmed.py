@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import sysconfig
@@ -14,9 +15,10 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
-from testbed import Cluster
+from testbed import Cluster, cannot
 
 from decompft.launcher.checkpoints import list_checkpoints, step_of
+from decompft.launcher.processes import read_proc
 from decompft.launcher.runs import RunDir
 
 CLI = [sys.executable, "-m", "decompft.launcher.cli"]
@@ -67,6 +69,16 @@ class Submitted:
             *sorted(self.run.path.glob("logs/*/launcher.log")),
         ]
         return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-4000:]}" for path in files)
+
+    def ranks(self) -> list[int]:
+        """Process ids of this run's ranks; a cluster beside this one may train a run of the same name."""
+        return [
+            int(folder.name)
+            for folder in Path("/proc").glob("[0-9]*")
+            if b"\0RANK=" in read_proc(int(folder.name), "environ")
+            and b".worker.main\0" in read_proc(int(folder.name), "cmdline")
+            and os.path.realpath(folder / "cwd") == str(self.folder)
+        ]
 
     def steps_lost(self) -> int:
         """Steps between the end of an incarnation, where it left word, and where the next one began.
@@ -190,6 +202,12 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 def python_for_everyone(folder: Path) -> Path:
     """This interpreter with its packages, where any user may run it; this one may lie in a private folder."""
     home, packages = Path(sys.base_prefix), Path(sysconfig.get_path("purelib"))
+    checkout = Path(__file__).resolve().parents[1]  # most installations for tests are editable
+    for path in (packages, *packages.parents, checkout, *checkout.parents):
+        if not path.stat().st_mode & stat.S_IXOTH:
+            cannot(
+                f"other users cannot reach this checkout or its packages: {path} is closed to them (chmod o+x)"
+            )
     version = f"python3.{sys.version_info.minor}"
     made = folder / "python"
     (made / "bin").mkdir(parents=True)

@@ -6,6 +6,8 @@ Numbers of `demand` are those of SLURM.md section 4.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -127,10 +129,9 @@ def test_demand_4_a_killed_rank_is_replaced_in_the_same_job(
 ) -> None:
     run = submit(cluster, tmp_path, env=slow_steps(tmp_path, 0.3))
     run.until_step(12)
-    pids = subprocess.run(
-        ["pgrep", "-f", f"worker.main {run.run.path.name} --incarnation 1"], capture_output=True, text=True
-    ).stdout.split()
-    subprocess.run(["kill", "-KILL", pids[-1]], check=True)
+    first, *others = run.ranks()
+    assert len(others) == 1  # torchrun names the worker too, but has no rank
+    os.kill(first, signal.SIGKILL)
     run.finished(240)
     check(run, samples, most_lost=10)
     assert run.events("restart") and not run.events("requeue")

@@ -6,13 +6,15 @@ The testbed's scripts are found by DECOMPFT_SLURM_TESTBED, default beside the ch
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -85,11 +87,8 @@ class Cluster:
 
 def start(patch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """Bring the testbed up (or take the one that runs), with this process's environment set to it."""
-    why = _why_not()
-    if why:
-        if os.environ.get("CI"):
-            pytest.fail(why)
-        pytest.skip(why)
+    if why := _why_not():
+        cannot(why)
     folder = Path(os.environ.get("SLURM_TESTBED_DIR", "/tmp/slurm-testbed"))
     worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
     if worker != "0":  # each worker has a cluster of its own; the node names are the same
@@ -99,7 +98,8 @@ def start(patch: pytest.MonkeyPatch) -> Iterator[Cluster]:
         patch.setenv("SLURM_TESTBED_PORT", str(port))
         patch.setenv("SLURM_TESTBED_ETC_LINK", "0")
     was_up = subprocess.run([str(TESTBED / "status")], capture_output=True, timeout=60).returncode == 0
-    done = subprocess.run([str(TESTBED / "up")], capture_output=True, text=True, timeout=600)
+    with _alone():
+        done = subprocess.run([str(TESTBED / "up")], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
     mode = next(word for word in ("veth", "plain", "ns") if f"mode {word}" in done.stderr)
@@ -107,7 +107,23 @@ def start(patch: pytest.MonkeyPatch) -> Iterator[Cluster]:
         yield Cluster(folder, mode)
     finally:
         if not was_up:
-            subprocess.run([str(TESTBED / "down")], capture_output=True, timeout=120)
+            with _alone():
+                subprocess.run([str(TESTBED / "down")], capture_output=True, timeout=120)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Two testbeds that write /etc/hosts at once lose each other's node names."""
+    with Path("/tmp/decompft-testbed.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def cannot(why: str) -> NoReturn:
+    """Skip what this machine cannot run, with the reason; in CI it fails."""
+    if os.environ.get("CI"):
+        pytest.fail(why)
+    pytest.skip(why)
 
 
 def _why_not() -> str:
