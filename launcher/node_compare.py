@@ -17,6 +17,7 @@ SLOW_FRACTION = 0.2  # of the median node's best link
 # below the first a link is slow whatever the others are; above the second it never is; 10**6 bytes a second
 SLOW_MB_PER_S = 20.0
 FAST_MB_PER_S = {"cpu": 200.0, "cuda": 5000.0}
+LATE = "late"  # a kind of problem: it may be a slow start, not a bad node
 # seen on every node, these are no node's fault
 _COMMON = ("run folder", "gpu count", "gpu memory", "gpu", "scratch", "memory", "torch", "check")
 
@@ -78,7 +79,7 @@ def _missing(files: Sequence[NodeFile], expected: Sequence[str]) -> Iterator[Sai
         yield _user("check", text, "the log of the step says why; is the run folder on a shared disk?")
         return
     for node in missing:
-        yield _bad(node, "check", "left no word: it cannot be reached, or the check did not start there")
+        yield _bad(node, LATE, "left no word: it cannot be reached, or the check did not start there")
 
 
 def _unshared(files: Sequence[NodeFile], expected: Sequence[str]) -> Iterator[Said]:
@@ -128,7 +129,7 @@ def _unfinished(files: Sequence[NodeFile], expected: Sequence[str]) -> Iterator[
         if file.phase == PHASE_TORCH and is_all:  # a cold file system; training will wait for it, too
             yield Said(node=file.node, problem=Problem(kind="check", severity="warn", text=text))
         else:
-            yield _bad(file.node, "check", text)
+            yield _bad(file.node, LATE, text)
 
 
 def _versions(files: Sequence[NodeFile], expected: Sequence[str]) -> Iterator[Said]:

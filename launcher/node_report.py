@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from decompft.launcher.errors import UserError
-from decompft.launcher.node_compare import Said, compare
+from decompft.launcher.node_compare import LATE, Said, compare
 from decompft.launcher.node_file import NodeFile, file_name
 
 if TYPE_CHECKING:
@@ -35,6 +35,19 @@ class NodeReport:
         order = {node: number for number, node in enumerate(self.expected)}
         nodes = sorted(found, key=lambda node: (order.get(node, len(order)), node))
         return [(node, "; ".join(found[node])) for node in nodes]
+
+    @property
+    def unsure(self) -> list[str]:
+        """Those of the bad nodes that were late or out of reach, and nothing else: it may pass."""
+        kinds = {
+            node: {
+                said.problem.kind
+                for said in self.said
+                if said.node == node and said.problem.severity == "bad"
+            }
+            for node, _ in self.bad
+        }
+        return [node for node in kinds if kinds[node] <= {LATE, "head"}]
 
     @property
     def user_error(self) -> UserError | None:

@@ -68,75 +68,69 @@ def decide(outcome: Outcome, record: Record, job: Job, *, saved_step: int, ends:
         ends: a stop was asked for that is not to be continued: `decompft cancel`, train.stop_after_steps.
         cap: failures in a row without progress, after which the job gives up.
     """
-    code, has_gained = outcome.exit_code, saved_step > record.step
+    code = outcome.exit_code
     if outcome.result in ("finished", "user_error"):
         return Decision(act="exit", code=code, why=outcome.result, record=replace(record, failures=0))
-    if outcome.result == "checkpointed":
-        idle = 0 if has_gained else record.idle_stops + 1
-        kept = replace(record, failures=0, step=saved_step, idle_stops=idle)
-        if ends:
-            return Decision(act="exit", code=code, why="stopped as asked", record=kept)
-        if idle > _IDLE_STOPS:
-            why = f"stopped {idle} times in a row before it had made a step: its time is too short"
-            return Decision(act="exit", code=code, why=why, record=kept)
-        return Decision(act="requeue", code=code, why="state saved, more to do", record=kept)
-    if (
-        outcome.cause == "preempted"
-    ):  # before the ranks could catch the signal: nobody's fault, and no place to stay
-        why = "told to end from outside before there was anything to save"
-        idle = 0 if has_gained else record.idle_stops + 1
-        kept = replace(record, step=max(saved_step, record.step), idle_stops=idle)
-        act: Act = "exit" if ends or idle > _IDLE_STOPS else "requeue"
-        return Decision(act=act, code=code, why=why, record=kept)
-    failures = 1 if has_gained else record.failures + 1
-    counted = replace(record, failures=failures, step=max(saved_step, record.step))
+    if outcome.result == "checkpointed" or outcome.cause == "preempted":
+        return _after_stop(outcome, record, saved_step=saved_step, ends=ends)
+    failures = 1 if saved_step > record.step else record.failures + 1
+    record = replace(record, failures=failures, step=max(saved_step, record.step))
     if failures > cap:
-        why = f"{failures} failures in a row without progress, slurm.max_failures is {cap}"
-        return Decision(act="exit", code=code, why=why, record=counted)
+        return _gives_up(record, cap)
     exclude: tuple[str, ...] = ()
     if outcome.node and outcome.cause in _NODE_CAUSES:
-        suspects = counted.suspects | {outcome.node: counted.suspects.get(outcome.node, 0) + 1}
-        if suspects[outcome.node] >= _SUSPICIONS:
-            exclude = (outcome.node,)
-            del suspects[outcome.node]
-        excluded = tuple(sorted({*counted.excluded, *exclude}))
-        counted = replace(counted, suspects=suspects, excluded=excluded)
+        record, exclude = _blame(record, [outcome.node])
     why = f"failure {failures} of at most {cap} in a row"
     if exclude:
         why += f"; {exclude[0]} was at fault {_SUSPICIONS} times and is left out"
     lost = {outcome.node} if outcome.cause == "node_lost" else set()
-    left = fit_hosts(job.hosts, {*job.down, *lost, *counted.excluded})
-    can_stay = not job.is_stopping and not ends and len(left) >= job.fewest
-    return Decision(
-        act="here" if can_stay else "requeue", code=code, why=why, record=counted, exclude=exclude
-    )
+    stays = not ends and _can_stay(job, {*lost, *record.excluded})
+    return Decision(act="here" if stays else "requeue", code=code, why=why, record=record, exclude=exclude)
 
 
 def decide_unfit(
-    bad: Sequence[str], chosen: Sequence[str], record: Record, job: Job, *, cap: int
+    bad: Sequence[str],
+    chosen: Sequence[str],
+    record: Record,
+    job: Job,
+    *,
+    cap: int,
+    unsure: Sequence[str] = (),
 ) -> Decision:
     """After a node check that failed: leave the bad nodes out, unless it is not the nodes.
 
     Args:
         bad: nodes that did not pass.
         chosen: nodes that were to train.
+        unsure: those of `bad` that may only have been late; it takes a second time to leave them out.
     """
-    counted = replace(record, failures=record.failures + 1)
+    record = replace(record, failures=record.failures + 1)
     if len(chosen) > 1 and set(bad) == set(chosen):
         why = "no node passed the check: look at its report before blaming them"
-        return Decision(act="exit", code=EXIT_FAILED, why=why, record=counted)
-    if counted.failures > cap:
-        why = f"{counted.failures} failures in a row without progress, slurm.max_failures is {cap}"
-        return Decision(act="exit", code=EXIT_FAILED, why=why, record=counted)
-    excluded = tuple(sorted({*record.excluded, *bad}))
-    can_stay = not job.is_stopping and len(fit_hosts(job.hosts, {*job.down, *excluded})) >= job.fewest
-    return Decision(
-        act="here" if can_stay else "requeue",
-        code=EXIT_FAILED,
-        why=f"without {', '.join(bad)}, which did not pass the node check",
-        record=replace(counted, excluded=excluded),
-        exclude=tuple(bad),
-    )
+        return Decision(act="exit", code=EXIT_FAILED, why=why, record=replace(record, failures=0))
+    if record.failures > cap:
+        return _gives_up(record, cap)
+    record, twice = _blame(record, unsure)
+    exclude = tuple(node for node in bad if node in twice or node not in unsure)
+    record = replace(record, excluded=tuple(sorted({*record.excluded, *exclude})))
+    why = f"without {', '.join(exclude)}, which did not pass the node check"
+    if not exclude:
+        why = f"{', '.join(bad)} did not pass the node check, and may only have been late"
+    act: Act = "here" if _can_stay(job, record.excluded) else "requeue"
+    return Decision(act=act, code=EXIT_FAILED, why=why, record=record, exclude=exclude)
+
+
+def count_stop(record: Record, saved_step: int) -> Record:
+    """One more stop, in order or without a word; those in a row without a step between them are counted."""
+    idle = 0 if saved_step > record.step else record.idle_stops + 1
+    return replace(record, step=max(saved_step, record.step), idle_stops=idle)
+
+
+def too_short(record: Record) -> str:
+    """Why the run is not to be started again, when it never came to a step; else ""."""
+    if record.idle_stops <= _IDLE_STOPS:
+        return ""
+    return f"stopped {record.idle_stops} times in a row before it had made a step: its time is too short"
 
 
 def fit_hosts(hosts: Iterable[str], unfit: Iterable[str]) -> tuple[str, ...]:
@@ -145,6 +139,42 @@ def fit_hosts(hosts: Iterable[str], unfit: Iterable[str]) -> tuple[str, ...]:
     if not names or names[0] in out:
         return ()
     return tuple(name for name in names if name not in out)
+
+
+def _after_stop(outcome: Outcome, record: Record, *, saved_step: int, ends: bool) -> Decision:
+    """A stop in order, or one that came before the ranks could hear it: nobody's fault, and no place to stay."""
+    record = count_stop(record, saved_step)
+    why = "told to end from outside before there was anything to save"
+    if outcome.result == "checkpointed":
+        record, why = replace(record, failures=0), "state saved, more to do"
+    act: Act = "requeue"
+    if ends:
+        act, why = "exit", "stopped as asked"
+    elif idle := too_short(record):
+        act, why, record = "exit", idle, replace(record, idle_stops=0)
+    return Decision(act=act, code=outcome.exit_code, why=why, record=record)
+
+
+def _gives_up(record: Record, cap: int) -> Decision:
+    """Whoever submits the run again has changed something: it counts from the beginning."""
+    why = f"{record.failures} failures in a row without progress, slurm.max_failures is {cap}"
+    return Decision(act="exit", code=EXIT_FAILED, why=why, record=replace(record, failures=0))
+
+
+def _blame(record: Record, nodes: Iterable[str]) -> tuple[Record, tuple[str, ...]]:
+    """Suspect nodes once more; also those of them that are to be left out from now on."""
+    suspects = dict(record.suspects)
+    for node in nodes:
+        suspects[node] = suspects.get(node, 0) + 1
+    exclude = tuple(node for node, times in suspects.items() if times >= _SUSPICIONS)
+    for node in exclude:
+        del suspects[node]
+    excluded = tuple(sorted({*record.excluded, *exclude}))
+    return replace(record, suspects=suspects, excluded=excluded), exclude
+
+
+def _can_stay(job: Job, unfit: Iterable[str]) -> bool:
+    return not job.is_stopping and len(fit_hosts(job.hosts, {*job.down, *unfit})) >= job.fewest
 
 
 def read_record(run: RunDir) -> Record:
@@ -162,7 +192,7 @@ def read_record(run: RunDir) -> Record:
 
 
 def write_record(run: RunDir, record: Record) -> None:
-    _path(run).parent.mkdir(exist_ok=True)
+    _path(run).parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**asdict(record), "updated_s": round(time.time(), 3)}, indent=2, sort_keys=True)
     write_atomic(_path(run), text + "\n")
 

@@ -16,8 +16,9 @@ from decompft.launcher.outcome import write_atomic
 from decompft.launcher.report_text import duration
 from decompft.launcher.runs import RunDir
 from decompft.slurm.commands import Answer, call
-from decompft.slurm.glance import Glance, cancelled_path, glance, script_path
+from decompft.slurm.glance import Glance, glance
 from decompft.slurm.queue import Job, find_jobs
+from decompft.slurm.run_files import cancelled_path, script_path
 from decompft.slurm.watch import again, main_job
 
 Say = Callable[[str], None]

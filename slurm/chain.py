@@ -13,7 +13,8 @@ from decompft.launcher.runs import RunDir
 from decompft.slurm.commands import call
 from decompft.slurm.profile import Profile
 from decompft.slurm.render import step_script
-from decompft.slurm.submit import SCRIPT, Submission, check_script, make_ready, submit_script
+from decompft.slurm.run_files import SCRIPT
+from decompft.slurm.submit import Submission, check_script, make_ready, submit_script
 
 STEPS = ("prepare", "train", "merge", "eval")
 _CLI = "decompft.launcher.cli"
@@ -75,7 +76,7 @@ def submit_chain(
     if "merge" in chain.steps and out.exists():
         raise UserError(f"{out}: exists already, and merge writes a new folder", "move it away")
     texts = {
-        kind: step_script(plan, profile, kind=kind, commands=[_command(kind, run, chain)])
+        kind: step_script(plan, profile, kind=kind, commands=[(str(run.path), _command(kind, run, chain))])
         for kind in chain.steps
         if kind != "train"
     }

@@ -143,6 +143,12 @@ def check_preemption(cluster: Cluster, profile: Profile, mode: str, grace_s: int
     if "SUSPEND" in mode:
         return _ok("preemption", f"{mode}: a preempted job is halted, and goes on later by itself")
     given = grace_s + wait
+    if profile.grace_s is None:
+        return _wrong(
+            "preemption",
+            f"the kill comes {given} s after the notice (GraceTime + KillWait), and the profile does not say so",
+            f"grace_s: {given}",
+        )
     if profile.grace_s > given:
         return _wrong(
             "preemption",

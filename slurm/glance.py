@@ -17,20 +17,11 @@ from decompft.launcher.plan import Plan
 from decompft.launcher.report_data import checked_outcome, is_held, last_written
 from decompft.launcher.report_verdict import Total, total_steps
 from decompft.launcher.runs import RunDir
-from decompft.slurm.submit import SCRIPT, Submission, read_submissions
+from decompft.slurm.run_files import Start, cancelled_path, read_start
+from decompft.slurm.submit import Submission, read_submissions
 
 _TAIL_BYTES = 64 * 1024
 TRAINING = ("train", "sweep")  # kinds of jobs that run ranks
-
-
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """The Slurm job that an incarnation ran in: its slurm.json."""
-
-    job_id: str  # of an array's task the raw one: 28, not 27_0
-    task: str | None  # its number in the array
-    restart: int  # Slurm's count of requeues then
-    nodes: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,27 +99,6 @@ def glance(path: Path) -> Glance:
         is_held=is_held(run.path / "lock"), written_s=last_written(run),
         submissions=tuple(read_submissions(run)), is_cancelled=cancelled_path(run).exists(),
     )  # fmt: skip
-
-
-def read_start(folder: Path) -> Start | None:
-    """An incarnation's slurm.json; None without one."""
-    try:
-        row = json.loads((folder / "slurm.json").read_bytes())
-        nodes = tuple(str(name) for name in row["nodes"])
-        task = None if row.get("task") is None else str(row["task"])
-        return Start(job_id=str(row["job_id"]), task=task, restart=int(row["restart"]), nodes=nodes)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def cancelled_path(run: RunDir) -> Path:
-    """Written by `decompft cancel`, so that the job script does not requeue; the next launch removes it."""
-    return run.path / "slurm/cancelled"
-
-
-def script_path(run: RunDir) -> Path:
-    """The job script that was submitted; given to sbatch again it continues the run."""
-    return run.path / SCRIPT
 
 
 def _plan(run: RunDir) -> Plan | None:

@@ -71,7 +71,8 @@ def step_options(plan: Plan, profile: Profile, kind: str) -> list[str]:
         # what describes the nodes with the GPUs says nothing of these
         other: dict[str, object] = {"constraint": None, "reservation": None, "gres": [], "exclusive": False}
         told = {
-            "partition": asked.partition, "mem": asked.mem, "time": asked.time, "cpus_per_node": asked.cpus
+            "partition": asked.partition, "mem": asked.mem, "time": asked.time, "cpus_per_node": asked.cpus,
+            "qos": asked.qos, "directives": asked.directives,
         }  # fmt: skip
         profile = profile.model_copy(update=other | told)
     has_gpu = plan.world.device == "cuda" and kind != "prepare"

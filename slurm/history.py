@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from decompft.launcher.outcome import Outcome
 from decompft.launcher.report_data import Incarnation, find_incarnations, read_events
 from decompft.launcher.report_text import plain
-from decompft.slurm.glance import Start, read_start
 from decompft.slurm.queue import Job, past_rows
 from decompft.slurm.reasons import explain
+from decompft.slurm.run_files import Start, read_start
 from decompft.slurm.watch import Status
 
 

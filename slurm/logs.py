@@ -13,7 +13,8 @@ from decompft.launcher.failure import find_failure, log_tail, tail
 from decompft.launcher.outcome import Outcome
 from decompft.launcher.report_data import Incarnation, checked_outcome, find_incarnations, read_events
 from decompft.launcher.runs import RunDir
-from decompft.slurm.glance import glance, read_start
+from decompft.slurm.glance import glance
+from decompft.slurm.run_files import read_start
 from decompft.slurm.watch import Status, script_log, status_of
 
 Say = Callable[[str], None]

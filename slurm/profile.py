@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from decompft.launcher.errors import ProfileError, RecipeError
 from decompft.launcher.recipe_section import Section
@@ -61,6 +61,8 @@ class PrepareSection(Section):
     cpus: int = Field(4, ge=1, description="cores")
     mem: Memory | None = Field(None, description="memory, e.g. 64G; default: the partition's")
     time: Time = Field("2:00:00", description="wall time, HH:MM:SS or D-HH:MM:SS")
+    qos: HeaderText | None = Field(None, description="quality of service; default: the site's default")
+    directives: list[Directive] = Field(default=[], description="further options of sbatch, whole")
 
 
 class Profile(Section):
@@ -109,8 +111,11 @@ class Profile(Section):
     signal: Literal["USR1", "USR2", "TERM"] = Field(
         "USR1", description="what Slurm sends to the batch script before the time limit"
     )
-    grace_s: int = Field(
-        30, ge=1, description="seconds from a preemption's notice to the kill: GraceTime plus KillWait"
+    grace_s: int | None = Field(
+        None,
+        ge=1,
+        description="seconds from a preemption's notice to the kill: GraceTime plus KillWait; default: nothing is "
+        "preempted, and a run has its checkpoint.grace_s",
     )
     requeue: Literal["requeue", "successor", "never"] = Field(
         "requeue",
@@ -125,9 +130,20 @@ class Profile(Section):
     node_check: bool = Field(
         True, description="look at GPUs, disk, clock and links of each node before training"
     )
+    node_check_s: int = Field(
+        60, ge=20, description="seconds that this may take on a node, the loading of torch among them"
+    )
     prepare: PrepareSection | None = Field(
         None, description="default: the training job prepares its data itself"
     )
+
+    @model_validator(mode="after")
+    def _one_way_to_meet(self) -> Self:
+        if self.tasks == "gpu" and self.rendezvous == "c10d":
+            raise ValueError(
+                "rendezvous: c10d is torchrun's, and tasks: gpu runs none; leave rendezvous out, or set tasks: node"
+            )
+        return self
 
 
 def default() -> Profile:

@@ -76,19 +76,21 @@ def train_script(
         recipe=words,
         batch=BATCH,
         # of a preemption, where the site has told us; a stop before the time limit leaves much more
-        grace_s=profile.grace_s if "grace_s" in profile.model_fields_set else None,
+        grace_s=profile.grace_s,
         node_check=NODE_CHECK,
         prepare=PREPARE,
         worker=WORKER,
     )
 
 
-def step_script(plan: Plan, profile: Profile, *, kind: str, commands: Sequence[Sequence[str]]) -> str:
+def step_script(
+    plan: Plan, profile: Profile, *, kind: str, commands: Sequence[tuple[str, Sequence[str]]]
+) -> str:
     """The text of a job before or after the training.
 
     Args:
         kind: prepare, merge or eval.
-        commands: words behind `python -m` each, run one after the other until one fails.
+        commands: a run directory and words behind `python -m` each, run one after the other until one fails.
 
     Raises:
         PlanError: a value cannot stand in the script's header.

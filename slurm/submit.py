@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from decompft.launcher.errors import SlurmError, UserError
+from decompft.launcher.json_lines import read_lines
 from decompft.launcher.outcome import write_atomic
 from decompft.launcher.plan import Plan
 from decompft.launcher.resume import Start, choose_start
@@ -22,8 +23,8 @@ from decompft.slurm.frozen import freeze
 from decompft.slurm.header import WARNING_S
 from decompft.slurm.profile import Profile
 from decompft.slurm.render import train_script
+from decompft.slurm.run_files import cancelled_path, measured_save_s
 
-SCRIPT = "slurm/train.sbatch"
 _MARGIN_S = 120.0  # Slurm's own granularity of 60 s, a long step, and ranks that notice a little later
 
 
@@ -36,6 +37,7 @@ class Submission:
     kind: str  # train, prepare, merge, eval, sweep
     script: str  # below the run directory
     sha256: str  # of the script
+    python: str = ""  # that was handed to the job; "": the profile says where the nodes' one is
     after: tuple[str, ...] = ()  # jobs that it waits for
     array: int | None = None  # tasks
     time_s: float = 0.0
@@ -74,7 +76,7 @@ def make_ready(
 
 def warning_s(runs: Sequence[RunDir]) -> int:
     """How long before the time limit a job is told to save, by the saves of these runs so far."""
-    longest_save = max(map(_save_s, runs))
+    longest_save = max(map(measured_save_s, runs))
     return max(WARNING_S, round(_MARGIN_S + 2 * longest_save))
 
 
@@ -85,7 +87,7 @@ def record(start: Start, plan: Plan, recipe_text: str) -> None:
         run.write_origin(start.checkpoint)
     run.record(recipe_text=recipe_text, plan=plan)
     freeze(run, plan.recipe)
-    (run.path / "slurm/cancelled").unlink(missing_ok=True)
+    cancelled_path(run).unlink(missing_ok=True)
 
 
 def submit_script(
@@ -117,15 +119,17 @@ def submit_script(
     number = "%A-%a" if array else "%j"
     argv = [
         "sbatch", "--parsable", f"--output={str(folder).replace('%', '%%')}/{kind}-{number}.out",
+        f"--comment=decompft:{run.path}",
         *([f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []),
         str(script),
     ]  # fmt: skip
-    done = call(argv, env=_own_python(profile))
+    python = _own_python(profile)
+    done = call(argv, env={"DECOMPFT_PYTHON": python} if python else {})
     if done.code != 0 or not done.lines:
         raise SlurmError(f"sbatch refused {script}: {_words(done.stderr)}", f"try it: {shlex.join(argv)}")
     job_id, _, cluster = done.lines[-1].strip().partition(";")
     submission = Submission(
-        job_id=job_id, cluster=cluster, kind=kind, script=name, after=tuple(after), array=array,
+        job_id=job_id, cluster=cluster, kind=kind, script=name, after=tuple(after), array=array, python=python,
         sha256=hashlib.sha256(text.encode()).hexdigest(), time_s=round(time.time(), 3),
     )  # fmt: skip
     append(run, submission)
@@ -135,7 +139,7 @@ def submit_script(
 
 def append(run: RunDir, submission: Submission) -> None:
     """Add a line to slurm/jobs.jsonl."""
-    with (run.path / "slurm/jobs.jsonl").open("a", encoding="utf-8") as file:
+    with _jobs_path(run).open("a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(submission), sort_keys=True) + "\n")
 
 
@@ -157,16 +161,11 @@ def check_script(text: str) -> str:
 
 def read_submissions(run: RunDir) -> list[Submission]:
     """The jobs of a run, oldest first."""
-    try:
-        lines = (run.path / "slurm/jobs.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
     found = []
-    for line in lines:
+    for row in read_lines(_jobs_path(run)):
         try:
-            row = json.loads(line)
-            found.append(Submission(**{**row, "after": tuple(row["after"])}))
-        except (ValueError, TypeError, KeyError):
+            found.append(Submission(**{**(row or {}), "after": tuple((row or {})["after"])}))
+        except (TypeError, KeyError):
             continue  # cut short by a full disk
     return found
 
@@ -196,17 +195,15 @@ def refuse_living(*runs: RunDir) -> None:
         )
 
 
-def _own_python(profile: Profile) -> dict[str, str]:
-    """Where a profile says nothing of the environment, the job's Python is the one that submits."""
-    if profile.environment.kind != "none" or "DECOMPFT_PYTHON" in os.environ:
-        return {}
-    return {"DECOMPFT_PYTHON": sys.executable}
+def _own_python(profile: Profile) -> str:
+    """Where a profile says nothing of the environment, the job's Python is the one that submits; else ""."""
+    if profile.environment.kind != "none":
+        return ""
+    return os.environ.get("DECOMPFT_PYTHON", sys.executable)
 
 
-def _save_s(run: RunDir) -> float:
-    from decompft.slurm.batch import measured_save_s
-
-    return measured_save_s(run)
+def _jobs_path(run: RunDir) -> Path:
+    return run.path / "slurm/jobs.jsonl"
 
 
 def _words(stderr: str) -> str:

@@ -7,7 +7,8 @@ import time
 from dataclasses import replace
 
 from decompft.launcher.runs import RunDir
-from decompft.slurm.submit import SCRIPT, Submission, append, read_submissions
+from decompft.slurm.run_files import SCRIPT, script_path
+from decompft.slurm.submit import Submission, append, read_submissions
 
 
 def hand_over(run: RunDir, old: str, new: str) -> tuple[str, ...]:
@@ -19,7 +20,7 @@ def hand_over(run: RunDir, old: str, new: str) -> tuple[str, ...]:
     newest = {submission.job_id: submission for submission in read_submissions(run)}
     before = newest.get(old)
     if before is None:  # of a job that was submitted by hand nothing is written down
-        text = (run.path / SCRIPT).read_bytes()
+        text = script_path(run).read_bytes()
         before = Submission(
             job_id=old, cluster="", kind="train", script=SCRIPT, sha256=hashlib.sha256(text).hexdigest()
         )

@@ -18,8 +18,8 @@ from decompft.slurm.commands import call
 from decompft.slurm.header import train_options, wanted
 from decompft.slurm.profile import Profile
 from decompft.slurm.render import step_script, train_script
+from decompft.slurm.run_files import SCRIPT, script_path
 from decompft.slurm.submit import (
-    SCRIPT,
     Submission,
     append,
     check_script,
@@ -108,7 +108,7 @@ def submit_sweep(
     check_script(text)
     prepare = ""
     if "prepare" in chain.steps:
-        commands = [(PREPARE, str(run.path)) for run in _with_own_data(runs, its_plans)]
+        commands = [(str(run.path), (PREPARE, str(run.path))) for run in _with_own_data(runs, its_plans)]
         plan = its_plans[0].model_copy(update={"name": name})
         prepare = step_script(plan, profile, kind="prepare", commands=commands)
         check_script(prepare)
@@ -117,7 +117,7 @@ def submit_sweep(
         record(start, plan, recipe_text)
         # of its own, so that a task can be continued alone
         script = train_script(plan, profile, run_dir=str(run.path), warning_s=before_s)
-        (run.path / SCRIPT).write_text(script, encoding="utf-8")
+        script_path(run).write_text(script, encoding="utf-8")
     done: list[Submission] = []
     if prepare:
         done.append(submit_script(sweep, prepare, name=step_path("prepare"), kind="prepare", profile=profile))

@@ -7,6 +7,7 @@ the files.
 from __future__ import annotations
 
 import shlex
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from decompft.launcher.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, SlurmEr
 from decompft.launcher.report_data import read_events
 from decompft.launcher.report_text import duration, plain
 from decompft.launcher.runs import RunDir, find_run
-from decompft.slurm.glance import TRAINING, Glance, glance, read_start, script_path
+from decompft.slurm.glance import TRAINING, Glance, glance
 from decompft.slurm.queue import Job, find_job, find_jobs, is_job_id, with_details
 from decompft.slurm.reasons import Kind, Standing, explain
+from decompft.slurm.run_files import read_start, script_path
 from decompft.slurm.submit import Submission, read_submissions
 
 State = Literal[
@@ -285,7 +287,9 @@ def _next(seen: Glance, state: State) -> str:
 def again(seen: Glance) -> str:
     """The command that continues a run."""
     if script_path(seen.run).is_file() and seen.is_slurm:
-        return shlex.join(("sbatch", str(script_path(seen.run))))
+        python = seen.submissions[-1].python if seen.submissions else ""
+        given = [] if python in ("", shutil.which("python3")) else [f"DECOMPFT_PYTHON={python}"]
+        return shlex.join((*given, "sbatch", str(script_path(seen.run))))
     for event in reversed(read_events(seen.run.path / "events.jsonl")):
         told = event.details.get("next")
         if event.name == "failure" and isinstance(told, str) and told.startswith("decompft "):

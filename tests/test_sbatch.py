@@ -57,13 +57,14 @@ def step_prepare_script() -> str:
     profile = Profile(
         prepare=asked, gpu_type="a100", constraint="ib", exclusive=True, account="proj", mem="400G"
     )
-    commands = [("decompft.launcher.worker.tools.prepare", "runs/it's a run")]
+    run = "runs/it's a run"
+    commands = [(run, ("decompft.launcher.worker.tools.prepare", run))]
     return step_script(on_gpus(make_plan(ranks=8), nodes=4), profile, kind="prepare", commands=commands)
 
 
 def step_merge_script() -> str:
     profile = profiles.load(profiles.find("container-pyxis", cwd=Path("/")))
-    commands = [("decompft.launcher.cli", "merge", "runs/tiny/adapter", "--into=dense")]
+    commands = [("runs/tiny", ("decompft.launcher.cli", "merge", "runs/tiny/adapter", "--into=dense"))]
     return step_script(on_gpus(make_plan(ranks=8), nodes=4), profile, kind="merge", commands=commands)
 
 
@@ -145,11 +146,12 @@ def test_a_value_that_would_break_the_header_is_refused(value: str) -> None:
 # a Python that records what it was asked and answers as the real modules would
 PYTHON = """
     #!/bin/bash
+    if [ "$1" = -c ]; then echo 4242; exit; fi
     printf '%s\\0' "$@" >> calls; printf '\\n' >> calls
     case "$2 $3" in
     *batch\\ begin) number=$(ls "$4/incarnations" 2>/dev/null | wc -l); number=$((number + 7))
         mkdir -p "$4/incarnations/$number" "$4/logs/incarnation-$number"
-        echo "start $number 10.0.0.1 4242 2 vn-1,vn-2 300 $CHECKPOINT"; exit "${BEGIN_CODE:-0}" ;;
+        echo "${BEGUN:-start $number 10.0.0.1 2 vn-1,vn-2 300 $CHECKPOINT}"; exit "${BEGIN_CODE:-0}" ;;
     *node_check*) exit 0 ;;
     *batch\\ checked) echo "$CHECKED" ;;
     *batch\\ succeed) echo $WAITING ;;
@@ -290,7 +292,8 @@ def test_a_saved_run_goes_back_into_the_queue(fake: Cluster) -> None:
     # the real requeue ends the script; here a successor follows, as where a site does not requeue
     assert fake.run(cpu_script(), ENDED="requeue -", REQUEUE_CODE="1") == 75
     assert fake.asked[0] == "scontrol requeue 5"
-    assert fake.asked[1].startswith("sbatch --parsable --dependency=afterany:5 --output=runs/tiny/logs/")
+    assert fake.asked[1].startswith("sbatch --parsable --dependency=afterany:5 --comment=decompft:runs/tiny ")
+    assert fake.asked[1].endswith(" --output=runs/tiny/logs/train-%j.out runs/tiny/slurm/train.sbatch")
     assert fake.starts() == 1
 
 
@@ -311,9 +314,31 @@ def test_a_bad_node_is_left_out_by_a_small_job_while_this_one_is_held(fake: Clus
 def test_a_successor_leaves_the_bad_node_out(fake: Cluster) -> None:
     assert fake.run(gpu_tasks_script(), ENDED="requeue vn-2") == 75
     assert fake.asked == [
-        "sbatch --parsable --dependency=afterany:5 --exclude=vn-2 --output=runs/tiny/logs/train-%j.out "
+        "sbatch --parsable --dependency=afterany:5 --exclude=vn-2 --comment=decompft:runs/tiny "
+        "--output=runs/tiny/logs/train-%j.out "
         "runs/tiny/slurm/train.sbatch"
     ]
+
+
+def test_a_successor_writes_its_log_where_the_site_wants_it(fake: Cluster) -> None:
+    profile = Profile(requeue="successor", logs="/lustre/logs")
+    assert fake.run(train_script(make_plan(), profile, run_dir="run"), ENDED="requeue -") == 75
+    assert fake.asked[0].endswith(" --output=/lustre/logs/train-%j.out run/slurm/train.sbatch")
+
+
+def test_a_job_that_cannot_begin_on_these_nodes_leaves_them_out(fake: Cluster) -> None:
+    assert fake.run(gpu_tasks_script(), BEGUN="requeue vn-1,vn-2") == 75
+    assert "--exclude=vn-1,vn-2" in fake.asked[0] and fake.starts() == 0
+
+
+def test_a_job_that_never_came_to_a_step_ends(fake: Cluster) -> None:
+    assert fake.run(gpu_tasks_script(), BEGUN="exit 3") == 3
+    assert fake.asked == [] and fake.starts() == 0
+
+
+def test_a_preemption_between_two_steps_goes_back_into_the_queue(fake: Cluster) -> None:
+    assert fake.run(gpu_tasks_script(), BEGIN_CODE="143") == 75
+    assert len(fake.asked) == 1 and fake.starts() == 0
 
 
 def test_jobs_that_wait_for_a_job_wait_for_its_successor(fake: Cluster) -> None:
@@ -336,7 +361,8 @@ def test_an_array_task_works_in_its_own_folder_and_its_successor_is_no_array(fak
     assert fake.run(array_script(), ENDED="requeue -", **task) == 75
     assert fake.calls[0][3] == "runs/a sweep/001-rank_8"
     assert fake.asked == [
-        "sbatch --parsable --dependency=afterany:4_1 --output=runs/a sweep/001-rank_8/logs/train-%j.out "
+        "sbatch --parsable --dependency=afterany:4_1 --comment=decompft:runs/a sweep/001-rank_8 "
+        "--output=runs/a sweep/001-rank_8/logs/train-%j.out "
         "runs/a sweep/001-rank_8/slurm/train.sbatch"
     ]
 
@@ -345,9 +371,8 @@ def test_a_step_ends_at_its_first_failure(fake: Cluster) -> None:
     text = step_prepare_script()
     assert fake.run(text) == 0
     assert fake.calls == [["-m", "decompft.launcher.worker.tools.prepare", "runs/it's a run"]]
-    two = step_script(
-        make_plan(), Profile(), kind="prepare", commands=[("prepare", "runs/a"), ("prepare", "runs/b")]
-    )
+    commands = [(run, ("prepare", run)) for run in ("runs/a", "runs/b")]
+    two = step_script(make_plan(), Profile(), kind="prepare", commands=commands)
     assert fake.run(two, PREPARE_CODE="2") == 2
     assert fake.calls[1:] == [["-m", "prepare", "runs/a"]]
 

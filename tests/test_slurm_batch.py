@@ -12,7 +12,8 @@ from test_runs import make_checkpoint, make_plan
 from decompft.launcher.outcome import Outcome, write_outcome
 from decompft.launcher.runs import RunDir
 from decompft.slurm import batch
-from decompft.slurm.after import Decision, Job, Record, decide, read_record, write_record
+from decompft.slurm.after import Decision, Job, Record, decide, decide_unfit, read_record, write_record
+from decompft.slurm.begin import address_towards
 
 pytestmark = pytest.mark.dist
 
@@ -52,18 +53,16 @@ def submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_begin_makes_the_run_and_then_continues_it(
     submitted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    act, incarnation, address, port, count, nodes, patience, checkpoint = begin(
-        "train.max_steps=2", capsys=capsys
-    )
-    assert (act, incarnation, address, int(port) > 0) == ("start", "1", "127.0.0.1", True)
+    act, incarnation, address, count, nodes, patience, checkpoint = begin("train.max_steps=2", capsys=capsys)
+    assert (act, incarnation, address) == ("start", "1", "127.0.0.1")
     assert (count, nodes, checkpoint) == ("1", "vn-1", "-")
     assert int(patience) == 180  # checkpoint.grace_s and a minute
     assert RunDir.open(submitted).read_plan().recipe.train.max_steps == 2
     assert (submitted / "recipe.yaml").read_text() == RECIPE
     make_checkpoint(submitted, 1)
     (submitted / "events.jsonl").open("a").write('{"event": "save", "save_s": 50.0}\n{"event": "save", "sa')
-    assert begin("train.max_steps=2", capsys=capsys)[1::6] == ["2", "step-00000001"]
-    assert begin("train.max_steps=2", capsys=capsys)[6] == "280"
+    assert begin("train.max_steps=2", capsys=capsys)[1::5] == ["2", "step-00000001"]
+    assert begin("train.max_steps=2", capsys=capsys)[5] == "280"
     code, error = begin("train.max_steps=2", "train.seed=5", capsys=capsys)  # another run
     assert code == "2" and "train.seed" in error
     assert batch.main(["begin", "runs/x", "--device=cuda", "--hosts=vn-1", "--recipe=tiny.yaml"]) == 2
@@ -80,9 +79,9 @@ def test_begin_takes_as_many_nodes_as_come_and_as_the_batch_allows(
         hosts = " ".join(NODES.split()[:count])
         return begin(f"parallel.nodes={nodes}", capsys=capsys, hosts=hosts)
 
-    assert taken(4, "1-4")[4:6] == ["4", NODES.replace(" ", ",")]
-    assert taken(3, "1-4")[4:6] == ["2", "127.0.0.1,127.0.0.2"]  # four rows cannot be spread over three
-    assert taken(4, "1")[4:6] == ["1", "127.0.0.1"]  # the others are spares
+    assert taken(4, "1-4")[3:5] == ["4", NODES.replace(" ", ",")]
+    assert taken(3, "1-4")[3:5] == ["2", "127.0.0.1,127.0.0.2"]  # four rows cannot be spread over three
+    assert taken(4, "1")[3:5] == ["1", "127.0.0.1"]  # the others are spares
     assert taken(2, "3-4") == ["requeue", "-"]
     assert RunDir.open(submitted).read_plan().recipe.parallel.nodes == 1
 
@@ -94,7 +93,7 @@ def test_begin_leaves_out_nodes_that_are_down_or_were_at_fault(
     write_record(RunDir(submitted), Record(excluded=("127.0.0.2",)))
     argv = ["begin", "runs/tiny", "--device=cpu", f"--hosts={NODES}", "--down=127.0.0.3", "--job=5"]
     assert batch.main([*argv, "--recipe=tiny.yaml", "--override=parallel.nodes=2"]) == 0
-    assert capsys.readouterr().out.split()[4:6] == ["2", "127.0.0.1,127.0.0.4"]
+    assert capsys.readouterr().out.split()[3:5] == ["2", "127.0.0.1,127.0.0.4"]
 
 
 def test_a_node_whose_name_does_not_resolve_is_named(
@@ -158,7 +157,7 @@ def test_end_finds_the_rank_behind_sruns_labels(tmp_path: Path, capsys: pytest.C
 def test_sruns_own_cancelling_is_no_preemption(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDir.create(tmp_path, recipe_text="", plan=make_plan(ranks=2))
     run.next_incarnation()
-    (run.incarnation_dir(1) / "slurm.json").write_text('{"job_id": "5", "nodes": ["vn-1"]}')
+    (run.incarnation_dir(1) / "slurm.json").write_text('{"job_id": "5", "restart": 0, "nodes": ["vn-1"]}')
     report = ["  host      : localhost", "  rank      : 1 (local_rank: 1)", "  exitcode  : -11 (pid: 5)"]
     cancelled = "0: slurmstepd-vn-1: error: *** STEP 39.0 ON vn-1 CANCELLED AT 2026-11-22T17:42:05 ***"
     ended_by = "srun: launch/slurm: _step_signal: Terminating StepId=39.0"
@@ -169,14 +168,16 @@ def test_sruns_own_cancelling_is_no_preemption(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_address_towards_another_node_is_not_taken_from_the_own_name() -> None:
-    assert batch.address_towards("") == "127.0.0.1"
-    assert batch.address_towards("localhost") in ("127.0.0.1", "::1")
+    assert address_towards("") == "127.0.0.1"
+    assert address_towards("localhost") in ("127.0.0.1", "::1")
 
 
 def test_the_node_at_fault_has_slurms_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDir.create(tmp_path, recipe_text="", plan=make_plan(ranks=2))
     run.next_incarnation()
-    (run.incarnation_dir(1) / "slurm.json").write_text('{"job_id": "5", "nodes": ["vn-1", "vn-2"]}')
+    (run.incarnation_dir(1) / "slurm.json").write_text(
+        '{"job_id": "5", "restart": 0, "nodes": ["vn-1", "vn-2"]}'
+    )
     failed = Outcome(result="failed", cause="crash", rank=3, node="localhost")
     for outcome in (
         failed,
@@ -206,6 +207,43 @@ def test_a_stale_script_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFi
     run.next_incarnation()
     assert ended(run, capsys) == "exit 75"
     assert not (run.path / "slurm").exists() and not (run.path / "events.jsonl").exists()
+
+
+def test_starts_that_leave_no_word_and_make_no_step_end_some_day(
+    submitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(capsys=capsys)
+    run = RunDir(submitted)
+    write_record(run, Record(idle_stops=25))
+    assert begin(capsys=capsys) == ["exit", "3"]
+    assert begin(capsys=capsys)[:2] == ["start", "2"]  # submitted again, it counts from the beginning
+    write_record(run, Record(idle_stops=25))
+    make_checkpoint(submitted, 1)
+    assert begin(capsys=capsys)[:2] == ["start", "3"]
+    assert read_record(run) == Record(step=1)
+    write_record(run, Record(step=1, idle_stops=25))
+    write_outcome(
+        run.incarnation_dir(3), Outcome(result="checkpointed", step=1)
+    )  # this one had something to say
+    assert begin(capsys=capsys)[:2] == ["start", "4"]
+
+
+def test_a_first_node_without_its_gpus_is_left_out(
+    submitted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+    argv = ["begin", "runs/tiny", "--device=cuda", f"--hosts={NODES}", "--job=5", "--recipe=tiny.yaml"]
+    assert batch.main(argv) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "requeue 127.0.0.1\n"
+    assert "127.0.0.1 is not fit to train: Slurm gave 2 GPUs on it, 0 can be seen" in captured.err
+    write_record(RunDir(submitted), replace(read_record(RunDir(submitted)), failures=3))
+    assert batch.main([*argv[:3], f"--hosts={NODES[10:]}", *argv[4:]]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "exit 3\n" and "slurm.max_failures is 3" in captured.err
+    # where the job was given none, the script is wrong, not the node
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "0")
+    assert batch.main([*argv[:3], "--hosts=127.0.0.3", *argv[4:]]) == 2
 
 
 def test_a_sites_grace_shortens_the_runs(submitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -288,3 +326,13 @@ def test_a_lost_node_and_a_stop_do_not_start_here_again() -> None:
     assert decided(lost, hosts="a b c").act == "here"
     assert decided(CRASH, down="b").act == "requeue"
     assert decided(CRASH, stopping=True).act == "requeue"
+
+
+def test_a_node_that_is_late_at_the_check_twice_is_left_out() -> None:
+    job = Job(hosts=("a", "b", "c"), down=(), fewest=2, is_stopping=False)
+    first = decide_unfit(["b"], ["a", "b"], Record(), job, cap=3, unsure=["b"])
+    assert (first.act, first.exclude, first.record.suspects) == ("here", (), {"b": 1})
+    second = decide_unfit(["b"], ["a", "b"], first.record, job, cap=3, unsure=["b"])
+    assert (second.act, second.exclude, second.record.excluded) == ("here", ("b",), ("b",))
+    # one that is surely bad goes at once
+    assert decide_unfit(["b", "c"], ["a", "b", "c"], Record(), job, cap=3, unsure=["b"]).exclude == ("c",)
