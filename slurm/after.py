@@ -35,6 +35,7 @@ class Record:
     failures: int = 0  # in a row, without progress between them
     step: int = 0  # of the checkpoint that the newest incarnation began with
     idle_stops: int = 0  # stops in a row without a step between them
+    gave_up: bool = False  # the job ended for what was counted
     suspects: dict[str, int] = field(default_factory=dict)  # failures that a node was blamed for
     excluded: tuple[str, ...] = ()  # nodes that were left out for it
 
@@ -107,7 +108,7 @@ def decide_unfit(
     record = replace(record, failures=record.failures + 1)
     if len(chosen) > 1 and set(bad) == set(chosen):
         why = "no node passed the check: look at its report before blaming them"
-        return Decision(act="exit", code=EXIT_FAILED, why=why, record=replace(record, failures=0))
+        return Decision(act="exit", code=EXIT_FAILED, why=why, record=replace(record, gave_up=True))
     if record.failures > cap:
         return _gives_up(record, cap)
     record, twice = _blame(record, unsure)
@@ -118,6 +119,11 @@ def decide_unfit(
         why = f"{', '.join(bad)} did not pass the node check, and may only have been late"
     act: Act = "here" if _can_stay(job, record.excluded) else "requeue"
     return Decision(act=act, code=EXIT_FAILED, why=why, record=record, exclude=exclude)
+
+
+def begin_again(record: Record) -> Record:
+    """Whoever submits a run again that gave up has changed something: it counts from the beginning."""
+    return replace(record, failures=0, idle_stops=0, gave_up=False) if record.gave_up else record
 
 
 def count_stop(record: Record, saved_step: int) -> Record:
@@ -151,14 +157,13 @@ def _after_stop(outcome: Outcome, record: Record, *, saved_step: int, ends: bool
     if ends:
         act, why = "exit", "stopped as asked"
     elif idle := too_short(record):
-        act, why, record = "exit", idle, replace(record, idle_stops=0)
+        act, why, record = "exit", idle, replace(record, gave_up=True)
     return Decision(act=act, code=outcome.exit_code, why=why, record=record)
 
 
 def _gives_up(record: Record, cap: int) -> Decision:
-    """Whoever submits the run again has changed something: it counts from the beginning."""
     why = f"{record.failures} failures in a row without progress, slurm.max_failures is {cap}"
-    return Decision(act="exit", code=EXIT_FAILED, why=why, record=replace(record, failures=0))
+    return Decision(act="exit", code=EXIT_FAILED, why=why, record=replace(record, gave_up=True))
 
 
 def _blame(record: Record, nodes: Iterable[str]) -> tuple[Record, tuple[str, ...]]:
@@ -188,6 +193,7 @@ def read_record(run: RunDir) -> Record:
         suspects=row["suspects"],
         excluded=tuple(row["excluded"]),
         idle_stops=row.get("idle_stops", 0),
+        gave_up=row.get("gave_up", False),
     )
 
 

@@ -19,6 +19,8 @@ from decompft.launcher.resume import choose_start
 from decompft.launcher.runs import RunDir
 from decompft.slurm.after import (
     Job,
+    Record,
+    begin_again,
     count_stop,
     decide_unfit,
     fit_hosts,
@@ -59,10 +61,10 @@ def begin(args: argparse.Namespace, say: Say) -> tuple[object, ...]:
     recipe, text = _recipe(args, say)
     if args.grace is not None:
         recipe = _within_grace(recipe, args.grace)
-    record, given = read_record(run), args.hosts.split()
+    record, given = begin_again(read_record(run)), args.hosts.split()
     hosts = fit_hosts(given, {*args.down.split(), *record.excluded})
     if hosts and args.device == "cuda" and (why := _gpus_missing()):
-        return _without_this_node(run, recipe, args, f"{hosts[0]} is not fit to train: {why}", say)
+        return _without_this_node(run, record, recipe, args, f"{hosts[0]} is not fit to train: {why}", say)
     if len(hosts) < recipe.parallel.fewest_nodes:
         say(f"{len(hosts)} of {len(given)} nodes are fit, {recipe.parallel.fewest_nodes} are needed")
         run.append_event("requeue", reason="too few fit nodes", job_id=args.job, exclude=[])
@@ -81,7 +83,7 @@ def begin(args: argparse.Namespace, say: Say) -> tuple[object, ...]:
         record = count_stop(record, step)
         if why := too_short(record):
             say(f"{why}, and it left no word each time; look at {run.path / 'logs'}")
-            write_record(run, replace(record, idle_stops=0))
+            write_record(run, replace(record, gave_up=True))
             return "exit", EXIT_FAILED
     run.record(recipe_text=text, plan=plan)
     incarnation = run.next_incarnation()
@@ -152,14 +154,14 @@ def _gpus_missing() -> str:
 
 
 def _without_this_node(
-    run: RunDir, recipe: Recipe, args: argparse.Namespace, why: str, say: Say
+    run: RunDir, record: Record, recipe: Recipe, args: argparse.Namespace, why: str, say: Say
 ) -> tuple[object, ...]:
     """The script runs on the node that is at fault, so the job has to go elsewhere."""
     job = Job(
         hosts=tuple(args.hosts.split()), down=tuple(args.down.split()),
         fewest=recipe.parallel.fewest_nodes, is_stopping=False,
     )  # fmt: skip
-    decision = decide_unfit(job.hosts[:1], job.hosts, read_record(run), job, cap=recipe.slurm.max_failures)
+    decision = decide_unfit(job.hosts[:1], job.hosts, record, job, cap=recipe.slurm.max_failures)
     write_record(run, decision.record)
     say(f"{why}; {decision.why}")
     if decision.act == "exit":

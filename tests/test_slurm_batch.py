@@ -12,7 +12,16 @@ from test_runs import make_checkpoint, make_plan
 from decompft.launcher.outcome import Outcome, write_outcome
 from decompft.launcher.runs import RunDir
 from decompft.slurm import batch
-from decompft.slurm.after import Decision, Job, Record, decide, decide_unfit, read_record, write_record
+from decompft.slurm.after import (
+    Decision,
+    Job,
+    Record,
+    begin_again,
+    decide,
+    decide_unfit,
+    read_record,
+    write_record,
+)
 from decompft.slurm.begin import address_towards
 
 pytestmark = pytest.mark.dist
@@ -273,6 +282,10 @@ def test_failures_in_a_row_end_at_the_cap_and_progress_starts_the_count_again() 
         record = decision.record
         acts.append(decision.act)
     assert acts == ["here", "here", "here", "exit"] and decision.code == 3
+    assert (record.failures, begin_again(record).failures) == (
+        4,
+        0,
+    )  # whoever submits it again has changed something
     assert decided(CRASH, record, saved=5).record.failures == 1
     assert decided(Outcome(result="checkpointed"), record, saved=5).record.failures == 0
 
