@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
 FORMAT_VERSION = 2  # of a checkpoint's manifest and of adapter.json, the newest that is read
@@ -55,6 +57,19 @@ def put_back(checkpoints_dir: Path) -> None:
         original = checkpoints_dir / aside.name.removeprefix(".old-")
         if not original.exists():
             aside.rename(original)
+
+
+def fence(checkpoints_dir: Path) -> None:
+    """Take away what older incarnations have begun to save, so that none of it is ever put into place.
+
+    A rank that was frozen looks no second time whether it is still wanted. Renaming first leaves it no moment in which
+    half of a folder could become a checkpoint.
+    """
+    for begun in checkpoints_dir.glob(".tmp-step-*") if checkpoints_dir.is_dir() else ():
+        aside = begun.with_name(begun.name.replace(".tmp-", ".tmp-deleted-", 1))
+        with suppress(OSError):  # it has just become one, or another start has been here
+            begun.rename(aside)
+            shutil.rmtree(aside)
 
 
 def step_of(checkpoint_dir: Path) -> int:

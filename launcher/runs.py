@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from pydantic import ValidationError
 
+from decompft.launcher.checkpoints import fence
 from decompft.launcher.errors import UserError
 from decompft.launcher.hangs import read_written
 from decompft.launcher.outcome import write_atomic
@@ -157,7 +158,7 @@ class RunDir:
             ) from error
 
     def next_incarnation(self) -> int:
-        """Claim the next number (from 1) and make its folders."""
+        """Claim the next number (from 1) and make its folders; from now on no older incarnation can write."""
         number = self.newest_incarnation() + 1
         folder = self.incarnation_dir(number)
         folder.parent.mkdir(exist_ok=True)
@@ -165,6 +166,7 @@ class RunDir:
         self.log_dir(number).mkdir(parents=True, exist_ok=True)
         # plan.json is replaced by the next launch; this copy says what this incarnation ran
         write_atomic(folder / "plan.json", self.plan_path.read_text(encoding="utf-8"))
+        fence(self.checkpoints_dir)
         return number
 
     def append_event(self, event: str, **details: Any) -> None:

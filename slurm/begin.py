@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from decompft.launcher import checking, fetched, machine, planner, shipped, source
-from decompft.launcher.checkpoints import put_back, step_of
+from decompft.launcher.checkpoints import list_checkpoints, put_back, step_of
 from decompft.launcher.errors import EXIT_FAILED, PlanError, SlurmError, UserError
 from decompft.launcher.outcome import read_outcome
 from decompft.launcher.plan import Plan
@@ -87,6 +87,11 @@ def begin(args: argparse.Namespace, say: Say) -> tuple[object, ...]:
             return "exit", EXIT_FAILED
     run.record(recipe_text=text, plan=plan)
     incarnation = run.next_incarnation()
+    saved = list_checkpoints(run.checkpoints_dir)
+    if saved and step_of(saved[-1]) > step:
+        # a rank that was thought dead has saved until the claim; from now on it cannot
+        start = choose_start(plan, run_dir=args.run_dir, resume="auto")
+        step = 0 if start.checkpoint is None else step_of(start.checkpoint)
     write_record(run, replace(record, step=step))
     _note_job(run, incarnation, args, hosts)
     run.append_event(

@@ -114,9 +114,9 @@ def flip(path: Path, offset: int) -> None:
 
 
 def assert_same(path: Path, whole: Whole) -> None:
-    checkpoint = open_checkpoint(path)
+    opened = open_checkpoint(path)
     for (name, kind), tensor in whole.items():
-        found = checkpoint.read(name, kind)
+        found = opened.read(name, kind)
         assert found.dtype == tensor.dtype and torch.equal(found, tensor), (name, kind)
 
 
@@ -252,24 +252,6 @@ def test_ranks_that_disagree_about_a_shape_are_not_saved(tmp_path: Path) -> None
         return [Slice(name="A", kind="param", full_shape=(rows, 2), start=0, tensor=torch.zeros(rows * 2))]
 
     assert "disagree" in failures(save_all(tmp_path, 100, {}, shards=shards))[0].message
-
-
-def test_a_stale_incarnation_may_not_commit(tmp_path: Path) -> None:
-    (tmp_path / "incarnations/1").mkdir(parents=True)
-    good = saved(tmp_path, 100, make_whole())
-    (tmp_path / "incarnations/2").mkdir()
-    failed = failures(save_all(tmp_path, 200, make_whole()))
-    assert "incarnation 2 of the run has started" in failed[0].message
-    assert list_checkpoints(tmp_path / "checkpoints") == [good]
-
-
-def test_an_incarnation_that_gets_stale_while_writing_may_not_commit(tmp_path: Path) -> None:
-    def shards(whole: Whole, rank: int, world_size: int) -> Iterator[Slice]:
-        (tmp_path / "incarnations/2").mkdir(parents=True, exist_ok=True)  # run lazily: after the first check
-        yield from shard(whole, rank, world_size)
-
-    failures(save_all(tmp_path, 100, make_whole(), shards=shards))
-    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_what_does_not_read_back_is_not_committed(tmp_path: Path) -> None:

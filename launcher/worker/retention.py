@@ -52,7 +52,10 @@ def rotate(new: Path, rule: Retention, incarnation: int) -> None:
     """Delete what no longer stays; `new`, just verified, is the newest. Damaged ones count for nothing."""
     found: list[Kept] = []
     damaged: list[Path] = []
-    for folder in list_checkpoints(new.parent):
+    folders = list_checkpoints(new.parent)
+    if any(_writer(folder) > incarnation for folder in folders):
+        return  # a rank that was frozen since its rename: the run goes on elsewhere, and what is here is its matter
+    for folder in folders:
         if step_of(folder) > step_of(new):
             # The run was resumed from before it: it must not pass for the newest, but it is the user's.
             aside = folder.with_name(f"abandoned-{folder.name}-inc{incarnation}")
@@ -77,6 +80,14 @@ def rotate(new: Path, rule: Retention, incarnation: int) -> None:
         with suppress(OSError):  # e.g. a reader on NFS; the new one is safe, the next save tries again
             folder.rename(aside)
             shutil.rmtree(aside)
+
+
+def _writer(folder: Path) -> int:
+    """The incarnation that wrote a checkpoint; 0 where it cannot be told."""
+    try:
+        return int(json.loads((folder / "manifest.json").read_bytes())["incarnation"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def _read(folder: Path) -> Kept | None:
