@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +46,9 @@ def update_golden(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(scope="session")
 def running_testbed() -> Iterator[testbed.Cluster]:
     with pytest.MonkeyPatch.context() as patch:
-        yield from testbed.start(patch)
+        # a worker of pytest-xdist has a cluster of its own
+        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+        yield from testbed.start(patch, number=worker)
 
 
 @pytest.fixture
@@ -53,3 +56,12 @@ def cluster(running_testbed: testbed.Cluster) -> Iterator[testbed.Cluster]:
     """A real Slurm with an empty queue; what the test submits is cancelled at its end."""
     yield running_testbed
     running_testbed.cancel_all()
+
+
+@pytest.fixture
+def lone_cluster() -> Iterator[testbed.Cluster]:
+    """Another one, of two nodes and without accounting, so that there is no sacct."""
+    with pytest.MonkeyPatch.context() as patch:
+        for cluster in testbed.start(patch, number=9, settings={"ACCT": "filetxt", "NODES": "2"}):
+            yield cluster
+            cluster.cancel_all()

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slurmed import CLI, Submitted, job_env, patched, python_for_everyone, slow_steps, submit, unbroken
+from slurmed import CLI, job_env, patched, python_for_everyone, slow_steps, submit, unbroken
 from test_runs import make_plan
 from test_sbatch import on_gpus
 from testbed import Cluster
@@ -151,29 +151,87 @@ def test_twenty_random_preemptions_lose_no_sample(
     assert {row["cause"] for row in run.events("failure")} <= {"preempted"} and not run.events("restart")
 
 
-def test_a_stop_while_loading_leaves_at_once_and_starts_over(
-    cluster: Cluster, tmp_path: Path, samples: dict[int, int]
+# once, something takes five minutes: the import of a module that ...
+IMPORTING = """
+    import os, sys, time
+    mark = {mark!r}
+    class Slow:
+        def find_spec(self, name, *_):
+            if name == {module!r} and ("RANK" in os.environ) == {is_rank} and not os.path.exists(mark):
+                open(mark, "w").close()
+                time.sleep(300)
+    sys.meta_path.insert(0, Slow())
+"""
+# ... or each batch of an evaluation after the first step five seconds
+EVALUATING = """
+    import os, pathlib, sys, time
+    mark, exists = {mark!r}, pathlib.Path.exists
+    def slow(path):
+        frame = sys._getframe(1) if os.path.exists("run/metrics.jsonl") else None
+        while frame is not None and frame.f_code.co_name != "evaluate":
+            frame = frame.f_back
+        if frame is not None and len(os.listdir("run/incarnations")) == 1:
+            open(mark, "w").close()
+            time.sleep(5)
+        return exists(path)
+    pathlib.Path.exists = slow
+"""
+
+
+@pytest.mark.parametrize("doing", ["loading", "tokenizing", "evaluating"])
+def test_a_stop_outside_of_training_leaves_at_once_and_goes_on_later(
+    cluster: Cluster, tmp_path: Path, samples: dict[int, int], doing: str
 ) -> None:
-    loading = """
-        import os, sys, time
-        mark = os.path.join(os.environ.get("MARK", "/"), "loading")
-        class Slow:
-            def find_spec(self, name, *_):
-                if name == "torch" and "RANK" in os.environ and not os.path.exists(mark):
-                    open(mark, "w").close()
-                    time.sleep(300)
-        sys.meta_path.insert(0, Slow())
-    """
-    # importing torch takes five minutes, once
+    mark = str(tmp_path / doing)
+    text = {
+        "loading": IMPORTING.format(mark=mark, module="torch", is_rank=True),
+        "tokenizing": IMPORTING.format(
+            mark=mark, module="decompft.launcher.worker.data.prepare", is_rank=False
+        ),
+        "evaluating": EVALUATING.format(mark=mark),
+    }[doing]
     run = submit(
-        cluster, tmp_path, "parallel.nodes=1", env=patched(tmp_path, loading) | {"MARK": str(tmp_path)}
+        cluster, tmp_path, "parallel.nodes=1", "train.eval_every_steps=8", env=patched(tmp_path, text)
     )
-    cluster.until((tmp_path / "loading").exists, 120, "a rank that loads")
+    cluster.until((tmp_path / doing).exists, 120, f"a run that is {doing}\n{run.log()}")
     cluster.run("scancel", "--batch", "--signal=USR1", run.job)
+    run.until_incarnation(2)
     run.finished(300)
-    check_all(run, samples)
-
-
-def check_all(run: Submitted, samples: dict[int, int]) -> None:
     assert run.samples() == samples
     assert run.steps_lost() == 0
+    began = run.events("start")[1]["checkpoint"]
+    assert began is None if doing != "evaluating" else began.endswith("step-00000008")
+
+
+def test_demand_10_without_accounting_and_where_requeueing_is_forbidden(
+    lone_cluster: Cluster, tmp_path: Path, samples: dict[int, int]
+) -> None:
+    """status, runs, logs and cancel answer without sacct, and a successor goes on where the job may not."""
+    done = subprocess.run(["sacct"], capture_output=True, text=True)
+    assert done.returncode != 0 and "disabled" in done.stderr
+    run = submit(
+        lone_cluster, tmp_path, "parallel.nodes=1", env=slow_steps(tmp_path, 0.5) | {"SBATCH_NO_REQUEUE": "1"}
+    )
+    run.until_step(5)
+    lone_cluster.run("scancel", "--batch", "--signal=USR1", run.job)
+    run.until_incarnation(2)
+    successor = run.events("start")[1]["slurm_job"]
+    lone_cluster.jobs.append(successor)
+    assert successor != run.job and "this site does not requeue" in run.log()
+    run.until_step(20)
+    assert _told(tmp_path, "status", "run").startswith("run: running")
+    assert "saved: stopped in order" in _told(tmp_path, "status", "run")
+    assert _told(tmp_path, "cancel", "run", code=0).count("stopped in order") == 1
+    assert lone_cluster.finished(successor, 60) in ("COMPLETED", "FAILED")
+    assert _told(tmp_path, "status", "run").startswith("run: cancelled")
+    assert "stopped in order" in _told(tmp_path, "logs", "run")
+    assert all(run.samples()[step] == samples[step] for step in run.samples())
+    assert run.steps_lost() == 0
+
+
+def _told(folder: Path, *words: str, code: int | None = None) -> str:
+    done = subprocess.run(
+        [*CLI, *words], cwd=folder, env=job_env(), capture_output=True, text=True, timeout=120
+    )
+    assert code in (None, done.returncode), done.stderr
+    return done.stdout + done.stderr

@@ -15,6 +15,8 @@ import pytest
 from slurmed import CLI, Submitted, job_env, json_lines, patched, slow_saves, slow_steps, submit, unbroken
 from testbed import Cluster
 
+from decompft.launcher.checkpoints import list_checkpoints, step_of
+
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 
@@ -124,10 +126,11 @@ def test_demand_3_a_save_longer_than_torchruns_patience_survives(
     assert max(row["save_s"] for row in run.events("save")) > 30
 
 
+@pytest.mark.parametrize("profile", ["rendezvous: static", "rendezvous: c10d", "tasks: gpu"])
 def test_demand_4_a_killed_rank_is_replaced_in_the_same_job(
-    cluster: Cluster, tmp_path: Path, samples: dict[int, int]
+    cluster: Cluster, tmp_path: Path, samples: dict[int, int], profile: str
 ) -> None:
-    run = submit(cluster, tmp_path, env=slow_steps(tmp_path, 0.3))
+    run = submit(cluster, tmp_path, profile=f"node_check: false\n{profile}", env=slow_steps(tmp_path, 0.3))
     run.until_step(12)
     first, *others = run.ranks()
     assert len(others) == 1  # torchrun names the worker too, but has no rank
@@ -148,19 +151,35 @@ def test_demand_4_scontrol_requeue_goes_on_from_the_last_checkpoint(
     check(run, samples, most_lost=10)
 
 
+@pytest.mark.parametrize("node", ["vn-1", "vn-2"])  # the script runs on the first
 def test_demand_4_a_node_that_dies_is_replaced(
+    cluster: Cluster, tmp_path: Path, samples: dict[int, int], node: str
+) -> None:
+    run = submit(cluster, tmp_path, profile="node_check: true", env=slow_steps(tmp_path, 0.3))
+    run.until_step(12)
+    cluster.node("kill", node)
+    try:
+        run.until_incarnation(2, 300)
+        assert node not in run.events("start")[-1]["nodes"]
+        run.finished(240)
+    finally:
+        cluster.node("start", node)
+    check(run, samples, most_lost=10)
+
+
+def test_demand_4_a_run_that_may_have_fewer_nodes_goes_on_without_one_that_dies(
     cluster: Cluster, tmp_path: Path, samples: dict[int, int]
 ) -> None:
-    run = submit(cluster, tmp_path, env=slow_steps(tmp_path, 0.3))
+    run = submit(cluster, tmp_path, "parallel.nodes=1-2", env=slow_steps(tmp_path, 0.3))
     run.until_step(12)
     cluster.node("kill", "vn-2")
     try:
-        run.until_incarnation(2, 300)
-        assert "vn-2" not in run.events("start")[-1]["nodes"]
-        run.finished(240)
+        run.finished(300)
     finally:
         cluster.node("start", "vn-2")
     check(run, samples, most_lost=10)
+    assert [row["world_size"] for row in run.events("start")] == [2, 1]
+    assert not run.events("requeue") and cluster.show(run.job)["Restarts"] == "0"
 
 
 def test_demand_5_a_failure_before_the_first_step_ends_after_the_cap(
@@ -200,10 +219,16 @@ def test_demand_4_a_node_that_comes_back_cannot_overwrite_the_newer_state(
     finally:
         cluster.node("join" if cuts else "thaw", stale)
     run.finished(240)
-    check(run, samples, most_lost=40)  # what the stale rank trains on before it wants to save is thrown away
-    saves = run.events("save")
-    first = next(i for i, row in enumerate(saves) if row["incarnation"] == 2)
-    assert {row["incarnation"] for row in saves[first:]} == {2}
+    assert run.samples() == samples
+    began = step_of(Path(run.events("start")[1]["checkpoint"]))
+    assert began >= 4  # every second step is saved, and one was in its save when it stopped
+    # the stale rank may still write down a save that was in place before, and none after it
+    assert max(row["step"] for row in run.events("save") if row["incarnation"] == 1) <= began
+    writers = {
+        path.name: json.loads((path / "manifest.json").read_bytes())["incarnation"]
+        for path in list_checkpoints(run.run.checkpoints_dir)
+    }
+    assert set(writers.values()) == {2}, writers
     assert json.loads((run.run.path / "adapter/adapter.json").read_text())["step"] == 40
 
 

@@ -10,7 +10,7 @@ import fcntl
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,16 +85,24 @@ class Cluster:
             time.sleep(0.2)
 
 
-def start(patch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """Bring the testbed up (or take the one that runs), with this process's environment set to it."""
+def start(
+    patch: pytest.MonkeyPatch, *, number: int, settings: Mapping[str, str] | None = None
+) -> Iterator[Cluster]:
+    """Bring a testbed up (or take the one that runs), with this process's environment set to it.
+
+    Args:
+        number: several can stand side by side, with the same node names.
+        settings: of `up`, behind SLURM_TESTBED_.
+    """
     if why := _why_not():
         cannot(why)
     folder = Path(os.environ.get("SLURM_TESTBED_DIR", "/tmp/slurm-testbed"))
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
-    if worker != "0":  # each worker has a cluster of its own; the node names are the same
-        folder = folder.with_name(f"{folder.name}-{worker}")
+    for name, value in (settings or {}).items():
+        patch.setenv(f"SLURM_TESTBED_{name}", value)
+    if number:
+        folder = folder.with_name(f"{folder.name}-{number}")
         patch.setenv("SLURM_TESTBED_DIR", str(folder))
-        port = int(os.environ.get("SLURM_TESTBED_PORT", "16810")) + 60 * int(worker)
+        port = int(os.environ.get("SLURM_TESTBED_PORT", "16810")) + 60 * number
         patch.setenv("SLURM_TESTBED_PORT", str(port))
         patch.setenv("SLURM_TESTBED_ETC_LINK", "0")
     was_up = subprocess.run([str(TESTBED / "status")], capture_output=True, timeout=60).returncode == 0
