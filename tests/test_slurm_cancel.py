@@ -66,7 +66,7 @@ elif "--batch" not in argv:
     )
 
 
-def test_8_a_running_job_saves_and_is_then_cancelled(run: RunDir, slurm: FakeSlurm) -> None:
+def test_demand_8_a_running_job_saves_and_is_then_cancelled(run: RunDir, slurm: FakeSlurm) -> None:
     submit(run, "23")
     start(run, job_id="23")
     train(run, 1, 2, 3, 4)
@@ -132,7 +132,7 @@ def test_a_waiting_job_is_just_cancelled(run: RunDir, slurm: FakeSlurm) -> None:
     assert lines[0] == "job 23 was waiting in the queue: cancelled"
 
 
-def test_8_now_cancels_at_once(run: RunDir, slurm: FakeSlurm) -> None:
+def test_demand_8_now_cancels_at_once(run: RunDir, slurm: FakeSlurm) -> None:
     submit(run, "23")
     start(run, job_id="23")
     ends_when_told(run, slurm, outcome=None)
@@ -261,7 +261,7 @@ exit 75
 
 
 @pytest.mark.slurm
-def test_8_a_real_job_is_drained_and_does_not_come_back(
+def test_demand_8_a_real_job_is_drained_and_does_not_come_back(
     cluster: testbed.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -279,7 +279,7 @@ def test_8_a_real_job_is_drained_and_does_not_come_back(
 
 
 @pytest.mark.slurm
-def test_8_a_real_job_is_cancelled_now(cluster: testbed.Cluster, tmp_path: Path) -> None:
+def test_demand_8_a_real_job_is_cancelled_now(cluster: testbed.Cluster, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     script = tmp_path / "job.sh"
     script.write_text("#!/bin/bash\nsleep 300\n")

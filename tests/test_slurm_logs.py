@@ -38,7 +38,7 @@ def shown(run: RunDir, *, incarnation: int | None = None, rank: str = "0") -> li
     return lines
 
 
-def test_9_by_default_the_newest_start_of_rank_0(run: RunDir) -> None:
+def test_demand_9_by_default_the_newest_start_of_rank_0(run: RunDir) -> None:
     for number in (1, 2):
         start(run)
         write(run, number, "rank-0.log", f"first of {number}\nlast, cut sho")
@@ -152,7 +152,7 @@ def said(run: RunDir, incarnation: int | None = None) -> list[str]:
     return lines
 
 
-def test_9_the_first_error_is_the_earliest_failing_ranks(run: RunDir) -> None:
+def test_demand_9_the_first_error_is_the_earliest_failing_ranks(run: RunDir) -> None:
     start(run)
     folder = run.incarnation_dir(1)
     later = Outcome(result="failed", message="Connection closed by peer", step=3, time_s=20.0)
@@ -181,7 +181,7 @@ def test_the_first_error_is_that_of_the_newest_failure(run: RunDir) -> None:
 
 
 @pytest.mark.slurm
-def test_9_a_real_job_is_followed_over_its_requeue(
+def test_demand_9_a_real_job_is_followed_over_its_requeue(
     cluster: testbed.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logs, "_ASK_S", 1.0)

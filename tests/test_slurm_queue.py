@@ -56,7 +56,7 @@ TODO = {
 
 
 @pytest.mark.parametrize("name", REASONS)
-def test_7_a_recorded_state_is_explained_in_words(name: str, slurm: FakeSlurm) -> None:
+def test_demand_7_a_recorded_state_is_explained_in_words(name: str, slurm: FakeSlurm) -> None:
     slurm.answer(name, job_id="23")
     job = find_job("23")
     assert job is not None
@@ -103,7 +103,7 @@ def test_a_state_from_the_manual_is_explained_in_words(
     assert words in standing.words
 
 
-def test_7_an_old_row_of_accounting_is_not_believed_over_the_queue(slurm: FakeSlurm) -> None:
+def test_demand_7_an_old_row_of_accounting_is_not_believed_over_the_queue(slurm: FakeSlurm) -> None:
     slurm.answer("late", sacct=("late",), job_id="23")
     assert recorded("sacct", "late")[0].split("|")[2] == "PENDING"  # heard at the same moment
     (job,) = find_jobs(["23"])
@@ -111,7 +111,7 @@ def test_7_an_old_row_of_accounting_is_not_believed_over_the_queue(slurm: FakeSl
     assert slurm.calls("sacct") == []
 
 
-def test_7_a_job_that_the_queue_has_forgotten_is_found_in_accounting(slurm: FakeSlurm) -> None:
+def test_demand_7_a_job_that_the_queue_has_forgotten_is_found_in_accounting(slurm: FakeSlurm) -> None:
     slurm.answer(sacct=("timeout", "preempted", "cancelled"))
     slurm.say("squeue", *recorded("squeue", "running"))
     ids = [recorded("sacct", name)[-1].split("|")[0] for name in ("timeout", "preempted", "cancelled")]
@@ -138,7 +138,7 @@ def test_unknown_ids_are_left_out(slurm: FakeSlurm) -> None:
     assert find_jobs([]) == ()
 
 
-def test_10_the_tasks_of_an_array_are_jobs_of_their_own(slurm: FakeSlurm) -> None:
+def test_demand_10_the_tasks_of_an_array_are_jobs_of_their_own(slurm: FakeSlurm) -> None:
     slurm.answer("array")
     array = recorded("squeue", "array")[0].split("_")[0]
     tasks = {job.job_id: job.state for job in find_jobs([array])}

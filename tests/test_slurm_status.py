@@ -230,7 +230,7 @@ def test_a_job_number_finds_its_run(slurm: FakeSlurm, tmp_path: Path) -> None:
     assert cli.main(["status", "nothing"]) == 2
 
 
-def test_10_a_task_is_found_by_both_of_its_numbers(slurm: FakeSlurm, tmp_path: Path) -> None:
+def test_demand_10_a_task_is_found_by_both_of_its_numbers(slurm: FakeSlurm, tmp_path: Path) -> None:
     sweep = make_run(tmp_path / "runs/sweep")
     submit(sweep, "13", kind="sweep", array=4)
     task = make_run(tmp_path / "runs/sweep/001-rank_8")
@@ -322,7 +322,7 @@ def test_damaged_files_are_no_traceback(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.slurm
-def test_7_a_real_job_from_the_queue_to_its_end(
+def test_demand_7_a_real_job_from_the_queue_to_its_end(
     cluster: testbed.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
