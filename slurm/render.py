@@ -21,6 +21,7 @@ from decompft.slurm.shell_words import expanding
 
 NODE_CHECK = "decompft.launcher.worker.tools.node_check"
 BATCH = "decompft.slurm.batch"
+FREE_PORT = "decompft.slurm.free_port"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,7 @@ def train_script(
         # of a preemption, where the site has told us; a stop before the time limit leaves much more
         grace_s=profile.grace_s,
         node_check=NODE_CHECK,
+        free_port=FREE_PORT,
         prepare=PREPARE,
         worker=WORKER,
     )

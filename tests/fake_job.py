@@ -11,7 +11,7 @@ from textwrap import dedent
 # a Python that records what it was asked and answers as the real modules would
 PYTHON = """
     #!/bin/bash
-    if [ "$1" = -c ]; then echo 4242; exit; fi
+    if [[ $2 == *free_port ]]; then echo 4242; exit; fi
     printf '%s\\0' "$@" >> calls; printf '\\n' >> calls
     case "$2 $3" in
     *batch\\ begin) number=$(ls "$4/incarnations" 2>/dev/null | wc -l); number=$((number + 7))

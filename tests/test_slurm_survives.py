@@ -228,7 +228,7 @@ def test_demand_4_a_node_that_comes_back_cannot_overwrite_the_newer_state(
         path.name: json.loads((path / "manifest.json").read_bytes())["incarnation"]
         for path in list_checkpoints(run.run.checkpoints_dir)
     }
-    assert set(writers.values()) == {2}, writers
+    assert 1 not in writers.values(), writers
     assert json.loads((run.run.path / "adapter/adapter.json").read_text())["step"] == 40
 
 
