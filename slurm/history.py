@@ -36,7 +36,7 @@ def read_history(status: Status) -> tuple[Past, ...]:
     run = status.seen.run
     told: dict[str, tuple[Job, ...]] = {}
     found = []
-    incarnations = find_incarnations(run, read_events(run.path / "events.jsonl"))
+    incarnations = find_incarnations(run, read_events(run.events_path))
     for this in incarnations:
         start = read_start(run.incarnation_dir(this.number))
         is_newest = this is incarnations[-1]

@@ -200,14 +200,14 @@ def _before_ranks(run: RunDir, number: int, asked: int | None) -> dict[str, Path
 def _announce(run: RunDir, number: int) -> str:
     start = read_start(run.incarnation_dir(number))
     where = f", job {start.job_id} on {', '.join(start.nodes)}" if start else ""
-    events = read_events(run.path / "events.jsonl")
+    events = read_events(run.events_path)
     began = [i.from_step for i in find_incarnations(run, events) if i.number == number]
     return f"--- incarnation {number}{where}, from step {began[0] if began else 0:,} ---"
 
 
 def _failed(run: RunDir, number: int | None) -> tuple[Incarnation, Outcome] | None:
     """The newest incarnation that failed, or the one asked for if it did."""
-    events = read_events(run.path / "events.jsonl")
+    events = read_events(run.events_path)
     for this in reversed(find_incarnations(run, events)):
         if number not in (None, this.number):
             continue

@@ -12,6 +12,7 @@ from typing import Any
 from decompft.launcher.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED
 from decompft.launcher.report_data import read_events
 from decompft.launcher.report_text import number, plain
+from decompft.launcher.runs import RunDir
 from decompft.launcher.sweep_folder import Row, read_sweep
 from decompft.slurm.run_list import list_runs
 from decompft.slurm.watch import EXIT_HAND, Status
@@ -60,7 +61,7 @@ def read_table(folder: Path) -> Table:
     runs = list_runs(folder)
     by_name = {status.seen.run.path.name: status for status in runs.rows}
     results = [
-        Result(row=row, status=by_name.get(row.folder), eval_loss=_eval_loss(folder / row.folder))
+        Result(row=row, status=by_name.get(row.folder), eval_loss=_eval_loss(RunDir(folder / row.folder)))
         for row in read_sweep(folder)
     ]
     results.sort(key=lambda result: (_last(result.eval_loss), _last(_loss(result)), result.row.index))
@@ -130,10 +131,9 @@ def _next(table: Table) -> str:
     return shlex.join(("decompft", "launch", "RECIPE", "--resume", "auto", "--run-dir", str(table.folder)))
 
 
-def _eval_loss(run: Path) -> float | None:
-    losses = [
-        event.details.get("loss") for event in read_events(run / "events.jsonl") if event.name == "eval"
-    ]
+def _eval_loss(run: RunDir) -> float | None:
+    events = read_events(run.events_path)
+    losses = [event.details.get("loss") for event in events if event.name == "eval"]
     known = [float(x) for x in losses if isinstance(x, int | float) and math.isfinite(x)]
     return known[-1] if known else None
 

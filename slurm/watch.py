@@ -290,7 +290,7 @@ def again(seen: Glance) -> str:
         python = seen.submissions[-1].python if seen.submissions else ""
         given = [] if python in ("", shutil.which("python3")) else [f"DECOMPFT_PYTHON={python}"]
         return shlex.join((*given, "sbatch", str(script_path(seen.run))))
-    for event in reversed(read_events(seen.run.path / "events.jsonl")):
+    for event in reversed(read_events(seen.run.events_path)):
         told = event.details.get("next")
         if event.name == "failure" and isinstance(told, str) and told.startswith("decompft "):
             return plain(told)
