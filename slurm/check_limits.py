@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from decompft.slurm.cluster import Cluster, Node, Partition, mebibytes, seconds
+from decompft.slurm.cluster import Cluster, Node, Partition, mebibytes
 from decompft.slurm.profile import Profile
+from decompft.slurm.times import clock, seconds
 
 State = Literal["ok", "not checked", "wrong"]
 
@@ -62,9 +63,9 @@ def check_time(partition: Partition, limit: str | None) -> Finding:
     asked = seconds(limit) or 0
     if most is not None and asked > most:
         return _wrong(
-            "time", f"{limit} is more than {partition.name} allows, {_clock(most)}", f'time: "{_clock(most)}"'
+            "time", f"{limit} is more than {partition.name} allows, {clock(most)}", f'time: "{clock(most)}"'
         )
-    return _ok("time", f"{limit} of at most {'any time' if most is None else _clock(most)}")
+    return _ok("time", f"{limit} of at most {'any time' if most is None else clock(most)}")
 
 
 def check_gpus(cluster: Cluster, profile: Profile, nodes: Sequence[Node]) -> Finding:
@@ -206,9 +207,3 @@ def _near(word: str, known: Iterable[str]) -> str:
 
 def _known(limit: int | None) -> list[int]:
     return [] if limit is None else [limit]
-
-
-def _clock(time_s: int) -> str:
-    days, rest = divmod(time_s, 86400)
-    clock = f"{rest // 3600:02d}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
-    return f"{days}-{clock}" if days else clock

@@ -24,10 +24,11 @@ from decompft.slurm.check_limits import (
     check_time,
 )
 from decompft.slurm.check_places import check_places
-from decompft.slurm.cluster import Cluster, Node, Partition, read_cluster, read_nodes, seconds
+from decompft.slurm.cluster import Cluster, Node, Partition, read_cluster, read_nodes
 from decompft.slurm.commands import call
 from decompft.slurm.profile import Profile
 from decompft.slurm.site_options import site_options
+from decompft.slurm.times import seconds
 
 _LAST = "sbatch --test-only"
 _COLOURS = {"ok": "green", "not checked": "yellow", "wrong": "bold red"}

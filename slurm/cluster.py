@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from decompft.launcher.errors import SlurmError
 from decompft.slurm.commands import call
+from decompft.slurm.times import seconds
 
 _UNITS_MIB = {"K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0**2}
 
@@ -89,15 +90,6 @@ def read_nodes(partition: Partition) -> tuple[Node, ...]:
         return ()
     records = _answer(["scontrol", "--all", "--oneliner", "show", "node", partition.nodes]).splitlines()
     return tuple(_node(_fields(line)) for line in records if line.startswith("NodeName="))
-
-
-def seconds(text: str) -> int | None:
-    """Slurm's [D-]HH:MM:SS, None for UNLIMITED."""
-    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
-    if not found:
-        return None
-    days, hours, minutes, rest = (int(part or 0) for part in found.groups())
-    return days * 86400 + hours * 3600 + minutes * 60 + rest
 
 
 def mebibytes(text: str) -> float:

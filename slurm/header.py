@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
 from decompft.launcher.errors import PlanError
 from decompft.launcher.plan import Plan
 from decompft.launcher.recipe import SlurmSection
 from decompft.slurm.profile import PrepareSection, Profile
 from decompft.slurm.profile_values import HEADER_TEXT
 from decompft.slurm.site_options import site_options
+from decompft.slurm.times import seconds
 
 # Slurm looks every 30 s and may warn 60 s early; the rest is a long step and a save
 WARNING_S = 180
@@ -102,10 +101,8 @@ def _checked(options: list[str], profile: Profile) -> list[str]:
 def _check_time(limit: str | None, warning_s: int) -> None:
     if limit is None:
         return
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", limit)
-    assert found is not None, limit  # recipe and profile have checked it
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
-    total_s = days * 86400 + hours * 3600 + minutes * 60 + seconds
+    total_s = seconds(limit)
+    assert total_s is not None, limit  # recipe and profile have checked it
     if total_s < 2 * warning_s:
         raise PlanError(
             f"slurm.time: {limit} is too short: the job is told to save {warning_s} s before its end",

@@ -13,6 +13,7 @@ from typing import Literal
 
 from decompft.launcher.errors import SlurmError
 from decompft.slurm.commands import call
+from decompft.slurm.times import seconds
 
 # in names, comments and folders it is the least likely character
 _SEPARATOR = "\x1f"
@@ -148,7 +149,7 @@ def _from_squeue(fields: list[str], cluster: str) -> Job:
     return Job(
         job_id=job_id, raw_id=raw_id, cluster=cluster, state=state, reason=_known(reason), nodes=nodes,
         partition=partition, start_s=_epoch(start), end_s=None if is_pending else _epoch(end),
-        limit_s=_seconds(limit), left_s=_seconds(left), dependency=_known(dependency),
+        limit_s=_length(limit), left_s=_length(left), dependency=_known(dependency),
         asked_nodes=_known(asked), excluded=_known(excluded), name=name, comment=_known(comment),
         work_dir=work_dir,
     )  # fmt: skip
@@ -214,12 +215,6 @@ def _epoch(word: str) -> float | None:
         return None
 
 
-def _seconds(word: str) -> float | None:
-    """`9:57`, `1:30:00`, `1-12:00:00`; None for UNLIMITED, NOT_SET, INVALID."""
-    if not re.fullmatch(r"(\d+-)?\d+(:\d+){1,2}", word, re.ASCII):
-        return None
-    days, _, clock = word.rpartition("-")
-    seconds = 0
-    for part in clock.split(":"):
-        seconds = seconds * 60 + int(part)
-    return float(int(days or 0) * 86400 + seconds)
+def _length(word: str) -> float | None:
+    found = seconds(word)
+    return None if found is None else float(found)

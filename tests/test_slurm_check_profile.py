@@ -14,8 +14,9 @@ from slurm_site import site as site
 from decompft.launcher.cli import main
 from decompft.launcher.errors import EXIT_DONE, EXIT_USER
 from decompft.slurm.check_profile import check_profile
-from decompft.slurm.cluster import mebibytes, seconds
+from decompft.slurm.cluster import mebibytes
 from decompft.slurm.profile import Profile
+from decompft.slurm.times import seconds
 
 pytestmark = pytest.mark.dist
 
