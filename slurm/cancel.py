@@ -90,7 +90,7 @@ def _drain(seen: Glance, job: Job, say: Say) -> bool:
     _touch_stop(seen)
     sent = _slurm(job, "scancel", "--batch", f"--signal={_signal_of(run)}", job.job_id)
     if sent.code != 0:
-        say(f"scancel: {sent.stderr.strip() or sent.code}; the stop file will do")
+        say(f"scancel: {sent.words}; the stop file will do")
     say(
         f"job {job.job_id}: asked every rank to save and stop, waiting up to {duration(bound_s)} "
         "(Ctrl-C ends the waiting, not the request)"
@@ -291,7 +291,7 @@ def _scancel(job: Job) -> None:
     answer = _slurm(job, "scancel", job.job_id)
     if answer.code != 0:
         raise SlurmError(
-            f"scancel {job.job_id}: {answer.stderr.strip() or answer.code}",
+            f"scancel {job.job_id}: {answer.words}",
             "only its owner and administrators can cancel a job",
         )
 

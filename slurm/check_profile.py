@@ -199,12 +199,10 @@ def _try(profile: Profile, *, gpus_per_node: int) -> Finding:
     options = ["--nodes=1", *site_options(profile, gpus_per_node=gpus_per_node)]
     lines = "".join(f"#SBATCH {option}\n" for option in options)
     answer = call(["sbatch", "--test-only"], stdin=f"#!/bin/bash\n{lines}:\n")
-    words = [line for line in answer.stderr.strip().splitlines() if "--help" not in line]
-    text = (words or [f"exit code {answer.code}"])[-1].removeprefix("sbatch: ")
     if answer.code == 0:
-        return Finding(name=_LAST, state="ok", text=text)
+        return Finding(name=_LAST, state="ok", text=answer.words)
     fix = f"Slurm was asked for {' '.join(options)}"
-    return Finding(name=_LAST, state="wrong", text=text, fix=fix)
+    return Finding(name=_LAST, state="wrong", text=answer.words, fix=fix)
 
 
 def _groups() -> list[str]:

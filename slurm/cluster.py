@@ -100,8 +100,9 @@ def mebibytes(text: str) -> float:
 def _answer(argv: Sequence[str]) -> str:
     answer = call(argv)
     if answer.code != 0:
-        words = (answer.stderr or answer.stdout).strip().splitlines() or [f"exit code {answer.code}"]
-        raise SlurmError(f"{' '.join(argv)}: {words[0]}", "`scontrol ping` says whether the controller is up")
+        raise SlurmError(
+            f"{' '.join(argv)}: {answer.words}", "`scontrol ping` says whether the controller is up"
+        )
     return answer.stdout
 
 

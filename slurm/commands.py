@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from decompft.launcher.errors import SlurmError
 # sacct of a busy site can take long; everything else answers in milliseconds
 TIMEOUT_S = 60.0
 _ENV = {"SLURM_TIME_FORMAT": "standard"}  # a user's own form of dates would not be understood
+_SPEAKER = re.compile(r"^(s(batch|cancel|control|queue): )?(error: )?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,13 @@ class Answer:
     def lines(self) -> list[str]:
         """Of stdout, without empty ones."""
         return [line for line in self.stdout.splitlines() if line.strip()]
+
+    @property
+    def words(self) -> str:
+        """What it told the user, in one line, without its own name before it."""
+        told = (self.stderr.strip() or self.stdout).splitlines()
+        lines = [_SPEAKER.sub("", line).strip() for line in told if "--help" not in line]
+        return "; ".join(line for line in lines if line) or f"exit code {self.code}"
 
 
 def call(

@@ -134,9 +134,8 @@ def _ask_squeue(ids: Sequence[str], cluster: str) -> tuple[Job, ...]:
     argv = _argv("squeue", cluster, "-h", "-a", "-r", "-t", "all", "-j", ",".join(ids), "-o", form)
     answer = call(argv, timeout_s=_TIMEOUT_S)
     if answer.code != 0 and "Invalid job id" not in answer.stderr:
-        lines = answer.stderr.strip().splitlines()
         raise SlurmError(
-            f"squeue: {lines[-1] if lines else f'exit code {answer.code}'}",
+            f"squeue: {answer.words}",
             "the controller may be busy or down: try again, or look at `scontrol ping`",
         )
     return tuple(_from_squeue(fields, cluster) for fields in _split(answer.lines, _QUEUE_FIELDS.count("%")))

@@ -15,6 +15,7 @@ from decompft.launcher.cli import main
 from decompft.launcher.errors import EXIT_DONE, EXIT_USER
 from decompft.slurm.check_profile import check_profile
 from decompft.slurm.cluster import mebibytes
+from decompft.slurm.commands import Answer
 from decompft.slurm.profile import Profile
 from decompft.slurm.times import seconds
 
@@ -247,6 +248,24 @@ def test_mistakes_of_the_user_are_told_in_words(site: Site, capsys: pytest.Captu
                                                 ("UNLIMITED", None), ("NONE", None)])  # fmt: skip
 def test_times_of_slurm(text: str, expected: int | None) -> None:
     assert seconds(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("stdout", "stderr", "expected"),
+    [
+        ("", "sbatch: Job 7 to start at noon\n", "Job 7 to start at noon"),
+        ("", "sbatch: error: no such partition\nsbatch: error: refused\n", "no such partition; refused"),
+        (
+            "",
+            "squeue: unrecognized option '--x'\nTry \"squeue --help\" for more\n",
+            "unrecognized option '--x'",
+        ),
+        ("slurm_load_node error: down\n", "", "slurm_load_node error: down"),
+        ("", "", "exit code 1"),
+    ],
+)
+def test_the_words_of_a_program_of_slurm(stdout: str, stderr: str, expected: str) -> None:
+    assert Answer(code=1, stdout=stdout, stderr=stderr).words == expected
 
 
 @pytest.mark.parametrize(
