@@ -15,7 +15,7 @@ from decompft.launcher.errors import EXIT_DONE, EXIT_FAILED, SlurmError, UserErr
 from decompft.launcher.outcome import write_atomic
 from decompft.launcher.report_text import duration
 from decompft.launcher.runs import RunDir
-from decompft.slurm.commands import Answer, call
+from decompft.slurm.commands import call
 from decompft.slurm.glance import Glance, glance
 from decompft.slurm.queue import Job, find_jobs
 from decompft.slurm.run_files import cancelled_path, script_path
@@ -88,7 +88,7 @@ def _drain(seen: Glance, job: Job, say: Say) -> bool:
     """Ask the ranks to save and stop; whether they were seen to."""
     run, bound_s = seen.run, _bound_s(seen)
     _touch_stop(seen)
-    sent = _slurm(job, "scancel", "--batch", f"--signal={_signal_of(run)}", job.job_id)
+    sent = call(["scancel", "--batch", f"--signal={_signal_of(run)}", job.job_id], cluster=job.cluster)
     if sent.code != 0:
         say(f"scancel: {sent.words}; the stop file will do")
     say(
@@ -288,16 +288,12 @@ def _bound_s(seen: Glance) -> float:
 
 
 def _scancel(job: Job) -> None:
-    answer = _slurm(job, "scancel", job.job_id)
+    answer = call(["scancel", job.job_id], cluster=job.cluster)
     if answer.code != 0:
         raise SlurmError(
             f"scancel {job.job_id}: {answer.words}",
             "only its owner and administrators can cancel a job",
         )
-
-
-def _slurm(job: Job, program: str, *words: str) -> Answer:
-    return call([program, *(("-M", job.cluster) if job.cluster else ()), *words])
 
 
 def _has_finished(seen: Glance) -> bool:

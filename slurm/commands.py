@@ -40,18 +40,22 @@ class Answer:
 def call(
     argv: Sequence[str],
     *,
+    cluster: str = "",
     timeout_s: float = TIMEOUT_S,
     stdin: str = "",
     env: Mapping[str, str] | None = None,
 ) -> Answer:
     """Run squeue, sbatch, scontrol, ...; a code other than 0 is the caller's to judge.
 
+    Args:
+        cluster: which one to ask, where there are several; "" is the one of this machine.
+
     Raises:
         SlurmError: the program is not there, or gives no answer in time.
     """
     try:
         done = subprocess.run(
-            list(argv),
+            [argv[0], *(("-M", cluster) if cluster else ()), *argv[1:]],
             input=stdin,
             env={**os.environ, **_ENV, **(env or {})},
             capture_output=True,

@@ -111,7 +111,8 @@ def with_details(job: Job) -> Job:
     """Exit code, restarts and log file, which only scontrol knows while it remembers the job."""
     if job.source != "queue":
         return job
-    answer = call(_argv("scontrol", job.cluster, "-o", "show", "job", job.raw_id), timeout_s=_TIMEOUT_S)
+    argv = ("scontrol", "-o", "show", "job", job.raw_id)
+    answer = call(argv, cluster=job.cluster, timeout_s=_TIMEOUT_S)
     lines = answer.lines if answer.code == 0 else []
     told = _words(next((line for line in lines if f"JobId={job.raw_id} " in line), ""))
     code, _, number = told.get("ExitCode", "").partition(":")
@@ -131,8 +132,8 @@ def past_rows(job_id: str, *, cluster: str = "") -> tuple[Job, ...]:
 
 def _ask_squeue(ids: Sequence[str], cluster: str) -> tuple[Job, ...]:
     form = _QUEUE_FIELDS.replace(" ", _SEPARATOR)
-    argv = _argv("squeue", cluster, "-h", "-a", "-r", "-t", "all", "-j", ",".join(ids), "-o", form)
-    answer = call(argv, timeout_s=_TIMEOUT_S)
+    argv = ("squeue", "-h", "-a", "-r", "-t", "all", "-j", ",".join(ids), "-o", form)
+    answer = call(argv, cluster=cluster, timeout_s=_TIMEOUT_S)
     if answer.code != 0 and "Invalid job id" not in answer.stderr:
         raise SlurmError(
             f"squeue: {answer.words}",
@@ -156,10 +157,9 @@ def _from_squeue(fields: list[str], cluster: str) -> Job:
 
 def _ask_sacct(ids: Sequence[str], cluster: str) -> tuple[Job, ...]:
     options = ("-D", "-X", "-n", "-P", f"--delimiter={_SEPARATOR}")
+    argv = ("sacct", *options, "-j", ",".join(ids), "-o", _SACCT_FIELDS)
     try:
-        answer = call(
-            _argv("sacct", cluster, *options, "-j", ",".join(ids), "-o", _SACCT_FIELDS), timeout_s=_TIMEOUT_S
-        )
+        answer = call(argv, cluster=cluster, timeout_s=_TIMEOUT_S)
     except SlurmError:
         return ()  # no accounting here, or none that answers
     lines = answer.lines if answer.code == 0 else []  # 1: "accounting storage is disabled"
@@ -177,10 +177,6 @@ def _from_sacct(fields: list[str], cluster: str) -> Job:
         nodes="" if nodes == "None assigned" else nodes, partition=partition, start_s=_epoch(start),
         end_s=_epoch(end), exit_code=_whole(code), exit_signal=_whole(number), name=name, source="accounting",
     )  # fmt: skip
-
-
-def _argv(program: str, cluster: str, *words: str) -> list[str]:
-    return [program, *(("-M", cluster) if cluster else ()), *words]
 
 
 def _split(lines: Sequence[str], num_fields: int) -> Iterator[list[str]]:

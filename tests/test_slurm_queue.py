@@ -148,6 +148,14 @@ def test_demand_10_the_tasks_of_an_array_are_jobs_of_their_own(slurm: FakeSlurm)
     assert "throttle" in explain(find_jobs([f"{array}_3"])[0], 0.0).words
 
 
+def test_a_job_of_another_cluster_is_asked_for_there(slurm: FakeSlurm) -> None:
+    slurm.answer("running", job_id="23")
+    job = find_job("23", cluster="far")
+    assert job is not None and job.cluster == "far"
+    asked = [*slurm.calls("squeue"), *slurm.calls("scontrol")]
+    assert len(asked) == 2 and all(argv[:2] == ["-M", "far"] for argv in asked)
+
+
 def test_values_with_blanks_come_through(slurm: FakeSlurm) -> None:
     slurm.answer("running", job_id="23")
     job = find_job("23")
