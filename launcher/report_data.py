@@ -11,6 +11,7 @@ from typing import Any
 from decompft.launcher.checkpoints import step_of
 from decompft.launcher.errors import UserError
 from decompft.launcher.json_lines import read_lines
+from decompft.launcher.lock_holders import lock_holders
 from decompft.launcher.outcome import Outcome, read_outcome, read_ranks
 from decompft.launcher.plan import Plan
 from decompft.launcher.report_scale import gaps
@@ -274,13 +275,5 @@ def last_written(run: RunDir) -> float | None:
 
 
 def is_held(lock: Path) -> bool:
-    """Whether a process of this machine holds the lock; asked of the kernel, since taking it would be in the way."""
-    try:
-        number = lock.stat().st_ino
-        held = Path("/proc/locks").read_text(encoding="ascii")
-    except (OSError, UnicodeDecodeError):
-        return False
-    return any(
-        len(words) > 5 and words[1] == "FLOCK" and words[5].rpartition(":")[2] == str(number)
-        for words in map(str.split, held.splitlines())
-    )
+    """Whether a living process of this machine holds the lock."""
+    return bool(lock_holders(lock))

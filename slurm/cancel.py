@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from decompft.launcher.errors import EXIT_DONE, EXIT_FAILED, SlurmError, UserError
+from decompft.launcher.lock_holders import lock_holders
 from decompft.launcher.outcome import write_atomic
 from decompft.launcher.report_text import duration
 from decompft.launcher.runs import RunDir
@@ -244,17 +245,7 @@ def _refuse_elsewhere(seen: Glance) -> None:
 def _launcher(run: RunDir) -> int | None:
     """The process that took the run's lock and still has it open; None when it is not there, or not ours."""
     lock = run.path / "lock"
-    try:
-        number = lock.stat().st_ino
-        held = Path("/proc/locks").read_text(encoding="ascii").splitlines()
-    except (OSError, UnicodeDecodeError):
-        return None
-    for words in map(str.split, held):
-        if len(words) > 5 and words[1] == "FLOCK" and words[5].rpartition(":")[2] == str(number):
-            pid = int(words[4])
-            if _has_open(pid, lock):
-                return pid
-    return None
+    return next((pid for pid in lock_holders(lock) if _has_open(pid, lock)), None)
 
 
 def _has_open(pid: int, path: Path) -> bool:
