@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from decompft.launcher.report import write_report
 from decompft.launcher.runs import RunDir
 
 SVG = "{http://www.w3.org/1999/xhtml}"  # inline in a document of that namespace
-T0 = 1_795_350_000.0
+T0 = (
+    float(round(time.time())) - 100.0
+)  # recent: else a timeline up to now has no room between what happened then
 GIB = 2**30
 Row = dict[str, Any]
 
