@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from decompft.launcher.checkpoints import FORMAT_VERSION, NAME, OLDEST_VERSION, find_problem, list_checkpoints
 from decompft.launcher.runs import RunDir
+from decompft.launcher.say import Say
 
 _LARGE_BYTES = 256 * 2**20  # hashing more takes long enough to wonder
 _INCARNATION = re.compile(r"-inc(\d+)")
@@ -69,7 +69,7 @@ def holds_checkpoints(path: Path) -> bool:
     return bool(list_checkpoints(path) or _leftover_paths(path))
 
 
-def survey(checkpoints_dir: Path, say: Callable[[str], None]) -> list[Found]:
+def survey(checkpoints_dir: Path, say: Say) -> list[Found]:
     """Every checkpoint of a folder, verified, oldest first.
 
     Args:
@@ -84,7 +84,7 @@ def survey(checkpoints_dir: Path, say: Callable[[str], None]) -> list[Found]:
     return [each for each in found if each.path.is_dir()]
 
 
-def examine(folder: Path, say: Callable[[str], None], *, which: str = "") -> Found:
+def examine(folder: Path, say: Say, *, which: str = "") -> Found:
     """One checkpoint; every file is hashed.
 
     Args:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from decompft.launcher.cli_runs import add_run_verbs
 from decompft.launcher.cli_tools import add_tools
 from decompft.launcher.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, DecompftError, UserError
+from decompft.launcher.say import to_stderr, warn
 
 if TYPE_CHECKING:
     from decompft.launcher.plan import Plan
@@ -79,7 +80,7 @@ def _launch(args: argparse.Namespace) -> int:
         return launch_sweep(args, path, recipe, lambda plan: _profile(args, plan))
     plan = planner.make(recipe)
     for warning in plan.warnings:
-        _warn(warning)
+        warn(warning)
     if args.slurm is not None:
         return _submit(args, plan, path.read_text(encoding="utf-8-sig"))
     return local.launch(
@@ -98,7 +99,7 @@ def _plan(args: argparse.Namespace) -> int:
 
     _, recipe = _recipe(args, strict=False)
     if recipe.sweep is not None:
-        _warn(
+        warn(
             "this is the plan of the recipe without its sweep; `decompft launch --dry-run` shows each task's"
         )
     plan = planner.make(recipe)
@@ -122,7 +123,7 @@ def _submit(args: argparse.Namespace, plan: Plan, recipe_text: str) -> int:
 
         print(train_script(plan, profile, run_dir=str(run_dir)), end="")
         return EXIT_DONE
-    jobs = submit_chain(plan, recipe_text, profile, chain, run_dir=run_dir, resume=args.resume, say=_say)
+    jobs = submit_chain(plan, recipe_text, profile, chain, run_dir=run_dir, resume=args.resume, say=to_stderr)
     for job in jobs:
         after = f", after job {job.after[0]}" if job.after else ""
         if job.kind == "train":
@@ -145,7 +146,7 @@ def _sbatch(args: argparse.Namespace) -> int:
         )
     plan = planner.make(recipe)
     for warning in plan.warnings:
-        _warn(warning)
+        warn(warning)
     run_dir = str(args.run_dir or Path("runs") / plan.name)
     text = train_script(plan, _profile(args, plan), run_dir=run_dir, recipe=(args.recipe, *args.overrides))
     print(text, end="")
@@ -157,7 +158,7 @@ def _profile(args: argparse.Namespace, plan: Plan) -> Profile:
     from decompft.slurm import profile
 
     if plan.world.device == "cpu" and os.environ.get("DECOMPFT_DEVICE") != "cpu":
-        _warn(
+        warn(
             "this machine has no GPU, so the job asks for none; for nodes that have them set parallel.gpu_memory_gib "
             "and parallel.gpus_per_node in the recipe, and DECOMPFT_DEVICE=cpu if none are meant"
         )
@@ -239,21 +240,13 @@ def _recipe(args: argparse.Namespace, *, strict: bool) -> tuple[Path, Recipe]:
     if "run_dir" in args:  # what `fetch` pinned for the run
         recipe = fetched.pinned(recipe, args.run_dir or Path("runs") / str(recipe.name))
     for warning in checking.check(recipe, strict=strict):
-        _warn(warning)
+        warn(warning)
     return path, recipe
 
 
 def _refuse_idle_chain(args: argparse.Namespace) -> None:
     if args.slurm is None and (args.chain or args.chain_merge or args.chain_eval):
         raise UserError("--chain: jobs follow each other in Slurm", "add --slurm")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
 
 
 # -- arguments --

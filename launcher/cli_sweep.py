@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from decompft.launcher.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, EXIT_USER, RunFailed
 from decompft.launcher.plan import Plan
 from decompft.launcher.recipe import Recipe
+from decompft.launcher.say import to_stderr, warn
 from decompft.launcher.sweep import Task, check_tasks, plan_tasks, tasks_of, words_of
 from decompft.launcher.sweep_folder import is_sweep, make_folder, tasks_to_run
 
@@ -37,10 +37,10 @@ def launch_sweep(
     assert recipe.name is not None and recipe.sweep is not None
     tasks = tasks_of(path, args.overrides)
     for warning in check_tasks(tasks, strict=not args.dry_run):
-        _say(f"warning: {warning}")
+        warn(warning)
     plans = plan_tasks(tasks)
     for warning in dict.fromkeys(warning for plan in plans for warning in plan.warnings):
-        _say(f"warning: {warning}")
+        warn(warning)
     run_dir = args.run_dir or Path("runs") / recipe.name
     text = path.read_text(encoding="utf-8-sig")
     if args.slurm is not None:
@@ -74,7 +74,7 @@ def _submit(
         return EXIT_DONE
     jobs = submit_sweep(
         recipe.name, tasks, plans, text, profile, chain,
-        run_dir=run_dir, resume=args.resume, throttle=throttle, say=_say,
+        run_dir=run_dir, resume=args.resume, throttle=throttle, say=to_stderr,
     )  # fmt: skip
     for job in jobs:
         after = f", after job {job.after[0]}" if job.after else ""
@@ -110,7 +110,7 @@ def _run(
                 dry_run=args.dry_run,
             )
         except RunFailed as error:
-            _say(f"error: {error}")
+            to_stderr(f"error: {error}")
             code = EXIT_FAILED
         codes.append(code)
         if code in (EXIT_USER, EXIT_AGAIN):  # the next one would be wrong too; or Ctrl-C means all
@@ -120,7 +120,3 @@ def _run(
 
         print("", *to_lines(read_table(run_dir)), sep="\n")
     return next((code for code in (EXIT_USER, EXIT_AGAIN, EXIT_FAILED) if code in codes), EXIT_DONE)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from decompft.launcher import checking, planner, shipped, source
 from decompft.launcher.drill_launch import Ended, Launch
-from decompft.launcher.ending import Say
 from decompft.launcher.errors import EXIT_DONE, EXIT_USER, PlanError, RecipeError, RunFailed, UserError
 from decompft.launcher.plan import Plan
 from decompft.launcher.runs import RunDir
+from decompft.launcher.say import Say
 
 FEWEST_STEPS = 8  # two saves, an evaluation between them, and room around each
 _OWN = ("train.max_steps", "train.epochs", "train.stop_after_steps", "train.early_stop_evals",

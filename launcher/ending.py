@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from decompft.launcher.failure import find_failure, log_tail
 from decompft.launcher.outcome import Outcome, read_outcome, write_outcome
 from decompft.launcher.runs import RunDir
-
-Say = Callable[[str], None]
+from decompft.launcher.say import Say
 
 
 def conclude(
@@ -45,9 +43,7 @@ def conclude(
     return outcome
 
 
-def report(
-    run: RunDir, incarnation: int, outcome: Outcome, *, again: str, say: Callable[[str], None]
-) -> None:
+def report(run: RunDir, incarnation: int, outcome: Outcome, *, again: str, say: Say) -> None:
     """Say how it ended and what to type next (`again`); a failure goes into events.jsonl in the same words."""
     if outcome.result == "finished":
         say(f"finished at step {outcome.step}: {run.path}")

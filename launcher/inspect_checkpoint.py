@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from decompft.launcher.checkpoint_survey import (
 )
 from decompft.launcher.errors import EXIT_DONE, EXIT_FAILED, UserError
 from decompft.launcher.runs import find_run
+from decompft.launcher.say import to_stderr
 
 _VALUE_WIDTH = 100  # of a printed value of the state; --json has all of it
 _HINT = "name a run, its folder checkpoints, or one checkpoint in it (RUN/checkpoints/step-NNNNNNNN)"
@@ -40,10 +40,10 @@ def inspect_checkpoint(path: str, *, as_json: bool) -> int:
     """
     place = _place(path)
     if is_checkpoint(place):
-        found = [examine(place, _say)]
+        found = [examine(place, to_stderr)]
         text, report = _one(found[0]), _one_report(found[0])
     else:
-        found, beside = survey(place, _say), leftovers(place)
+        found, beside = survey(place, to_stderr), leftovers(place)
         text, report = _many(place, found, beside), _many_report(place, found, beside)
     print(json.dumps(report, indent=1, sort_keys=True) if as_json else "\n".join(text))
     return EXIT_DONE if all(each.problem is None for each in found) else EXIT_FAILED
@@ -62,10 +62,10 @@ def pair_to_compare(first: str, second: str) -> tuple[Path, Path] | None:
     is_fine = True
     for typed in (first, second):
         place = _place(typed)
-        found = [examine(place, _say)] if is_checkpoint(place) else survey(place, _say)
+        found = [examine(place, to_stderr)] if is_checkpoint(place) else survey(place, to_stderr)
         for each in found:
             if each.problem is not None:
-                _say(f"{each.path}: {each.verdict}: {each.problem}")
+                to_stderr(f"{each.path}: {each.verdict}: {each.problem}")
         whole = [each.path for each in found if each.problem is None]
         if not found:
             raise UserError(f"{typed}: has no checkpoint to compare", _HINT)
@@ -73,7 +73,7 @@ def pair_to_compare(first: str, second: str) -> tuple[Path, Path] | None:
             is_fine = False
             continue
         if len(found) > 1:
-            _say(f"{typed}: {whole[-1].name} is its newest whole checkpoint")
+            to_stderr(f"{typed}: {whole[-1].name} is its newest whole checkpoint")
         pair.append(whole[-1])
     return (pair[0], pair[1]) if is_fine else None
 
@@ -280,7 +280,3 @@ def _aligned(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = (0, 2, 3,
         ).rstrip()
         for row in rows
     ]
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

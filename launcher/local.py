@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from decompft.launcher.causes import describe_exit
 from decompft.launcher.checkpoints import completed_at, put_back
-from decompft.launcher.ending import Say, report
+from decompft.launcher.ending import report
 from decompft.launcher.errors import EXIT_AGAIN, EXIT_FAILED, EXIT_USER, PlanError, RunFailed
 from decompft.launcher.job import base_env, free_port, make_job, prepare_argv
 from decompft.launcher.machine import detect
@@ -20,6 +20,7 @@ from decompft.launcher.plan import Forecast, Plan
 from decompft.launcher.refusals import absent_deepspeed
 from decompft.launcher.resume import Start, choose_start
 from decompft.launcher.runs import RunDir
+from decompft.launcher.say import Say
 from decompft.launcher.supervise import Interrupts, PortTaken, start, supervise
 
 if TYPE_CHECKING:

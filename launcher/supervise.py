@@ -12,12 +12,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from decompft.launcher.ending import Say, conclude
+from decompft.launcher.ending import conclude
 from decompft.launcher.failure import tail
 from decompft.launcher.job import MARK, JobSpec
 from decompft.launcher.outcome import Outcome, read_outcome
 from decompft.launcher.processes import marked
 from decompft.launcher.runs import RunDir
+from decompft.launcher.say import Say
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _POLL_S = 0.2

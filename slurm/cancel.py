@@ -16,13 +16,12 @@ from decompft.launcher.lock_holders import lock_holders
 from decompft.launcher.outcome import write_atomic
 from decompft.launcher.report_text import duration
 from decompft.launcher.runs import RunDir
+from decompft.launcher.say import Say
 from decompft.slurm.commands import call
 from decompft.slurm.glance import Glance, glance
 from decompft.slurm.queue import Job, find_jobs
 from decompft.slurm.run_files import cancelled_path, script_path
 from decompft.slurm.watch import again, main_job
-
-Say = Callable[[str], None]
 
 _MARGIN_S = (
     60.0  # beside checkpoint.grace_s: a long step, and a rank that looks for the stop file a little later

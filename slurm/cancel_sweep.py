@@ -6,7 +6,8 @@ from pathlib import Path
 
 from decompft.launcher.errors import EXIT_DONE
 from decompft.launcher.runs import RunDir
-from decompft.slurm.cancel import Say, cancel
+from decompft.launcher.say import Say
+from decompft.slurm.cancel import cancel
 from decompft.slurm.commands import call
 from decompft.slurm.run_list import list_runs
 from decompft.slurm.submit import read_submissions

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,11 +13,11 @@ from decompft.launcher.failure import find_failure, log_tail, tail
 from decompft.launcher.outcome import Outcome
 from decompft.launcher.report_data import Incarnation, checked_outcome, find_incarnations, read_events
 from decompft.launcher.runs import RunDir
+from decompft.launcher.say import Say
 from decompft.slurm.glance import glance
 from decompft.slurm.run_files import read_start
 from decompft.slurm.watch import Status, script_log, status_of
 
-Say = Callable[[str], None]
 EVERY, LAUNCHER = "all", "launcher"  # what --rank takes beside a number
 
 _POLL_S = 0.3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from decompft.launcher.job import PREPARE
 from decompft.launcher.plan import Plan
 from decompft.launcher.resume import choose_start
 from decompft.launcher.runs import RunDir
+from decompft.launcher.say import Say
 from decompft.launcher.sweep import Task, words_of
 from decompft.launcher.sweep_folder import make_folder, tasks_to_run
 from decompft.slurm.chain import Chain, step_path
@@ -76,7 +77,7 @@ def submit_sweep(
     run_dir: Path,
     resume: str | None,
     throttle: int | None,
-    say: Callable[[str], None],
+    say: Say,
 ) -> tuple[Submission, ...]:
     """Submit a sweep's tasks that have not finished.
 

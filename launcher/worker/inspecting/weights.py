@@ -15,6 +15,7 @@ from decompft.launcher.errors import AdapterError, ModelError, UserError
 from decompft.launcher.quantized_checkpoint import read_config_json, stored_format
 from decompft.launcher.recipe import ModelSection, QuantizationSection
 from decompft.launcher.runs import find_run
+from decompft.launcher.say import Say
 from decompft.launcher.worker.adapter_folder import adapter_folder
 from decompft.launcher.worker.build import open_source, outline_of
 from decompft.launcher.worker.inspecting.comparison import Comparison, compare
@@ -28,7 +29,6 @@ from decompft.launcher.worker.matching import Want, match_tensors
 from decompft.launcher.worker.modelfiles import resolve_model
 from decompft.launcher.worker.tensors import TensorSource
 
-Say = Callable[[str], None]
 Change = Callable[[str, Tensor], Tensor | None]  # a weight's name, the weight: the tuned one, or None
 
 
