@@ -97,9 +97,14 @@ def plan_tasks(tasks: Sequence[Task]) -> tuple[Plan, ...]:
     return tuple(plans)
 
 
+def word_of(value: Any) -> str:
+    """A parameter's value, as it is typed."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def words_of(parameters: Mapping[str, Any]) -> str:
     """`adapter.rank=8, train.learning_rate=0.001`"""
-    return ", ".join(f"{key}={_word(value)}" for key, value in parameters.items())
+    return ", ".join(f"{key}={word_of(value)}" for key, value in parameters.items())
 
 
 @contextmanager
@@ -125,10 +130,6 @@ def _refuse_idle(overrides: Sequence[str], parameters: Mapping[str, Any]) -> Non
 
 def _folder(index: int, chosen: Sequence[Chosen]) -> str:
     """Readable, and safe in a shell's pattern and in Slurm's file names; the number alone tells them apart."""
-    words = [f"{one.key.rpartition('.')[2]}_{_word(one.value)}" for one in chosen]
+    words = [f"{one.key.rpartition('.')[2]}_{word_of(one.value)}" for one in chosen]
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", f"{index:03d}-{'-'.join(words)}")
     return name[:_MOST_CHARACTERS].rstrip("._-")
-
-
-def _word(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from decompft.launcher.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED
 from decompft.launcher.report_data import read_events
 from decompft.launcher.report_text import number, plain
 from decompft.launcher.runs import RunDir
+from decompft.launcher.sweep import word_of
 from decompft.launcher.sweep_folder import Row, read_sweep
 from decompft.slurm.run_list import list_runs
 from decompft.slurm.watch import EXIT_HAND, Status
@@ -105,7 +105,7 @@ def to_json(table: Table) -> dict[str, Any]:
 
 
 def _cells(result: Result, keys: list[str]) -> list[str]:
-    values = [plain(_word(result.row.parameters.get(key))) for key in keys]
+    values = [plain(word_of(result.row.parameters.get(key))) for key in keys]
     status = result.status
     if status is None:
         return [str(result.row.index), *values, result.state, "-", "-", "-", "-"]
@@ -144,7 +144,3 @@ def _loss(result: Result) -> float | None:
 
 def _last(value: float | None) -> float:
     return math.inf if value is None else value
-
-
-def _word(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
