@@ -50,7 +50,10 @@ class Submitted:
 
 
 class FakeSbatch:
-    """The programs' folder, and what they were asked."""
+    """The programs' folder, and what they were asked.
+
+    The test works in `folder`, and plans for CPUs.
+    """
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.folder, bin_folder = folder / "sbatch", folder / "bin"
@@ -60,6 +63,8 @@ class FakeSbatch:
             path = bin_folder / name
             path.write_text(_PROGRAM.format(python=sys.executable, folder=str(self.folder)))
             path.chmod(0o755)
+        patch.chdir(folder)
+        patch.setenv("DECOMPFT_DEVICE", "cpu")
         patch.setenv("PATH", f"{bin_folder}:{os.environ['PATH']}")
 
     def refuse(self, kind: str) -> None:

@@ -23,8 +23,6 @@ pytestmark = pytest.mark.dist
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSbatch:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DECOMPFT_DEVICE", "cpu")
     return FakeSbatch(tmp_path, monkeypatch)
 
 

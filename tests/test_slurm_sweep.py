@@ -29,8 +29,6 @@ FOLDERS = [
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSbatch:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DECOMPFT_DEVICE", "cpu")
     return FakeSbatch(tmp_path, monkeypatch)
 
 
