@@ -29,6 +29,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is planned here is planned without GPUs, on a machine that has some too."""
+    monkeypatch.setenv("DECOMPFT_DEVICE", "cpu")
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny Llama; never changed."""

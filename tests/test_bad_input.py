@@ -34,12 +34,9 @@ from decompft.launcher.worker.tokenizers import byte_tokenizer, save_tokenizer
 from decompft.launcher.worker.tools import prepare
 from decompft.launcher.worker.tools.main import run_tool
 
+pytestmark = pytest.mark.usefixtures("on_a_cpu")
+
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(autouse=True)
-def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DECOMPFT_DEVICE", "cpu")
 
 
 @pytest.fixture(scope="module")

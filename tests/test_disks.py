@@ -36,12 +36,9 @@ from decompft.launcher.runs import RunDir
 from decompft.launcher.worker.tools import prepare
 from decompft.launcher.worker.tools.main import run_tool
 
+pytestmark = pytest.mark.usefixtures("on_a_cpu")
+
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(autouse=True)
-def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DECOMPFT_DEVICE", "cpu")
 
 
 def mounted(place: Path, size: str) -> Iterator[Path]:

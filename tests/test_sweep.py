@@ -13,6 +13,8 @@ from decompft.launcher.outcome import Outcome, write_outcome
 from decompft.launcher.sweep import Task, check_tasks, plan_tasks, tasks_of
 from decompft.launcher.sweep_folder import Row, is_sweep, make_folder, read_sweep, tasks_to_run
 
+pytestmark = pytest.mark.usefixtures("on_a_cpu")
+
 RECIPE = """\
 name: tiny
 model: {config: {model_type: llama, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2,
@@ -35,11 +37,6 @@ def error(folder: Path, *lines: str, overrides: tuple[str, ...] = ()) -> str:
     with pytest.raises(RecipeError) as caught:
         tasks(folder, *lines, overrides=overrides)
     return str(caught.value).replace(f"{folder}/", "")
-
-
-@pytest.fixture(autouse=True)
-def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DECOMPFT_DEVICE", "cpu")
 
 
 def test_every_combination_is_a_task_the_last_key_fastest(tmp_path: Path) -> None:
