@@ -1,20 +1,21 @@
 """What the user wrote: the recipe's sections, keys, types and defaults.
 
-A default stands here and nowhere else. `source.py` turns text into these objects and errors
-into places; `plan.py` decides what a recipe leaves open ("auto").
+A default stands here, or in a section's own recipe_*.py, and nowhere else. `source.py` turns text into these
+objects and errors into places; `plan.py` decides what a recipe leaves open ("auto").
 """
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from decompft.launcher.recipe_adapter import AdapterOverride as AdapterOverride
 from decompft.launcher.recipe_adapter import AdapterSection as AdapterSection
 from decompft.launcher.recipe_section import Names as Names
 from decompft.launcher.recipe_section import Section as Section
+from decompft.launcher.recipe_slurm import SlurmSection as SlurmSection
+from decompft.launcher.recipe_sweep import SweepSection as SweepSection
 from decompft.launcher.strategies import STRATEGIES, Strategy
 
 Task = Literal["causal-lm", "sequence-classification"]
@@ -280,74 +281,6 @@ class LoggingSection(Section):
     tensorboard: bool = Field(True, description="write event files into the run directory")
     wandb: WandbSection | None = Field(None, description="also log to Weights & Biases")
     mlflow: MlflowSection | None = Field(None, description="also log to MLflow")
-
-
-class SlurmSection(Section):
-    """What is asked of Slurm; what stands here wins over the site's profile."""
-
-    profile: str | None = Field(
-        None,
-        description="the site's description: a name, or a path that ends in .yaml (docs/slurm-profiles.md)",
-    )
-    time: str | None = Field(
-        None, pattern=r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$", description="wall time, HH:MM:SS or D-HH:MM:SS"
-    )
-    partition: str | None = Field(None, description="partition, as sbatch --partition")
-    account: str | None = Field(None, description="account, as sbatch --account")
-    cpus_per_task: int | None = Field(None, ge=1, description="cores a node's task gets")
-    mem: str | None = Field(None, pattern=r"^\d+[KMGT]?$", description="memory a node, e.g. 64G")
-    spares: int = Field(
-        0, ge=0, description="nodes asked for besides, one of which takes the place of a node that dies"
-    )
-    max_failures: int = Field(
-        3, ge=1, description="failures in a row without a step of progress after which a job gives up"
-    )
-
-
-def _may_be_swept(key: str) -> str:
-    if not re.fullmatch(r"[^.\[\]]+(\.[^.\[\]]+|\[\d+\])*", key):
-        raise ValueError("this is not a key of a recipe; write it in full, e.g. adapter.rank")
-    for fixed, why in _NOT_SWEPT.items():
-        if key == fixed or key.startswith((f"{fixed}.", f"{fixed}[")):
-            raise ValueError(f"{fixed} cannot be swept: {why}")
-    return key
-
-
-def _differ(values: list[Any]) -> list[Any]:
-    for i, value in enumerate(values):
-        if value in values[:i]:
-            raise ValueError(f"{value!r} is there twice")
-    return values
-
-
-def _some_keys(parameters: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    if not parameters:
-        raise ValueError("no key is named; write one with its values, e.g. adapter.rank: [4, 8]")
-    return parameters
-
-
-SweptKey = Annotated[str, AfterValidator(_may_be_swept)]
-SweptValues = Annotated[list[Any], Field(min_length=1), AfterValidator(_differ)]
-
-# tasks of an array are jobs of the same size
-_NOT_SWEPT = {
-    "name": "each task is named after its number", "sweep": "a sweep of sweeps is one with more parameters",
-    "slurm": "the tasks are one job array", "parallel.nodes": "the tasks are one job array",
-    "parallel.gpus_per_node": "the tasks are one job array",
-}  # fmt: skip
-
-
-class SweepSection(Section):
-    """The same recipe with each combination of some values: a run for each (docs/sweep.md)."""
-
-    parameters: Annotated[dict[SweptKey, SweptValues], AfterValidator(_some_keys)] = Field(
-        description="section.key: [value, value]; all combinations are run, the last key varies fastest"
-    )
-    throttle: int | None = Field(
-        None,
-        ge=1,
-        description="with --slurm: tasks that run at the same time; default: as many as Slurm starts",
-    )
 
 
 class Recipe(Section):

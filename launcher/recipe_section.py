@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+KEY = re.compile(r"[^.\[\]]+(\.[^.\[\]]+|\[\d+\])*")  # of a value: adapter.rank, data.train[0].path
 Names = Annotated[list[str], Field(min_length=1)]
 
 

@@ -17,7 +17,7 @@ from decompft.adapters.spec import ADAPTER_SPECS
 from decompft.launcher.errors import RecipeError
 from decompft.launcher.packaged import is_packaged
 from decompft.launcher.recipe import AdapterSection, Recipe
-from decompft.launcher.recipe_section import Section
+from decompft.launcher.recipe_section import KEY, Section
 from decompft.launcher.yaml_tree import KeyPath, Mark, Tree, dotted, read
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ def _apply(value: dict[str, Any], override: str) -> _Change:
     """Write `section.key=value` into the recipe's values."""
     key, equals, text = override.partition("=")
     here = f"override {override}"
-    if not equals or not re.fullmatch(r"[^.\[\]]+(\.[^.\[\]]+|\[\d+\])*", key):
+    if not equals or not KEY.fullmatch(key):
         raise RecipeError(
             f"{here}: this is not KEY=VALUE", "e.g. adapter.rank=8 or data.train[0].path=my.jsonl"
         )

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from decompft.launcher.errors import ProfileError, RecipeError
 from decompft.launcher.recipe_section import Section
+from decompft.launcher.recipe_slurm import Memory, Time
 from decompft.slurm.profile_environment import Environment, NoEnvironment
 from decompft.slurm.profile_values import (
     Directive,
@@ -22,9 +23,7 @@ from decompft.slurm.profile_values import (
     Interface,
     Line,
     LogFolder,
-    Memory,
     ModuleName,
-    Time,
 )
 
 MailEvent = Literal[

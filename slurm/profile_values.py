@@ -13,8 +13,6 @@ from pydantic import AfterValidator, Field
 
 # what sbatch takes as it stands: a feature list (a&b|[c*2]), a GRES (gpu:a100:4), a mail address
 HEADER_TEXT = re.compile(r"[\w.,:@%+/=*\[\]&|!()-]+", re.ASCII)
-_TIME = r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$"
-_MEMORY = r"^\d+[KMGT]?$"
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # whole words of a name, or how one ends: HF_TOKEN, APIKEY, but not TOKENIZERS_PARALLELISM
 _SECRET = re.compile(
@@ -176,5 +174,3 @@ ModuleName = Annotated[str, AfterValidator(_module)]
 Mount = Annotated[str, AfterValidator(_mount)]
 Option = Annotated[str, AfterValidator(_long_option)]
 Interface = Annotated[str, AfterValidator(_interface)]
-Time = Annotated[str, Field(pattern=_TIME)]
-Memory = Annotated[str, Field(pattern=_MEMORY)]
