@@ -22,7 +22,7 @@ from decompft.launcher.worker.description import describe_adapter
 from decompft.launcher.worker.engines.base import Engine
 from decompft.launcher.worker.matching import match_tensors
 from decompft.launcher.worker.modelfiles import identity, resolve_model
-from decompft.launcher.worker.peft_read import PeftFolder, ReadLayer, open_peft, read_peft
+from decompft.launcher.worker.peft_read import MERGE_HINT, PeftFolder, ReadLayer, open_peft, read_peft
 from decompft.launcher.worker.state import place_adapter
 from decompft.launcher.worker.tokenizers import load_tokenizer, save_tokenizer
 
@@ -156,7 +156,7 @@ def _refuse_scaled_biases(peft: PeftFolder, bare: Outline, layers: dict[str, Rea
         if layer.method == "ia3" and bare.hf.get_submodule(name).bias is not None:
             raise AdapterError(
                 f"{peft.folder}: {name} has a bias, which PEFT's IA3 scales with the output; ia3 here scales W x alone",
-                "merge it with peft (merge_and_unload) and name the merged model as model.id, or --base",
+                MERGE_HINT,
             )
 
 

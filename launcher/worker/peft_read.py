@@ -16,7 +16,7 @@ from torch import Tensor
 from decompft.launcher.errors import AdapterError
 from decompft.launcher.worker.peft_forms import DELORA_EPS, PREFIX
 
-_MERGE = "merge it with peft (merge_and_unload) and name the merged model as model.id, or --base"
+MERGE_HINT = "merge it with peft (merge_and_unload) and name the merged model as model.id, or --base"
 # they start as any LoRA does, and leave the base alone
 _HARMLESS_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 # fields that change nothing once training is over, or that the names and shapes of the tensors say again
@@ -113,7 +113,7 @@ def read_peft(peft: PeftFolder, linears: Mapping[str, tuple[int, int]]) -> ReadA
     """
     if peft.kind not in _READERS:
         raise AdapterError(
-            f"{peft.folder}: its peft_type is {peft.kind}; decompft reads {', '.join(_READERS)}", _MERGE
+            f"{peft.folder}: its peft_type is {peft.kind}; decompft reads {', '.join(_READERS)}", MERGE_HINT
         )
     _refuse_settings(peft)
     read, parts = _READERS[peft.kind]
@@ -126,7 +126,7 @@ def read_peft(peft: PeftFolder, linears: Mapping[str, tuple[int, int]]) -> ReadA
         elif re.search(r"\.lora_embedding_[AB]$|\.hira_embedding_[AB]$", key):
             raise AdapterError(
                 f"{peft.folder}: {key}: an adapter of an embedding; decompft adapts linear layers, and trains "
-                "embeddings whole", _MERGE,
+                "embeddings whole", MERGE_HINT,
             )  # fmt: skip
         elif not key.startswith("base_model.vera_"):
             rest[key] = tensor
@@ -161,11 +161,11 @@ def _refuse_settings(peft: PeftFolder) -> None:
     for name, value in config.items():
         if name not in _IGNORED and value:
             raise AdapterError(
-                f"{peft.folder}: {name} is {json.dumps(value)}, which no method here computes", _MERGE
+                f"{peft.folder}: {name} is {json.dumps(value)}, which no method here computes", MERGE_HINT
             )
     if config.get("bias", "none") != "none":
         raise AdapterError(
-            f"{peft.folder}: bias is {config['bias']!r}: it trained biases of the base", _MERGE
+            f"{peft.folder}: bias is {config['bias']!r}: it trained biases of the base", MERGE_HINT
         )
     start = config.get("init_lora_weights")
     if start not in _HARMLESS_STARTS:
@@ -294,7 +294,7 @@ def _refuse_convolution(peft: PeftFolder, name: str, tensor: Tensor) -> None:
     if tensor.dim() != 2:
         raise AdapterError(
             f"{peft.folder}: {name} is a convolution (its tensor has {tensor.dim()} dimensions); decompft adapts "
-            "linear layers", _MERGE,
+            "linear layers", MERGE_HINT,
         )  # fmt: skip
 
 
