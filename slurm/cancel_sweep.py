@@ -28,7 +28,7 @@ def cancel_sweep(path: Path, *, now: bool, say: Say) -> int:
     # the array waited for it; one that has ended is cancelled without a word
     for submission in read_submissions(RunDir(path)):
         if submission.kind == "prepare":
-            call(["scancel", submission.job_id])
+            call(["scancel", submission.job_id], cluster=submission.cluster)
     if not statuses:
         say(f"{path}: nothing of it is queued or running")
     return max(codes, default=EXIT_DONE)

@@ -92,7 +92,7 @@ def submit_chain(
     except SlurmError:
         # half a chain is of no use; the last first, or one would start as its forerunner ends
         for submission in reversed(done):
-            call(["scancel", submission.job_id])
+            call(["scancel", submission.job_id], cluster=submission.cluster)
         raise
     return tuple(done)
 

@@ -126,7 +126,7 @@ def submit_script(
     python = _own_python(profile)
     done = call(argv, env={"DECOMPFT_PYTHON": python} if python else {})
     if done.code != 0 or not done.lines:
-        raise SlurmError(f"sbatch refused {script}: {_words(done.stderr)}", f"try it: {shlex.join(argv)}")
+        raise SlurmError(f"sbatch refused {script}: {done.words}", f"try it: {shlex.join(argv)}")
     job_id, _, cluster = done.lines[-1].strip().partition(";")
     submission = Submission(
         job_id=job_id, cluster=cluster, kind=kind, script=name, after=tuple(after), array=array, python=python,
@@ -152,11 +152,11 @@ def check_script(text: str) -> str:
     done = call(["sbatch", "--test-only"], stdin=text)
     if done.code != 0:
         raise SlurmError(
-            f"Slurm would refuse this job: {_words(done.stderr)}",
+            f"Slurm would refuse this job: {done.words}",
             "change the recipe's slurm section or the profile; `decompft doctor --slurm PROFILE` compares it with "
             "the cluster",
         )
-    return _words(done.stderr)
+    return done.words
 
 
 def read_submissions(run: RunDir) -> list[Submission]:
@@ -182,7 +182,7 @@ def refuse_living(*runs: RunDir) -> None:
     # an unknown id beside a known one is no error, alone it is: ask about all of this user's
     answer = call(["squeue", "--me", "--noheader", "--array", "--format=%F %K"])
     if answer.code != 0:
-        raise SlurmError(f"squeue: {_words(answer.stderr)}", "try again when the controller answers")
+        raise SlurmError(f"squeue: {answer.words}", "try again when the controller answers")
     rows = [line.split() for line in answer.lines]
     known = {word for row in rows for word in (row[0], "_".join(row))}  # of an array its id, and each task's
     living = [(run, job) for run, job in ids if job in known]
@@ -204,8 +204,3 @@ def _own_python(profile: Profile) -> str:
 
 def _jobs_path(run: RunDir) -> Path:
     return run.path / "slurm/jobs.jsonl"
-
-
-def _words(stderr: str) -> str:
-    lines = [line.removeprefix("sbatch: ").removeprefix("error: ").strip() for line in stderr.splitlines()]
-    return "; ".join(line for line in lines if line) or "it does not say why"

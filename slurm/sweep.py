@@ -129,7 +129,7 @@ def submit_sweep(
         )
     except SlurmError:
         for submission in done:
-            call(["scancel", submission.job_id])
+            call(["scancel", submission.job_id], cluster=submission.cluster)
         raise
     for task, run in zip(left, runs, strict=True):
         row = replace(array, job_id=f"{array.job_id}_{task.index}", array=None, script=f"../{SCRIPT}")
