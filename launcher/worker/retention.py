@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from decompft.launcher.checkpoints import FORMAT_VERSION, list_checkpoints, step_of
+from decompft.launcher.runs import RunDir
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,8 @@ def rotate(new: Path, rule: Retention, incarnation: int) -> None:
     found: list[Kept] = []
     damaged: list[Path] = []
     folders = list_checkpoints(new.parent)
-    if any(_writer(folder) > incarnation for folder in folders):
+    newest = RunDir(new.parent.parent).newest_incarnation()
+    if any(incarnation < _writer(folder) <= newest for folder in folders):
         return  # a rank that was frozen since its rename: the run goes on elsewhere, and what is here is its matter
     for folder in folders:
         if step_of(folder) > step_of(new):
