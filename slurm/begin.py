@@ -6,7 +6,7 @@ import argparse
 import os
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 
 from decompft.launcher import checking, fetched, machine, planner, shipped, source
@@ -15,8 +15,9 @@ from decompft.launcher.errors import EXIT_FAILED, PlanError, SlurmError, UserErr
 from decompft.launcher.outcome import read_outcome
 from decompft.launcher.plan import Plan
 from decompft.launcher.recipe import Recipe
-from decompft.launcher.resume import choose_start
+from decompft.launcher.resume import Start, choose_start
 from decompft.launcher.runs import RunDir
+from decompft.launcher.say import Say
 from decompft.slurm.after import (
     Job,
     Record,
@@ -30,15 +31,13 @@ from decompft.slurm.after import (
 )
 from decompft.slurm.frozen import read_frozen
 from decompft.slurm.run_files import (
-    Start,
+    JobStart,
     forget_cancelling,
     measured_save_s,
     read_start,
     script_path,
     write_start,
 )
-
-Say = Callable[[str], None]
 
 # beside the measured save: the slowest step, and ranks that notice the stop a little later
 _PATIENCE_S = 60.0
@@ -66,21 +65,18 @@ def begin(args: argparse.Namespace, say: Say) -> tuple[object, ...]:
     if hosts and args.device == "cuda" and (why := _gpus_missing()):
         return _without_this_node(run, record, recipe, args, f"{hosts[0]} is not fit to train: {why}", say)
     if len(hosts) < recipe.parallel.fewest_nodes:
-        say(f"{len(hosts)} of {len(given)} nodes are fit, {recipe.parallel.fewest_nodes} are needed")
-        run.append_event("requeue", reason="too few fit nodes", job_id=args.job, exclude=[])
+        why = f"{len(hosts)} of {len(given)} nodes are fit, {recipe.parallel.fewest_nodes} are needed"
         # given back a node that was left out before: Slurm must be told again
         came_back = set(given) & set(record.excluded)
-        return "requeue", ",".join(record.excluded) if came_back else "-"
+        return _back_to_the_queue(run, args, why, record.excluded if came_back else (), say)
     plan = _plan(recipe, len(hosts), args.device, say)
     hosts = hosts[: plan.world.nodes]
+    address = address_towards(hosts[1] if len(hosts) > 1 else "")
     put_back(run.checkpoints_dir)
     forget_cancelling(run, args.job)
     start = choose_start(plan, run_dir=args.run_dir, resume="auto")
-    for note in start.notes:
-        say(note)
-    step = 0 if start.checkpoint is None else step_of(start.checkpoint)
     if _left_no_word(run):
-        record = count_stop(record, step)
+        record = count_stop(record, _step(start))
         if why := too_short(record):
             say(f"{why}, and it left no word each time; look at {run.path / 'logs'}")
             write_record(run, replace(record, gave_up=True))
@@ -88,18 +84,19 @@ def begin(args: argparse.Namespace, say: Say) -> tuple[object, ...]:
     run.record(recipe_text=text, plan=plan)
     incarnation = run.next_incarnation()
     saved = list_checkpoints(run.checkpoints_dir)
-    if saved and step_of(saved[-1]) > step:
+    if saved and step_of(saved[-1]) > _step(start):
         # a rank that was thought dead has saved until the claim; from now on it cannot
         start = choose_start(plan, run_dir=args.run_dir, resume="auto")
-        step = 0 if start.checkpoint is None else step_of(start.checkpoint)
-    write_record(run, replace(record, step=step))
+    for note in start.notes:
+        say(note)
+    write_record(run, replace(record, step=_step(start)))
     _note_job(run, incarnation, args, hosts)
     run.append_event(
         "start", incarnation=incarnation, world_size=plan.world.size, slurm_job=args.job,
         checkpoint=None if start.checkpoint is None else str(start.checkpoint), nodes=list(hosts),
     )  # fmt: skip
     return (
-        "start", incarnation, address_towards(hosts[1] if len(hosts) > 1 else ""), len(hosts), ",".join(hosts),
+        "start", incarnation, address, len(hosts), ",".join(hosts),
         round(plan.recipe.checkpoint.grace_s + 2 * measured_save_s(run) + _PATIENCE_S),
         "-" if start.checkpoint is None else start.checkpoint.name,
     )  # fmt: skip
@@ -168,11 +165,19 @@ def _without_this_node(
     )  # fmt: skip
     decision = decide_unfit(job.hosts[:1], job.hosts, record, job, cap=recipe.slurm.max_failures)
     write_record(run, decision.record)
-    say(f"{why}; {decision.why}")
     if decision.act == "exit":
+        say(f"{why}; {decision.why}")
         return "exit", decision.code
-    run.append_event("requeue", reason=why, job_id=args.job, exclude=list(decision.exclude))
-    return "requeue", ",".join(decision.record.excluded)
+    return _back_to_the_queue(run, args, why, decision.record.excluded, say)
+
+
+def _back_to_the_queue(
+    run: RunDir, args: argparse.Namespace, why: str, without: Sequence[str], say: Say
+) -> tuple[object, ...]:
+    say(why)
+    run.path.mkdir(parents=True, exist_ok=True)  # of a script that was submitted by hand there is none yet
+    run.append_event("requeue", reason=why, job_id=args.job, exclude=list(without))
+    return "requeue", ",".join(without) or "-"
 
 
 def _plan(recipe: Recipe, num_hosts: int, device: str, say: Say) -> Plan:
@@ -199,6 +204,10 @@ def _plan(recipe: Recipe, num_hosts: int, device: str, say: Say) -> Plan:
     raise problem
 
 
+def _step(start: Start) -> int:
+    return 0 if start.checkpoint is None else step_of(start.checkpoint)
+
+
 def _left_no_word(run: RunDir) -> bool:
     """Whether the job that was here last was killed before it could say how its ranks ended."""
     before = run.incarnation_dir(run.newest_incarnation())
@@ -206,7 +215,7 @@ def _left_no_word(run: RunDir) -> bool:
 
 
 def _note_job(run: RunDir, incarnation: int, args: argparse.Namespace, hosts: tuple[str, ...]) -> None:
-    start = Start(job_id=args.job, task=args.task or None, restart=args.restart, nodes=hosts)
+    start = JobStart(job_id=args.job, task=args.task or None, restart=args.restart, nodes=hosts)
     write_start(run.incarnation_dir(incarnation), start)
     script = script_path(run)
     if args.script is not None and not script.exists() and args.script.is_file():

@@ -17,7 +17,7 @@ from decompft.launcher.plan import Plan
 from decompft.launcher.report_data import checked_outcome, is_held, last_written
 from decompft.launcher.report_verdict import Total, total_steps
 from decompft.launcher.runs import RunDir
-from decompft.slurm.run_files import Start, cancelled_path, read_start
+from decompft.slurm.run_files import JobStart, cancelled_path, read_start
 from decompft.slurm.submit import Submission, read_submissions
 
 _TAIL_BYTES = 64 * 1024
@@ -32,7 +32,7 @@ class Glance:
     plan: Plan | None  # None: of another version, or damaged
     incarnation: int  # the newest; 0 before the first
     outcome: Outcome | None  # of the newest
-    start: Start | None  # of the newest; None outside of Slurm
+    start: JobStart | None  # of the newest; None outside of Slurm
     step: int  # optimizer steps done, as far as it is known
     saved_step: int | None  # of the newest checkpoint
     total: Total

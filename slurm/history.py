@@ -9,7 +9,7 @@ from decompft.launcher.report_data import Incarnation, find_incarnations, read_e
 from decompft.launcher.report_text import plain
 from decompft.slurm.queue import Job, past_rows
 from decompft.slurm.reasons import explain
-from decompft.slurm.run_files import Start, read_start
+from decompft.slurm.run_files import JobStart, read_start
 from decompft.slurm.watch import Status
 
 
@@ -72,7 +72,7 @@ def _took(this: Incarnation, end_s: float | None) -> float | None:
 
 
 def _end(
-    outcome: Outcome | None, start: Start | None, rows: tuple[Job, ...], now_s: float, *, is_living: bool
+    outcome: Outcome | None, start: JobStart | None, rows: tuple[Job, ...], now_s: float, *, is_living: bool
 ) -> tuple[str, str]:
     if is_living:
         return "running", "running"

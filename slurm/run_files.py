@@ -15,7 +15,7 @@ SCRIPT = "slurm/train.sbatch"  # below the run directory, as the scripts of othe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
+class JobStart:
     """The Slurm job that an incarnation ran in: its slurm.json."""
 
     job_id: str  # of an array's task the raw one: 28, not 27_0
@@ -24,7 +24,7 @@ class Start:
     nodes: tuple[str, ...]
 
 
-def write_start(folder: Path, start: Start) -> None:
+def write_start(folder: Path, start: JobStart) -> None:
     """Leave slurm.json in an incarnation's folder."""
     row = {
         "job_id": start.job_id, "restart": start.restart, "task": start.task, "nodes": list(start.nodes),
@@ -33,13 +33,13 @@ def write_start(folder: Path, start: Start) -> None:
     write_atomic(folder / "slurm.json", json.dumps(row, sort_keys=True) + "\n")
 
 
-def read_start(folder: Path) -> Start | None:
+def read_start(folder: Path) -> JobStart | None:
     """An incarnation's slurm.json; None without one."""
     try:
         row = json.loads((folder / "slurm.json").read_bytes())
         nodes = tuple(str(name) for name in row["nodes"])
         task = None if row.get("task") is None else str(row["task"])
-        return Start(job_id=str(row["job_id"]), task=task, restart=int(row["restart"]), nodes=nodes)
+        return JobStart(job_id=str(row["job_id"]), task=task, restart=int(row["restart"]), nodes=nodes)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

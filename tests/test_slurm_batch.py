@@ -88,6 +88,7 @@ def test_begin_takes_as_many_nodes_as_come_and_as_the_batch_allows(
         hosts = " ".join(NODES.split()[:count])
         return begin(f"parallel.nodes={nodes}", capsys=capsys, hosts=hosts)
 
+    assert taken(2, "3-4") == ["requeue", "-"]  # before there is a run
     assert taken(4, "1-4")[3:5] == ["4", NODES.replace(" ", ",")]
     assert taken(3, "1-4")[3:5] == ["2", "127.0.0.1,127.0.0.2"]  # four rows cannot be spread over three
     assert taken(4, "1")[3:5] == ["1", "127.0.0.1"]  # the others are spares
