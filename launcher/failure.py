@@ -29,6 +29,9 @@ from decompft.launcher.runs import RunDir
 
 _TAIL_BYTES = 64 * 1024
 _DISK_FULL_BYTES = 1 << 20
+_SIGNALS = {
+    signal.strsignal(number): int(number) for number in signal.valid_signals()
+}  # by srun's word for them
 
 
 class _Blame(IntEnum):
@@ -57,7 +60,7 @@ class _Suspect:
 
 @dataclass(frozen=True, kw_only=True)
 class _Dead:
-    """A process that torchrun saw fail."""
+    """A process that torchrun, or srun, saw fail."""
 
     rank: int
     host: str
@@ -76,7 +79,7 @@ def find_failure(run: RunDir, incarnation: int, returncode: int, *, oom_kills: i
     if hang is not None:
         return hang.outcome()
     agent_log = _before_srun_ended_it(tail(run.launcher_log(incarnation)))
-    dead = list(_dead_ranks(agent_log))
+    dead = list(_dead_ranks(agent_log)) or list(_dead_tasks(agent_log, world.ranks_per_node))
     ranks = read_ranks(folder)
     suspects = [_speaker(told, rank) for rank, told in ranks.items()]
     silent = [d for d in dead if d.rank not in ranks]
@@ -240,3 +243,18 @@ def _dead_ranks(agent_log: str) -> Iterator[_Dead]:
     )
     for host, rank, code in reversed(re.findall(block, agent_log, re.MULTILINE)):
         yield _Dead(rank=int(rank), host=host, code=int(code))
+
+
+def _dead_tasks(agent_log: str, ranks_per_node: int) -> Iterator[_Dead]:
+    """Every task that srun saw fail before it ended the others, the first one first.
+
+    Its lines are `srun: error: vn-2: task 1: Killed`, `... tasks 4-7: Exited with exit code 127`. A task is a rank, or
+    torchrun on a node: of one that could say itself what it saw, srun's code 1 is no news.
+    """
+    before = agent_log.partition("Terminating StepId=")[0]
+    has_torchrun = "torch/distributed/" in agent_log
+    line = r"srun: error: (\S+): tasks? (\d+)[\d,-]*: (?:Exited with exit code (\d+)|([A-Z][a-z][a-z ]+))"
+    for host, task, code, words in re.findall(line, before):
+        known = int(code) if code else -_SIGNALS.get(words.strip(), 0)
+        if known < 0 or known > 125 or (known and not has_torchrun):
+            yield _Dead(rank=int(task) * (ranks_per_node if has_torchrun else 1), host=host, code=known)

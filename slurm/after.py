@@ -122,8 +122,8 @@ def decide_unfit(
 
 
 def begin_again(record: Record) -> Record:
-    """Whoever submits a run again that gave up has changed something: it counts from the beginning."""
-    return replace(record, failures=0, idle_stops=0, gave_up=False) if record.gave_up else record
+    """Whoever submits a run again that gave up has changed something: it counts from the beginning, with all nodes."""
+    return Record(step=record.step) if record.gave_up else record
 
 
 def count_stop(record: Record, saved_step: int) -> Record:
@@ -187,14 +187,8 @@ def read_record(run: RunDir) -> Record:
         row: dict[str, Any] = json.loads(_path(run).read_bytes())
     except (OSError, ValueError):
         return Record()
-    return Record(
-        failures=row["failures"],
-        step=row["step"],
-        suspects=row["suspects"],
-        excluded=tuple(row["excluded"]),
-        idle_stops=row.get("idle_stops", 0),
-        gave_up=row.get("gave_up", False),
-    )
+    known = {key: row[key] for key in asdict(Record()) if key in row} if isinstance(row, dict) else {}
+    return Record(**{**known, "excluded": tuple(known.get("excluded", ()))})
 
 
 def write_record(run: RunDir, record: Record) -> None:

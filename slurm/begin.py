@@ -66,6 +66,10 @@ def begin(args: argparse.Namespace, say: Say) -> tuple[object, ...]:
         return _without_this_node(run, record, recipe, args, f"{hosts[0]} is not fit to train: {why}", say)
     if len(hosts) < recipe.parallel.fewest_nodes:
         why = f"{len(hosts)} of {len(given)} nodes are fit, {recipe.parallel.fewest_nodes} are needed"
+        record = count_stop(record, record.step)
+        if too_long := too_short(record):
+            return _ends_here(run, record, f"{why}; {too_long}", say)
+        write_record(run, record)
         # given back a node that was left out before: Slurm must be told again
         came_back = set(given) & set(record.excluded)
         return _back_to_the_queue(run, args, why, record.excluded if came_back else (), say)
@@ -78,9 +82,9 @@ def begin(args: argparse.Namespace, say: Say) -> tuple[object, ...]:
     if _left_no_word(run):
         record = count_stop(record, _step(start))
         if why := too_short(record):
-            say(f"{why}, and it left no word each time; look at {run.path / 'logs'}")
-            write_record(run, replace(record, gave_up=True))
-            return "exit", EXIT_FAILED
+            return _ends_here(
+                run, record, f"{why}, or it is killed without a word; look at {run.path / 'logs'}", say
+            )
     run.record(recipe_text=text, plan=plan)
     incarnation = run.next_incarnation()
     saved = list_checkpoints(run.checkpoints_dir)
@@ -169,6 +173,12 @@ def _without_this_node(
         say(f"{why}; {decision.why}")
         return "exit", decision.code
     return _back_to_the_queue(run, args, why, decision.record.excluded, say)
+
+
+def _ends_here(run: RunDir, record: Record, why: str, say: Say) -> tuple[object, ...]:
+    say(why)
+    write_record(run, replace(record, gave_up=True))
+    return "exit", EXIT_FAILED
 
 
 def _back_to_the_queue(

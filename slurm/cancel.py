@@ -18,8 +18,8 @@ from decompft.launcher.report_text import duration
 from decompft.launcher.runs import RunDir
 from decompft.launcher.say import Say
 from decompft.slurm.commands import call
-from decompft.slurm.glance import Glance, glance
-from decompft.slurm.queue import Job, find_jobs
+from decompft.slurm.glance import Glance, glance, with_resubmitted
+from decompft.slurm.queue import Job, find_jobs, my_jobs
 from decompft.slurm.run_files import cancelled_path, script_path
 from decompft.slurm.watch import again, main_job
 
@@ -45,6 +45,8 @@ def cancel(path: Path, *, now: bool, say: Say) -> int:
         SlurmError: Slurm cannot be asked or refuses.
     """
     seen = glance(path)
+    if seen.is_slurm:
+        seen = with_resubmitted(seen, my_jobs(cluster=seen.cluster))
     jobs = _living(seen)
     if jobs:
         return _cancel_jobs(seen, jobs, now=now, say=say)
@@ -68,7 +70,7 @@ def _cancel_jobs(seen: Glance, jobs: Sequence[Job], *, now: bool, say: Say) -> i
     main = main_job(seen, jobs)
     training = main if main is not None and not main.waits and not now else None
     ids = [job.job_id for job in jobs]
-    row = {"time_s": round(time.time(), 3), "jobs": ids, "now": now}
+    row = {"time_s": round(time.time(), 3), "jobs": sorted({*ids, *(job.raw_id for job in jobs)}), "now": now}
     cancelled_path(seen.run).parent.mkdir(exist_ok=True)
     # first: from here on the job script does not requeue, whatever it is told
     write_atomic(cancelled_path(seen.run), json.dumps(row, sort_keys=True) + "\n")
@@ -144,16 +146,16 @@ def _conclude(seen: Glance, *, saved: bool, say: Say) -> int:
         say(f"{seen.run.path}: it finished at step {after.step:,}")
         say(f"next: decompft report {seen.run.path}")
         return EXIT_DONE
+    lost = max(after.step - (after.saved_step or 0), 0)
     if not saved:
-        say("no rank was seen to save")
+        say("no rank was seen to save" if lost else "it ended before there was anything new to save")
     if after.saved_step is None:
         say(f"{seen.run.path}: nothing is saved; it would begin at step 0")
     else:
-        lost = max(after.step - after.saved_step, 0)
         unsaved = f"; {lost:,} steps after it are lost" if lost else ""
         say(f"{seen.run.path}: saved at step {after.saved_step:,}{unsaved}")
     say(f"next: {again(after)}")
-    return EXIT_DONE if saved else EXIT_FAILED
+    return EXIT_DONE if saved or not lost else EXIT_FAILED
 
 
 def _await_outcome(seen: Glance, bound_s: float, is_gone: Callable[[], bool], say: Say) -> bool:

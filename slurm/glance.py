@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from decompft.launcher.plan import Plan
 from decompft.launcher.report_data import checked_outcome, is_held, last_written
 from decompft.launcher.report_verdict import Total, total_steps
 from decompft.launcher.runs import RunDir
-from decompft.slurm.run_files import JobStart, cancelled_path, read_start
+from decompft.slurm.queue import Queued
+from decompft.slurm.run_files import SCRIPT, JobStart, cancelled_path, read_start, script_path
 from decompft.slurm.submit import Submission, read_submissions
 
 _TAIL_BYTES = 64 * 1024
@@ -99,6 +101,17 @@ def glance(path: Path) -> Glance:
         is_held=is_held(run.path / "lock"), written_s=last_written(run),
         submissions=tuple(read_submissions(run)), is_cancelled=cancelled_path(run).exists(),
     )  # fmt: skip
+
+
+def with_resubmitted(seen: Glance, mine: Sequence[Queued]) -> Glance:
+    """The run with the jobs that somebody gave its script to sbatch for; nothing has written them down yet."""
+    script, known = str(script_path(seen.run).absolute()), {s.job_id for s in seen.submissions}
+    found = [
+        Submission(job_id=job.names[-1], cluster=seen.cluster, kind="train", script=SCRIPT, sha256="")
+        for job in mine
+        if job.script == script and not known & set(job.names)
+    ]
+    return replace(seen, submissions=(*seen.submissions, *found)) if found else seen
 
 
 def _plan(run: RunDir) -> Plan | None:

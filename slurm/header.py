@@ -39,10 +39,16 @@ def train_options(
     _check_time(profile.time, warning_s)
     tasks = 1 if profile.tasks == "node" else world.ranks_per_node
     fewest, most = parallel.fewest_nodes + spares, parallel.most_nodes + spares
+    nodes, per_node = f"{fewest}", [f"--ntasks-per-node={tasks}"]
+    if fewest < most:
+        # where Slurm is told of tasks, it takes as many nodes as the fewest nodes' tasks need, and no more
+        nodes, per_node = f"{fewest}-{most}", []
+        profile = profile.model_copy(update={"cpus_per_node": profile.cpus_per_node or tasks})
+        tasks = 1
     options = [
         f"--job-name={plan.name}",
-        f"--nodes={fewest if fewest == most else f'{fewest}-{most}'}",
-        f"--ntasks-per-node={tasks}",
+        f"--nodes={nodes}",
+        *per_node,
         *site_options(
             profile, gpus_per_node=world.ranks_per_node if world.device == "cuda" else 0, tasks_per_node=tasks
         ),

@@ -67,6 +67,19 @@ class Job:
         return job_id in (self.job_id, self.raw_id) or self.job_id.startswith(f"{job_id}_")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Queued:
+    """A job, or one task of an array, that waits or runs."""
+
+    job_id: str  # of an array its own
+    task: str  # "" of a job that is no array
+    script: str  # absolute
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.job_id, f"{self.job_id}_{self.task}") if self.task else (self.job_id,)
+
+
 def is_job_id(word: str) -> bool:
     """`23`, `27_0`."""
     return re.fullmatch(r"\d+(_\d+)?", word, re.ASCII) is not None
@@ -123,6 +136,19 @@ def with_details(job: Job) -> Job:
         restarts=_whole(told.get("Restarts", "")),
         log=told.get("StdOut", ""),
     )
+
+
+def my_jobs(*, cluster: str = "") -> tuple[Queued, ...]:
+    """All of them: of ids, an unknown one beside a known one is no error for Slurm, but alone it is.
+
+    Raises:
+        SlurmError: squeue is not here, or cannot ask its controller.
+    """
+    form = _SEPARATOR.join(("%F", "%K", "%o"))
+    answer = call(("squeue", "--me", "--noheader", "--array", f"--format={form}"), cluster=cluster)
+    if answer.code != 0:
+        raise SlurmError(f"squeue: {answer.words}", "try again when the controller answers")
+    return tuple(Queued(job_id=row[0], task=_known(row[1]), script=row[2]) for row in _split(answer.lines, 3))
 
 
 def past_rows(job_id: str, *, cluster: str = "") -> tuple[Job, ...]:

@@ -67,7 +67,7 @@ _ENDS = {
     "REVOKED": "another cluster of the federation took it",
     "FAILED": "its script failed",
 }
-_OUR_CODES = {2: "the input is wrong", 3: "the run failed", 75: "the state is saved, to be run again"}
+_OUR_CODES = {2: "the input is wrong", 3: "the run failed", 75: "it stopped in order, to be run again"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,10 @@ def _pending(job: Job, now_s: float) -> Standing:
     if reason == "dependency":
         return Standing(kind="waits", words=f"it waits for {plain(job.dependency) or 'another job'}")
     if reason in _STUCK:
-        return Standing(kind="stuck", words=_STUCK[reason], todo=_cancel(job))
+        words = _STUCK[reason]
+        if job.excluded:
+            words += f"; {plain(job.excluded)} was left out for its failures, and a new launch takes it back"
+        return Standing(kind="stuck", words=words, todo=_cancel(job))
     if reason.startswith("reqnodenotavail") or reason.startswith("nodesrequiredforjobaredown"):
         return _no_nodes(job)
     if reason.startswith(("qos", "assoc", "max")):

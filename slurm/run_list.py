@@ -10,8 +10,8 @@ from typing import Any
 
 from decompft.launcher.errors import SlurmError, UserError
 from decompft.launcher.report_text import duration, number, plain
-from decompft.slurm.glance import Glance, glance
-from decompft.slurm.queue import Job, find_jobs
+from decompft.slurm.glance import Glance, glance, with_resubmitted
+from decompft.slurm.queue import Job, find_jobs, my_jobs
 from decompft.slurm.watch import Status, judge
 
 
@@ -41,6 +41,8 @@ def list_runs(folder: Path) -> Runs:
     note = ""
     try:
         for cluster in sorted({this.cluster for this in seen if _may_live(this)}):
+            mine = my_jobs(cluster=cluster)
+            seen = [with_resubmitted(this, mine) if this.cluster == cluster else this for this in seen]
             ids = [
                 i for this in seen if this.cluster == cluster and _may_live(this) for i in _newest_ids(this)
             ]

@@ -18,12 +18,14 @@ from decompft.launcher.outcome import write_atomic
 from decompft.launcher.plan import Plan
 from decompft.launcher.resume import Start, choose_start
 from decompft.launcher.runs import RunDir
+from decompft.slurm.after import Record, read_record, write_record
 from decompft.slurm.commands import call
 from decompft.slurm.frozen import freeze
 from decompft.slurm.header import WARNING_S
 from decompft.slurm.profile import Profile
+from decompft.slurm.queue import my_jobs
 from decompft.slurm.render import train_script
-from decompft.slurm.run_files import cancelled_path, measured_save_s
+from decompft.slurm.run_files import cancelled_path, measured_save_s, script_path
 
 _MARGIN_S = 120.0  # Slurm's own granularity of 60 s, a long step, and ranks that notice a little later
 
@@ -88,6 +90,8 @@ def record(start: Start, plan: Plan, recipe_text: str) -> None:
     run.record(recipe_text=recipe_text, plan=plan)
     freeze(run, plan.recipe)
     cancelled_path(run).unlink(missing_ok=True)
+    # a node that was left out may be mended by now
+    write_record(run, Record(step=read_record(run).step))
 
 
 def submit_script(
@@ -177,15 +181,12 @@ def refuse_living(*runs: RunDir) -> None:
         UserError: a job of one of the runs is queued or running.
     """
     ids = [(run, s.job_id) for run in runs for s in read_submissions(run) if s.kind in ("train", "sweep")]
-    if not ids:
-        return
-    # an unknown id beside a known one is no error, alone it is: ask about all of this user's
-    answer = call(["squeue", "--me", "--noheader", "--array", "--format=%F %K"])
-    if answer.code != 0:
-        raise SlurmError(f"squeue: {answer.words}", "try again when the controller answers")
-    rows = [line.split() for line in answer.lines]
-    known = {word for row in rows for word in (row[0], "_".join(row))}  # of an array its id, and each task's
-    living = [(run, job) for run, job in ids if job in known]
+    jobs = my_jobs()
+    known = {name for job in jobs for name in job.names}
+    living = [
+        (run, job.names[-1]) for run in runs for job in jobs if job.script == str(script_path(run).absolute())
+    ]
+    living += [(run, job_id) for run, job_id in ids if job_id in known]
     if living:
         run, job = living[-1]
         raise UserError(

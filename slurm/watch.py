@@ -18,8 +18,8 @@ from decompft.launcher.errors import EXIT_AGAIN, EXIT_DONE, EXIT_FAILED, SlurmEr
 from decompft.launcher.report_data import read_events
 from decompft.launcher.report_text import duration, plain
 from decompft.launcher.runs import RunDir, find_run
-from decompft.slurm.glance import TRAINING, Glance, glance
-from decompft.slurm.queue import Job, find_job, find_jobs, is_job_id, with_details
+from decompft.slurm.glance import TRAINING, Glance, glance, with_resubmitted
+from decompft.slurm.queue import Job, find_job, find_jobs, is_job_id, my_jobs, with_details
 from decompft.slurm.reasons import Kind, Standing, explain
 from decompft.slurm.run_files import read_start, script_path
 from decompft.slurm.submit import Submission, read_submissions
@@ -82,6 +82,10 @@ def status_of(path: Path) -> Status:
     jobs: tuple[Job, ...] = ()
     note = ""
     if seen.is_slurm:
+        try:
+            seen = with_resubmitted(seen, my_jobs(cluster=seen.cluster))
+        except SlurmError:
+            pass  # the next question tells why
         ids = [*(s.job_id for s in seen.submissions[-_NEWEST:]), *seen.job_ids[-1:]]
         try:
             jobs = find_jobs(ids, cluster=seen.cluster)

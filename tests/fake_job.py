@@ -15,7 +15,7 @@ PYTHON = """
     printf '%s\\0' "$@" >> calls; printf '\\n' >> calls
     case "$2 $3" in
     *batch\\ begin) number=$(ls "$4/incarnations" 2>/dev/null | wc -l); number=$((number + 7))
-        mkdir -p "$4/incarnations/$number" "$4/logs/incarnation-$number"
+        [ "${BEGIN_CODE:-0}" != 0 ] || mkdir -p "$4/incarnations/$number" "$4/logs/incarnation-$number"
         echo "${BEGUN:-start $number 10.0.0.1 2 vn-1,vn-2 300 $CHECKPOINT}"; exit "${BEGIN_CODE:-0}" ;;
     *node_check*) exit 0 ;;
     *batch\\ checked) echo "$CHECKED" ;;
@@ -35,7 +35,7 @@ SRUN = """
 SCONTROL = """
     #!/bin/bash
     if [ "$2" = hostnames ]; then printf 'vn-1\\nvn-2\\n'; exit; fi
-    echo "scontrol $*" >> slurm; [ "$1" != requeue ] || exit "${REQUEUE_CODE:-0}"
+    echo "scontrol $*" >> slurm; [[ $1 != requeue* ]] || exit "${REQUEUE_CODE:-0}"
 """
 SBATCH = """
     #!/bin/bash
@@ -43,7 +43,7 @@ SBATCH = """
 """
 SQUEUE = """
     #!/bin/bash
-    case $* in *%T*) echo "${STATE:-RUNNING}" ;; esac
+    case $* in *%T*) echo "${STATE:-RUNNING} ${EXCLUDED:-(null)}" ;; esac
 """
 PROGRAMS = {
     "python": PYTHON, "srun": SRUN, "scontrol": SCONTROL, "sbatch": SBATCH, "squeue": SQUEUE,
@@ -51,6 +51,7 @@ PROGRAMS = {
 }  # fmt: skip
 KNOWN = {
     "SLURM_JOB_NODELIST": "vn-[1-2]",
+    "SLURMD_NODENAME": "vn-1",
     "SLURM_JOB_ID": "5", "SLURM_JOB_PARTITION": "gpu", "SRUN_DOES": "", "CHECKPOINT": "-", "CHECKED": "fit -",
     "ENDED": "exit 0", "STOPPED": "exit 75", "PREPARE_DOES": "", "WAITING": "",
 }  # fmt: skip

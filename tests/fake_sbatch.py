@@ -73,7 +73,8 @@ class FakeSbatch:
 
     def live(self, *tasks: str) -> None:
         """Have squeue tell of these jobs: `27 N/A`, `27 0`."""
-        (self.folder / "squeue").write_text("\n".join(tasks))
+        rows = ("\x1f".join((*task.split(), "/elsewhere.sbatch")) for task in tasks)
+        (self.folder / "squeue").write_text("\n".join(rows))
 
     @property
     def submitted(self) -> list[Submitted]:

@@ -30,7 +30,9 @@ def rows(name):
     return [r for r in lines(name) or []
             if any(i in r.split("|")[:2] or r.startswith(i + "_") for i in ids)], ids
 
-if program == "squeue":
+if program == "squeue" and "--me" in argv:
+    print(*(r.replace("|", "\\x1f") for r in lines("mine") or []), sep="\\n")
+elif program == "squeue":
     found, ids = rows("squeue")
     if lines("down") is not None:
         sys.exit("slurm_load_jobs error: Unable to contact slurm controller (connect failure)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -81,17 +82,17 @@ class Submitted:
         ]
 
     def steps_lost(self) -> int:
-        """Steps between the end of an incarnation, where it left word, and where the next one began.
+        """Steps between the last that an incarnation took and where the next one began.
 
-        From the events: a resumed run drops the rows of metrics.jsonl that it trains again.
+        From the logs of rank 0: a resumed run drops the rows of metrics.jsonl that it trains again.
         """
-        lost, ended = 0, 0
-        for row in json_lines(self.run.path / "events.jsonl"):
-            if row["event"] == "end":
-                ended = row["step"]
-            elif row["event"] == "start":
-                began = step_of(Path(row["checkpoint"])) if row["checkpoint"] else 0
-                lost, ended = lost + max(0, ended - began), 0
+        lost = ended = 0
+        for row in self.events("start"):
+            began = step_of(Path(row["checkpoint"])) if row["checkpoint"] else 0
+            lost += max(0, ended - began)
+            log = self.run.rank_log(row["incarnation"], 0)
+            text = log.read_text(errors="replace") if log.exists() else ""
+            ended = max((int(step) for step in re.findall(r" step +(\d+)/", text)), default=began)
         return lost
 
     def samples(self) -> dict[int, int]:

@@ -182,3 +182,38 @@ def test_the_last_step_is_the_pulses_when_that_is_newer(death: Death) -> None:
     death.told(1, "ValueError: x", step=10)
     death.pulse(1, what="forward", step=14)
     assert death.conclude().step == 14
+
+
+@pytest.mark.parametrize(
+    ("line", "node", "rank", "cause"),
+    [
+        ("srun: error: vn-2: task 1: Killed", "vn-2", 1, "killed"),
+        ("srun: error: vn-2: tasks 2-3: Segmentation fault (core dumped)", "vn-2", 2, "crash"),
+        ("srun: error: vn-2: task 1: Exited with exit code 127", "vn-2", 1, "unknown"),
+    ],
+)
+def test_a_task_that_srun_saw_fail_is_named_and_not_those_that_it_ended_then(
+    tmp_path: Path, line: str, node: str, rank: int, cause: str
+) -> None:
+    death = Death(tmp_path, ranks=4, nodes=2)
+    death.log(
+        f"{line}\nsrun: launch/slurm: _step_signal: Terminating StepId=5.0\n"
+        "0: slurmstepd-vn-1: error: *** STEP 5.0 ON vn-1 CANCELLED AT 2026-11-22T10:00:00 ***\n"
+        "srun: error: vn-1: task 0: Terminated"
+    )
+    outcome = death.conclude(143)
+    assert (outcome.node, outcome.rank, outcome.cause) == (node, rank, cause)
+
+
+def test_a_task_of_srun_is_the_torchrun_of_a_node(tmp_path: Path) -> None:
+    death = Death(tmp_path, ranks=4, nodes=2)
+    death.log(
+        '0:   File "torch/distributed/run.py", line 1\nsrun: error: vn-2: task 1: Exited with exit code 127'
+    )
+    assert (death.conclude(143).node, death.conclude(143).rank) == ("vn-2", 2)
+
+
+def test_a_step_that_was_cancelled_from_outside_blames_nobody(tmp_path: Path) -> None:
+    death = Death(tmp_path, ranks=4, nodes=2)
+    death.log("srun: error: vn-1: task 0: Terminated\nsrun: error: vn-2: task 1: Terminated")
+    assert death.conclude(143).cause == "preempted"

@@ -257,6 +257,29 @@ def test_a_preemption_between_two_steps_goes_back_into_the_queue(fake: Cluster) 
     assert len(fake.asked) == 1 and fake.starts() == 0
 
 
+def test_a_node_that_lost_what_others_have_is_left_out(fake: Cluster) -> None:
+    assert fake.run(gpu_tasks_script(), BEGIN_CODE="127") == 127  # nowhere yet: it may be the profile
+    (fake.folder / "runs/tiny/incarnations/1").mkdir(parents=True, exist_ok=True)
+    assert fake.run(gpu_tasks_script(), BEGIN_CODE="127", SLURMD_NODENAME="vn-1", EXCLUDED="vn-[3-4]") == 75
+    assert "--exclude=vn-1,vn-[3-4]" in fake.asked[0]
+
+
+def test_where_the_small_job_is_refused_a_successor_leaves_the_node_out(fake: Cluster) -> None:
+    sbatch = fake.bin / "sbatch"
+    sbatch.write_text(sbatch.read_text() + "[[ $* != *leave-out* ]]\n")
+    assert fake.run(cpu_script(), ENDED="requeue vn-2") == 75
+    assert fake.asked[0].startswith("sbatch --job-name=leave-out ")
+    assert fake.asked[1].startswith("sbatch --parsable ") and "--exclude=vn-2" in fake.asked[1]
+
+
+def test_a_signal_while_it_begins_prepares_nothing(fake: Cluster) -> None:
+    python = fake.bin / "python"
+    python.write_text(python.read_text().replace('echo "${BEGUN', 'kill -USR1 $PPID; echo "${BEGUN', 1))
+    fake.run(cpu_script())
+    assert fake.starts() == 0 and not any("prepare" in call[1] for call in fake.calls)
+    assert fake.asked[0] == "scontrol requeue 5"
+
+
 def test_jobs_that_wait_for_a_job_wait_for_its_successor(fake: Cluster) -> None:
     assert fake.run(gpu_tasks_script(), ENDED="requeue -", WAITING="6 7") == 75
     assert fake.calls[-1][:6] == [

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,7 @@ def test_demand_4_a_node_that_dies_is_replaced(
 def test_demand_4_a_run_that_may_have_fewer_nodes_goes_on_without_one_that_dies(
     cluster: Cluster, tmp_path: Path, samples: dict[int, int]
 ) -> None:
+    """And it had as many as there were, though it would have begun with one."""
     run = submit(cluster, tmp_path, "parallel.nodes=1-2", env=slow_steps(tmp_path, 0.3))
     run.until_step(12)
     cluster.node("kill", "vn-2")
@@ -246,6 +248,26 @@ def test_demand_6_a_node_that_fails_twice_is_excluded(
     assert cluster.show(run.job)["ExcNodeList"] == "vn-2"
     assert [row["exclude"] for row in run.events("requeue")] == [["vn-2"]]
     assert "vn-2" not in run.events("start")[-1]["nodes"]
+
+
+def test_demand_6_a_node_that_fails_its_check_is_named_and_excluded(
+    cluster: Cluster, tmp_path: Path, samples: dict[int, int]
+) -> None:
+    """The folder of the job's Python is not mounted there."""
+    mount, python = tmp_path / "mount", tmp_path / "mount/python3"
+    mount.mkdir()
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    cluster.node("exec", "vn-2", "mount", "-t", "tmpfs", "none", str(mount))
+    try:
+        run = submit(cluster, tmp_path, profile="node_check: true", env={"DECOMPFT_PYTHON": str(python)})
+        run.finished(400)
+    finally:
+        cluster.node("exec", "vn-2", "umount", str(mount))
+    check(run, samples)
+    assert [(row["node"], row["cause"]) for row in run.events("failure")] == [("vn-2", "node_lost")] * 2
+    assert [row["exclude"] for row in run.events("requeue")] == [["vn-2"]]
+    assert "vn-2: bad" in run.log() and "vn-2" not in run.events("start")[-1]["nodes"]
 
 
 def test_demand_6_a_spare_takes_the_place_of_a_node_that_dies(
