@@ -66,7 +66,7 @@ def fence(checkpoints_dir: Path) -> None:
     half of a folder could become a checkpoint.
     """
     for begun in checkpoints_dir.glob(".tmp-step-*") if checkpoints_dir.is_dir() else ():
-        aside = begun.with_name(begun.name.replace(".tmp-", ".tmp-deleted-", 1))
+        aside = begun.with_name(begun.name.replace(".tmp-", ".tmp-fenced-", 1))
         with suppress(OSError):  # it has just become one, or another start has been here
             begun.rename(aside)
             shutil.rmtree(aside)
