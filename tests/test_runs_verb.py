@@ -47,8 +47,8 @@ def test_runs_of_all_kinds_in_one_table(
         "local": ("stopped", 4, None), "queued": ("queued", 0, "22"), "works": ("running", 2, "23"),
         "done": ("finished", 10, "24"), "dead": ("failed", 3, "25"), "new": ("not started", 0, None),
     }  # fmt: skip
-    asked = slurm.calls("squeue")
-    assert len(asked) == 1 and "24" not in asked[0][asked[0].index("-j") + 1].split(",")
+    mine, asked = slurm.calls("squeue")
+    assert "--me" in mine and "24" not in asked[asked.index("-j") + 1].split(",")
     assert slurm.calls("sacct") == []
     assert cli.main(["runs"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -96,4 +96,4 @@ def test_a_hundred_runs_take_about_a_second(tmp_path: Path, monkeypatch: pytest.
     assert len(list_runs(tmp_path / "runs").rows) == 100
     # 10 ms a run on a slow core; a reader of whole files, or a call of squeue for each, would take far more
     assert time.process_time() - began < 5
-    assert len(slurm.calls("squeue")) == 1
+    assert len(slurm.calls("squeue")) == 2
