@@ -40,7 +40,7 @@ test: $(VENV)/.test
 	tier unit "not dist and not slow and not slurm and not gpu" ""; \
 	tier dist "dist and not slow and not gpu" "-n 2 --dist load"; \
 	tier slow "slow and not gpu" ""; \
-	tier slurm "slurm" "-n 3 --dist load"; \
+	tier slurm "slurm" "-n 3 --dist load -rP"; \
 	echo "tier gpu: skipped, it needs a CUDA device (pytest -m gpu)"; exit $$code
 
 lint: $(VENV)/.test
