@@ -21,6 +21,7 @@ import decompft.launcher.worker.train as train_module
 from decompft.launcher.checkpoints import list_checkpoints, newest_valid
 from decompft.launcher.runs import RunDir
 from decompft.launcher.worker.data.ahead import Ahead
+from decompft.launcher.worker.metrics import Metrics, StepRow
 from decompft.launcher.worker.phases import Phases
 from decompft.launcher.worker.restore import load_adapter, open_checkpoint
 
@@ -113,6 +114,26 @@ def test_a_rank_that_was_killed_takes_only_what_it_alone_held(
     newest, skipped = newest_valid(run.checkpoints_dir)
     assert newest is not None and not skipped
     assert newest.name == ("step-00000003" if world == "ddp" else "step-00000002")
+
+
+@pytest.mark.parametrize("world", ["ddp"])
+def test_a_rank_0_that_dies_before_it_writes_a_row_leaves_no_gap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: str, unbroken: RunDir
+) -> None:
+    """Rank 1 completed the step and saved it; the row of it is known there, too."""
+    run = make(tmp_path, world)
+    write = Metrics.step
+
+    def dying(self: Metrics, row: StepRow) -> None:
+        if row.step == 3 and os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(self, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "step", dying)
+        assert run_worker(run).outcome.result == "failed"
+    assert len(losses(run)) == 2
+    assert_resumes_as_unbroken(run, unbroken)
 
 
 @pytest.mark.parametrize("world", ["ddp"])

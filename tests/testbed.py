@@ -81,8 +81,14 @@ class Cluster:
         while self.jobs:
             subprocess.run(["scancel", self.jobs.pop()], capture_output=True, timeout=60)
         deadline = time.monotonic() + 60
-        while self.run("squeue", "-h", "-o", "%i") and time.monotonic() < deadline:
+        while self._is_busy() and time.monotonic() < deadline:
             time.sleep(0.2)
+
+    def _is_busy(self) -> bool:
+        """Also with a node that a test killed and started again: until it is idle, the next job's first is another."""
+        return bool(self.run("squeue", "-h", "-o", "%i")) or set(
+            self.run("sinfo", "-h", "-N", "-o", "%t").split()
+        ) != {"idle"}
 
 
 def start(

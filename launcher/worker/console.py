@@ -28,7 +28,7 @@ class StepRow:
     grad_norm: float  # before clipping
     tokens_per_s: float  # all tokens, over all ranks
     trained_tokens: int  # tokens that carried loss in this step, over all ranks
-    peak_mem_bytes: int  # of the fullest rank
+    peak_mem_bytes: int  # of the rank that writes, 0
     step_s: float
     samples: int = 0  # CRC-32 of the ids of the rows trained on, in order: equal where the data is
 

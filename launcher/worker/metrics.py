@@ -33,6 +33,7 @@ class Metrics:
     Args:
         logging: the plan's logging section.
         start_step: the step that was resumed from (0: a new run); rows after it are cut off.
+        start_row: of that step, where another rank than rank 0 saved it; rank 0 died, perhaps before it wrote the row.
         stream: rank 0's saved stdout.
 
     Raises:
@@ -48,6 +49,7 @@ class Metrics:
         incarnation: int,
         logging: LoggingSection,
         start_step: int,
+        start_row: dict[str, Any] | None = None,
         total_steps: int,
         stream: TextIO,
     ) -> None:
@@ -62,7 +64,7 @@ class Metrics:
         except OSError as error:
             raise _not_written(run_dir, error) from error
         run = RunDir(run_dir)
-        _cut(run.metrics_path, start_step)
+        _cut(run.metrics_path, start_step, start_row)
         self._metrics = _Lines(run.metrics_path)
         self._events = _Lines(run.events_path)
         self._console = Console(stream, total_steps=total_steps, start_step=start_step)
@@ -138,7 +140,7 @@ class _Lines:
             raise _not_written(path, error) from error
 
     def append(self, row: dict[str, Any]) -> None:
-        line = json.dumps({k: _strict(v) for k, v in row.items()}, allow_nan=False).encode() + b"\n"
+        line = _line(row).encode()
         try:
             if self._file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -146,12 +148,16 @@ class _Lines:
             raise _not_written(self._path, error) from error
 
 
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps({k: _strict(v) for k, v in row.items()}, allow_nan=False) + "\n"
+
+
 def _strict(value: Any) -> Any:
     """JSON has no nan and inf: null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _cut(path: Path, last_step: int) -> None:
+def _cut(path: Path, last_step: int, last_row: dict[str, Any] | None) -> None:
     """Drops rows after last_step, which an earlier incarnation wrote and this one will write again."""
     if not path.exists():
         return
@@ -162,9 +168,11 @@ def _cut(path: Path, last_step: int) -> None:
         except ValueError:  # half a row, from a killed run
             continue
         if step <= last_step:
-            rows[step] = line
+            rows[step] = f"{line}\n"
+    if last_row is not None:
+        rows.setdefault(last_row["step"], _line(last_row))
     try:
-        write_atomic(path, "".join(f"{row}\n" for _, row in sorted(rows.items())))
+        write_atomic(path, "".join(row for _, row in sorted(rows.items())))
     except OSError as error:
         raise _not_written(path, error) from error
 

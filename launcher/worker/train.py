@@ -8,7 +8,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 import torch
 
@@ -108,11 +108,15 @@ def train(
         phases.resume(resume.step)
         at = Progress.of(resume)
 
+    row: StepRow | None = None  # of the last step, where that is logged
+
     def held(stands_in: bool) -> Held:
         return Held(
             step=at.step, slices=slices(built, optimizer, engine, phases.averages(), stands_in=stands_in),
             state={
                 "progress": dict(vars(at)), "base": adapter_json["base"], "data": data_key, "strategy": plan.strategy,
+                # rank 0 died with it, perhaps before it was written down
+                **({"row": asdict(row)} if stands_in and row is not None else {}),
             },
             eval_loss=at.last_eval if at.eval_step == at.step else None,
         )  # fmt: skip
@@ -219,18 +223,18 @@ def train(
             saver.settle()
             at.step += 1
             at.trained_tokens += step.num_targets_global
+            is_logged = at.step % recipe.logging.every_steps == 0 or at.step == total
+            step_s = time.perf_counter() - began
+            row = StepRow(
+                step=at.step, epoch=data.epoch_at(at.step), loss=loss_value,
+                learning_rate=recipe.train.learning_rate * factor(at.step - 1), grad_norm=grad_norm,
+                tokens_per_s=tokens / step_s, trained_tokens=step.num_targets_global,
+                peak_mem_bytes=peak_bytes(engine.device), step_s=step_s,
+                samples=zlib.crc32(repr(step.sample_ids).encode()),
+            ) if is_logged else None  # fmt: skip
             pulse.at("logging", at.step)
-        step_s = time.perf_counter() - began
-        if at.step % recipe.logging.every_steps == 0 or at.step == total:
-            metrics.step(
-                StepRow(
-                    step=at.step, epoch=data.epoch_at(at.step), loss=loss_value,
-                    learning_rate=recipe.train.learning_rate * factor(at.step - 1), grad_norm=grad_norm,
-                    tokens_per_s=tokens / step_s, trained_tokens=step.num_targets_global,
-                    peak_mem_bytes=peak_bytes(engine.device), step_s=step_s,
-                    samples=zlib.crc32(repr(step.sample_ids).encode()),
-                )
-            )  # fmt: skip
+        if row is not None:
+            metrics.step(row)
         stopped = stops > 0 or at.step == stop_after
         every = recipe.train.eval_every_steps
         is_due = at.step == total or bool(every and at.step % every == 0)
