@@ -3,7 +3,7 @@
     python benchmarks/gpu_resume.py --gpus 2 --out benchmarks/results/resume.json [--strategies ddp fsdp] [--no-drills]
 
 Each row is a run through `launch`, as a user starts it: 30 steps with a checkpoint every 10, then the same run stopped
-at 15 and resumed, by its own strategy and by the next one. The pause is beside the median step of the run itself.
+at 15 and resumed, by the next strategy and by its own. The pause is beside the median step of the run itself.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def main() -> None:
     )
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--strategies", nargs="*", default=["ddp", "fsdp"])
+    parser.add_argument("--deterministic", nargs="*", default=[], help="strategies that run with it")
     parser.add_argument("--method", default="map")
     parser.add_argument("--no-drills", action="store_true")
     parser.add_argument("--override", nargs="*", default=[], help="KEY=VALUE of the recipe, for trials")
@@ -44,10 +45,12 @@ def main() -> None:
     rows = []
     for place, strategy in enumerate(args.strategies):
         other = args.strategies[(place + 1) % len(args.strategies)]
+        fixed = [f"train.deterministic={str(strategy in args.deterministic).lower()}"]
         try:
-            rows.append(measure([*common, *args.override], args.gpus, strategy, other))
+            row = measure([*common, *fixed, *args.override], args.gpus, strategy, other)
         except Exception as error:
-            rows.append({"strategy": strategy, "error": f"{type(error).__name__}: {error}"[-3000:]})
+            row = {"strategy": strategy, "error": f"{type(error).__name__}: {error}"[-3000:]}
+        rows.append(row | {"deterministic": strategy in args.deterministic})
         print(json.dumps({k: v for k, v in rows[-1].items() if k != "losses"}), flush=True)
         write(args.out, rows)
     for drill in () if args.no_drills else ("resume", "kill", "preempt"):
@@ -79,10 +82,11 @@ def measure(common: list[str], gpus: int, strategy: str, other: str) -> dict[str
         "checkpoint_bytes": sum(p.stat().st_size for p in newest.rglob("*") if p.is_file()),
         "start_s": first_step_s(whole), "wall_s": whole["wall_s"],
     }  # fmt: skip
-    for name, then in (("same", strategy), (other, other)):
-        run = f"resume-{strategy}-{name}"
-        first = launch(run, [*mine, f"train.stop_after_steps={STOP}"], code=75)
-        rest = launch(run, [*common, *parallel(gpus, then), "--resume", "auto"], keep=True)
+    run = f"resume-{strategy}"
+    first = launch(run, [*mine, f"train.stop_after_steps={STOP}"], code=75)
+    for then in dict.fromkeys((other, strategy)):
+        name = run if then == strategy else copy_of(run, then)
+        rest = launch(name, [*common, *parallel(gpus, then), "--resume", "auto"], keep=True)
         losses = [row["loss"] for row in rest["rows"]]
         unbroken = [row["loss"] for row in whole["rows"]]
         found[f"resume_as_{then}" if then != strategy else "resume"] = {
@@ -93,6 +97,14 @@ def measure(common: list[str], gpus: int, strategy: str, other: str) -> dict[str
             ),
         }  # fmt: skip
     return found
+
+
+def copy_of(run: str, then: str) -> str:
+    """Of a stopped run, so that it can be resumed more than once; its name."""
+    name = f"{run}-as-{then}"
+    shutil.rmtree(WORK / "runs" / name, ignore_errors=True)
+    shutil.copytree(WORK / "runs" / run, WORK / "runs" / name, symlinks=True)
+    return name
 
 
 def parallel(gpus: int, strategy: str) -> list[str]:

@@ -79,7 +79,7 @@ def test_bfloat16_on_a_gpu_is_near_float32(method: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for parameter in layer.parameters():
             parameter.grad = None
-        given = x.to(dtype).requires_grad_(True)
+        given = x.to(dtype, copy=True).requires_grad_(True)
         y = layer(given)
         y.backward(g.to(dtype))
         grads = {n: p.grad for n, p in layer.named_parameters(recurse=False) if p.grad is not None}

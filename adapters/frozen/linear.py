@@ -121,6 +121,7 @@ class _FrozenLinear(torch.autograd.Function):
         folds = is_vector and base.folds(storage)
         if row is not None and folds:
             row = row.masked_fill(row == 0, _NEARLY_ZERO)
+            weight = None  # freed before the scaled one is made: one at a time
             y_TO = base.product(x_TI, storage, row.view(-1, 1))
         elif row is not None and is_vector:
             kept_TO = base.product(x_TI, storage, None, weight)
