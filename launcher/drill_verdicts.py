@@ -15,9 +15,10 @@ Result = Literal["holds", "FAILS", "not applicable"]
 
 # Largest relative difference that a GPU is allowed, where sums are added in any order, by dtype of computing.
 # Of a loss: the parity tests' caps. Of a tensor: Adam turns the sign of a tiny gradient into a whole step, so
-# a few steps in bfloat16 leave some percent; moments or a rank's part that were lost leave far more.
+# a few steps in bfloat16 leave some percent: 14 in the farthest of 448 tensors of a 7B, resumed after 7 of 12 steps on
+# two H200, with losses 3e-4 apart. Moments or a rank's part that were lost leave far more, in the losses too.
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
-TENSOR_TOLERANCE = {"float32": 1e-2, "bfloat16": 1e-1}
+TENSOR_TOLERANCE = {"float32": 1e-2, "bfloat16": 3e-1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ def same_end(part: str, unbroken: RunDir, broken: RunDir, *, failure: str = "") 
         return [judge(part, FINISHES, False, failure), *no_end(part, "the resumed run did not finish")[1:]]
     plan = unbroken.read_plan()
     compute = plan.recipe.quantization.compute
-    is_exact = plan.world.device == "cpu"
+    is_exact = plan.world.device == "cpu" or plan.recipe.train.deterministic
     return [
         judge(part, FINISHES, True, f"step {max(steps(broken), default=0)}"),
         _losses(part, unbroken, broken, 0.0 if is_exact else LOSS_TOLERANCE[compute]),
@@ -84,7 +85,7 @@ def _losses(part: str, unbroken: RunDir, broken: RunDir, tolerance: float) -> Ve
     if not at:
         return judge(part, LOSSES, True, f"{len(before)} of {len(before)} steps bit for bit", loss_apart=0.0)
     measured = f"step {at} is the farthest: {found:.8g}, not {expected:.8g}, relative {worst:.1e}"
-    measured += f" (allowed on a GPU: {tolerance:.0e})" if tolerance else " (on a CPU they are equal)"
+    measured += f" (allowed on a GPU: {tolerance:.0e})" if tolerance else " (here they are equal)"
     return judge(part, LOSSES, worst <= tolerance, measured, loss_apart=worst)
 
 
@@ -111,7 +112,7 @@ def _adapters(part: str, unbroken: RunDir, broken: RunDir, tolerance: float) -> 
     if found.is_same:
         return judge(part, ADAPTERS, True, "the same bytes (sha256)", tensor_apart=0.0)
     measured = f"{found.tensor} is the farthest: relative {found.largest:.1e}"
-    measured += f" (allowed on a GPU: {tolerance:.0e})" if tolerance else " (on a CPU they are equal)"
+    measured += f" (allowed on a GPU: {tolerance:.0e})" if tolerance else " (here they are equal)"
     return judge(part, ADAPTERS, found.largest <= tolerance, measured, tensor_apart=found.largest)
 
 

@@ -29,9 +29,8 @@ from decompft.launcher.runs import RunDir
 
 _TAIL_BYTES = 64 * 1024
 _DISK_FULL_BYTES = 1 << 20
-_SIGNALS = {
-    signal.strsignal(number): int(number) for number in signal.valid_signals()
-}  # by srun's word for them
+# by srun's word for them
+_SIGNALS = {signal.strsignal(number): int(number) for number in signal.valid_signals()}
 
 
 class _Blame(IntEnum):

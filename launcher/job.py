@@ -98,6 +98,8 @@ def base_env(plan: Plan, environ: Mapping[str, str] = os.environ) -> dict[str, s
         wishes["OMP_NUM_THREADS"] = str(max(1, num_cores() // plan.world.ranks_per_node))
     elif "PYTORCH_ALLOC_CONF" not in environ:  # the variable's newer name
         wishes["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    if plan.recipe.train.deterministic:
+        wishes["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # torch refuses deterministic products without it
     return env | {key: value for key, value in wishes.items() if key not in environ}
 
 

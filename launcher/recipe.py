@@ -180,6 +180,11 @@ class TrainSection(Section):
     recompute: Literal["none", "full", "auto"] = Field(
         "auto", description="activation checkpointing; auto: full only when the forecast needs it"
     )
+    deterministic: bool = Field(
+        False,
+        description="kernels that add in a fixed order, meant to let a GPU repeat a run, and resume it, bit for bit "
+        "(so far a few steps were run with it on one); an operation that has none ends the run",
+    )
     eval_every_steps: int | None = Field(None, ge=1, description="default: at start and end only")
     early_stop_evals: int | None = Field(
         None, ge=1, description="stop when the evaluation loss has not improved this many times"

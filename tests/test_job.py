@@ -59,6 +59,15 @@ def test_the_users_own_settings_win_and_secrets_are_not_copied() -> None:
     assert "hf_secret" not in repr(job)
 
 
+def test_a_deterministic_run_gets_the_workspace_that_torch_asks_for() -> None:
+    plan = make_plan()
+    train = plan.recipe.train.model_copy(update={"deterministic": True})
+    fixed = plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"train": train})})
+    assert base_env(fixed, {})["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert "CUBLAS_WORKSPACE_CONFIG" not in base_env(fixed, {"CUBLAS_WORKSPACE_CONFIG": ":16:8"})
+    assert "CUBLAS_WORKSPACE_CONFIG" not in base_env(plan, {})
+
+
 def test_cuda_runs_get_expandable_segments_unless_the_user_chose() -> None:
     plan = make_plan()
     cuda = plan.model_copy(update={"world": plan.world.model_copy(update={"device": "cuda"})})

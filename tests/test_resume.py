@@ -89,3 +89,16 @@ def test_adapter_file_describes_itself(tmp_path):
     assert description["adapter"]["options"]["eps"] == 1e-6
     assert description["formulas"]["map"]["is_reading"] is False
     assert len(description["base"]["sha256"]) == 64
+
+
+@pytest.mark.parametrize("world", ["single", "fsdp"])
+def test_a_deterministic_run_uses_no_operation_without_a_fixed_order(tmp_path, world):
+    """Torch refuses such operations by name then; on a CPU the numbers are any run's, which can go on as one."""
+    adapter = {"adapter": {"method": "map", "rank": 4, "alpha": 8.0}}
+    plain = start(tmp_path, "plain", world, **adapter)
+    run_ranks(plain)
+    train = {**TRAIN, "deterministic": True, "stop_after_steps": 3}
+    fixed = start(tmp_path, "fixed", world, **adapter, train=train)
+    run_ranks(fixed)
+    rest = continue_as(tmp_path, "rest", fixed, world, **adapter)
+    assert losses(fixed) + losses(rest) == losses(plain)

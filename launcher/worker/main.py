@@ -125,6 +125,10 @@ def run_rank(this: Rank) -> Outcome:
             f"the plan is for {plan.world.size} ranks, {engine.world_size} were started", "launch again"
         )
     engine.start()
+    if recipe.train.deterministic:
+        torch.use_deterministic_algorithms(True)
+        # a help in search of bugs, at the price of writing all new memory
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     data = open_train(recipe, prepared)
     held_out = open_eval(recipe, prepared, plan.batch.micro_size)
     resume = None if this.resume is None else open_checkpoint(this.resume)
@@ -142,7 +146,9 @@ def run_rank(this: Rank) -> Outcome:
     )  # fmt: skip
     with Metrics(
         this.run.path, rank=engine.rank, incarnation=this.incarnation, logging=recipe.logging,
-        start_step=0 if resume is None else resume.step, total_steps=data.total_steps, stream=this.stream,
+        start_step=0 if resume is None else resume.step,
+        start_row=None if resume is None else resume.state.get("row"),
+        total_steps=data.total_steps, stream=this.stream,
     ) as metrics:  # fmt: skip
         _report_loading(built.loaded, metrics, step=0 if resume is None else resume.step)
         metrics.message(
