@@ -1,7 +1,7 @@
 """What is wrong with the files a recipe names, as far as a machine without a GPU can tell?
 
-Existence, the first record, the headers of the weights. What needs a full read is found by `launch`
-before any process group exists.
+Existence, the first record, the headers of the weights, and whether the model's layers can take the recipe. What needs
+a full read is found by `launch` before any process group exists.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def check(recipe: Recipe, *, strict: bool) -> tuple[str, ...]:
 
     Raises:
         ModelError, DataError: something is there and wrong, or absent and `strict`.
+        AdapterError, PlanError: the model's layers cannot take what the recipe does to them.
     """
     return (
         *_without_effect(recipe.adapter),
@@ -117,10 +118,11 @@ def check_tensors(model_dir: Path, shape: ModelShape) -> None:
 
 
 def _check_model(recipe: Recipe, *, strict: bool) -> list[str]:
-    from decompft.launcher.models import read_shape
+    from decompft.launcher.fitting import fit_to_model
 
-    model = recipe.model
-    shape, where, model_dir = read_shape(recipe)
+    fitted = fit_to_model(recipe)
+    model, shape = recipe.model, fitted.work.shape
+    where, model_dir = fitted.found.source, fitted.found.model_dir
     if model.weights == "random" or model.id is None:
         return []
     if is_packaged(model.id):

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from decompft.adapters.spec import AdapterConfig
 from decompft.adapters.targets import TargetMismatch, select
 from decompft.launcher.errors import AdapterError
 from decompft.launcher.layers import layer_configs
-from decompft.launcher.recipe import AdapterSection, Recipe
+from decompft.launcher.recipe import AdapterSection
 
 LAYER = "{i}"  # stands for the layer's number in a name
 
@@ -102,20 +101,6 @@ class ModelShape:
         if not part.per_layer:
             return [part.name]
         return [part.name.replace(LAYER, str(i)) for i in range(self.num_layers)]
-
-
-def read_shape(recipe: Recipe) -> tuple[ModelShape, str, Path | None]:
-    """The shape of the recipe's model, where it was read, and the checkpoint's folder if it is known.
-
-    Raises:
-        ModelError: not found (with what was tried), not readable, or of an unknown type.
-    """
-    from decompft.launcher.families import shape_of
-    from decompft.launcher.model_source import find_config
-
-    found = find_config(recipe)
-    model = recipe.model
-    return shape_of(found.config, model.task, model.num_labels), found.source, found.model_dir
 
 
 def adapted_linears(shape: ModelShape, section: AdapterSection) -> list[tuple[str, int, int, AdapterConfig]]:

@@ -11,29 +11,26 @@ from __future__ import annotations
 from decompft.launcher.deepspeed_config import make_config
 from decompft.launcher.epochs import steps_per_epoch
 from decompft.launcher.errors import PlanError
-from decompft.launcher.families import shape_of
 from decompft.launcher.fit import GIB, Budget, cheaper_changes, fits, gib
+from decompft.launcher.fitting import fit_to_model
 from decompft.launcher.forecast import checkpoint_bytes, forecast
 from decompft.launcher.layers import forbidden_engines
 from decompft.launcher.machine import Machine, detect
-from decompft.launcher.model_source import find_config
 from decompft.launcher.models import ModelShape
 from decompft.launcher.plan import Batch, Device, Plan, World
 from decompft.launcher.plan import to_json as to_json
-from decompft.launcher.quantized_checkpoint import as_stored
 from decompft.launcher.recipe import Recipe
 from decompft.launcher.refusals import (
     absent_deepspeed,
     allowed_strategies,
     group_size,
     refuse_format,
-    refuse_shape,
     refuse_strategy,
     refuse_world,
 )
 from decompft.launcher.speed import known_speed, time_forecast
 from decompft.launcher.strategies import Strategy
-from decompft.launcher.workload import Layout, Recompute, Workload, workload
+from decompft.launcher.workload import Layout, Recompute, Workload
 
 # rows of a micro batch on a CPU: more gain no speed there
 MAX_CPU_MICRO = 8
@@ -53,12 +50,8 @@ def make(recipe: Recipe, *, machine: Machine | None = None) -> Plan:
         PlanError: batch, world size, rank, format, strategy or memory cannot work; the hint says what would.
     """
     machine = machine or detect()
-    found = find_config(recipe)
-    stored, stored_warnings = as_stored(recipe.model, recipe.quantization, found.config, found.model_dir)
-    recipe = recipe.model_copy(update={"quantization": stored})
-    shape = shape_of(found.config, recipe.model.task, recipe.model.num_labels)
-    work = workload(shape, recipe)
-    refuse_shape(work)
+    fitted = fit_to_model(recipe)
+    recipe, work, shape = fitted.recipe, fitted.work, fitted.work.shape
     world, warnings = _world(recipe, machine)
     refuse_world(recipe, world)
     refuse_format(recipe, machine, world)
@@ -79,9 +72,9 @@ def make(recipe: Recipe, *, machine: Machine | None = None) -> Plan:
     plan = Plan(
         name=recipe.name or "run",
         recipe=recipe,
-        shape_source=found.source,
-        model_dir=str(found.model_dir) if found.model_dir else None,
-        base_config=found.config,
+        shape_source=fitted.found.source,
+        model_dir=str(fitted.found.model_dir) if fitted.found.model_dir else None,
+        base_config=fitted.found.config,
         world=world,
         strategy=layout.strategy,
         strategy_reason=reason,
@@ -96,7 +89,7 @@ def make(recipe: Recipe, *, machine: Machine | None = None) -> Plan:
         forecast=memory,
         checkpoint_bytes=checkpoint_bytes(work),
         steps_per_epoch=steps_per_epoch(recipe),
-        warnings=(*stored_warnings, *warnings, *_warnings(shape, recipe, budget, work, layout)),
+        warnings=(*fitted.warnings, *warnings, *_warnings(shape, recipe, budget, work, layout)),
     )
     speed = known_speed(work, layout, machine.gpu_name)
     return plan.model_copy(update={"seconds_per_step": time_forecast(plan, speed)}) if speed else plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 
 from decompft.adapters.formats import FORMAT_SPECS
 from decompft.adapters.spec import has_rank, spec_of
@@ -13,6 +14,7 @@ from decompft.launcher.models import LAYER, ModelShape
 from decompft.launcher.plan import World
 from decompft.launcher.recipe import Recipe
 from decompft.launcher.strategies import STRATEGIES, Strategy
+from decompft.launcher.tensor_names import find_key
 from decompft.launcher.workload import Workload, quantized_linears
 
 # families whose positions are rows of a weight: there is none beyond the last
@@ -156,9 +158,40 @@ def _refuse_blocks(shape: ModelShape, recipe: Recipe) -> None:
 def _refuse_options(work: Workload) -> None:
     form = FORMAT_SPECS[work.recipe.quantization.format]
     for name, out, in_, config in work.adapted:
-        what, _, instead = spec_of(config).refusal(out, in_, config, form.is_quantized).partition("; ")
-        if what:
-            raise PlanError(f"{what} ({name})", instead)
+        _tell(name, spec_of(config).refusal(out, in_, config, form.is_quantized))
+
+
+def refuse_over_codes(work: Workload, packed: Iterable[str]) -> None:
+    """A method that would take something out of a weight that the checkpoint has as codes only.
+
+    Args:
+        packed: the checkpoint's names of such weights.
+
+    Raises:
+        PlanError: with the layer, and what can be done instead.
+    """
+    prefix = work.shape.linears[0].name.partition(".")[0]
+    names = set(packed)
+    for name, out, in_, config in work.adapted:
+        if names and find_key(f"{name}.weight", names, prefix) is not None:
+            _tell(name, spec_of(config).refusal(out, in_, config, False))
+            if getattr(config.options, "base", None) == "residual":
+                _tell(name, over_codes(config.method))
+
+
+def over_codes(method: str) -> str:
+    """What is wrong with a method that stores another base than a quantized checkpoint's; what to do."""
+    return (
+        f"{method} stores another base than the checkpoint's, and this checkpoint is quantized already; set "
+        "adapter.options.base: exact, which keeps the base and adds a frozen correction, or name an unquantized "
+        "checkpoint"
+    )
+
+
+def _tell(layer: str, refusal: str) -> None:
+    what, _, instead = refusal.partition("; ")
+    if what:
+        raise PlanError(f"{what} ({layer})", instead)
 
 
 def absent_deepspeed(strategy: Strategy) -> str | None:

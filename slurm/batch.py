@@ -25,6 +25,7 @@ from decompft.launcher.node_file import nodes_dir
 from decompft.launcher.outcome import Outcome, write_outcome
 from decompft.launcher.plan import Plan
 from decompft.launcher.runs import RunDir
+from decompft.launcher.say import to_stderr
 from decompft.slurm.after import Decision, Job, decide, decide_unfit, read_record, write_record
 from decompft.slurm.begin import begin
 from decompft.slurm.run_files import cancelled_path, read_start
@@ -37,12 +38,12 @@ def main(argv: Sequence[str]) -> int:
         code: int = args.run(args)
         return code
     except DecompftError as error:
-        _say(f"error: {error}")
+        to_stderr(f"error: {error}")
         return error.exit_code
 
 
 def _begin(args: argparse.Namespace) -> int:
-    print(*begin(args, _say))
+    print(*begin(args, to_stderr))
     return 0
 
 
@@ -95,7 +96,7 @@ def _is_stale(run: RunDir, incarnation: int) -> bool:
     """A node that was cut off and comes back must not speak for a run that goes on elsewhere."""
     newest = run.newest_incarnation()
     if newest > incarnation:
-        _say(f"incarnation {newest} of the run has started elsewhere; this one, {incarnation}, is over")
+        to_stderr(f"incarnation {newest} of the run has started elsewhere; this one, {incarnation}, is over")
         print("exit", EXIT_AGAIN)
     return newest > incarnation
 
@@ -120,7 +121,7 @@ def _act(run: RunDir, args: argparse.Namespace, outcome: Outcome, decision: Deci
         "here": f"starting again in this job ({decision.why})",
         "requeue": f"back into the queue ({decision.why})",
     }[decision.act]
-    report(run, args.incarnation, outcome, again=again, say=_say)
+    report(run, args.incarnation, outcome, again=again, say=to_stderr)
     if decision.act == "exit":
         print("exit", decision.code)
         return 0
@@ -144,10 +145,6 @@ def _at_slurms_node(run: RunDir, incarnation: int, outcome: Outcome) -> Outcome:
         # torchrun's agents have the numbers of Slurm's nodes, but under c10d
         short = [nodes[min(outcome.rank // run.read_plan().world.ranks_per_node, len(nodes) - 1)]]
     return replace(outcome, node=short[0] if short else outcome.node)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

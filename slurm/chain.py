@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from decompft.launcher.errors import SlurmError, UserError
 from decompft.launcher.job import PREPARE
 from decompft.launcher.plan import Plan
 from decompft.launcher.runs import RunDir
+from decompft.launcher.say import Say
 from decompft.slurm.commands import call
 from decompft.slurm.profile import Profile
 from decompft.slurm.render import step_script
@@ -68,7 +69,7 @@ def submit_chain(
     *,
     run_dir: Path,
     resume: str | None,
-    say: Callable[[str], None],
+    say: Say,
 ) -> tuple[Submission, ...]:
     """Submit the jobs of a run, each after the one before; arguments and errors as of `submit.make_ready`."""
     run = RunDir(run_dir)

@@ -144,11 +144,8 @@ def my_jobs(*, cluster: str = "") -> tuple[Queued, ...]:
     Raises:
         SlurmError: squeue is not here, or cannot ask its controller.
     """
-    form = _SEPARATOR.join(("%F", "%K", "%o"))
-    answer = call(("squeue", "--me", "--noheader", "--array", f"--format={form}"), cluster=cluster)
-    if answer.code != 0:
-        raise SlurmError(f"squeue: {answer.words}", "try again when the controller answers")
-    return tuple(Queued(job_id=row[0], task=_known(row[1]), script=row[2]) for row in _split(answer.lines, 3))
+    rows = _squeue(("--me", "-r"), "%F %K %o", cluster)
+    return tuple(Queued(job_id=job_id, task=_known(task), script=script) for job_id, task, script in rows)
 
 
 def past_rows(job_id: str, *, cluster: str = "") -> tuple[Job, ...]:
@@ -157,15 +154,24 @@ def past_rows(job_id: str, *, cluster: str = "") -> tuple[Job, ...]:
 
 
 def _ask_squeue(ids: Sequence[str], cluster: str) -> tuple[Job, ...]:
-    form = _QUEUE_FIELDS.replace(" ", _SEPARATOR)
-    argv = ("squeue", "-h", "-a", "-r", "-t", "all", "-j", ",".join(ids), "-o", form)
+    rows = _squeue(("-a", "-r", "-t", "all", "-j", ",".join(ids)), _QUEUE_FIELDS, cluster)
+    return tuple(_from_squeue(fields, cluster) for fields in rows)
+
+
+def _squeue(options: Sequence[str], fields: str, cluster: str) -> Iterator[list[str]]:
+    """The fields of each job that it tells of; of ids that it does not know none.
+
+    Raises:
+        SlurmError: it is not here, or cannot ask its controller.
+    """
+    argv = ("squeue", "-h", *options, "-o", fields.replace(" ", _SEPARATOR))
     answer = call(argv, cluster=cluster, timeout_s=_TIMEOUT_S)
     if answer.code != 0 and "Invalid job id" not in answer.stderr:
         raise SlurmError(
             f"squeue: {answer.words}",
             "the controller may be busy or down: try again, or look at `scontrol ping`",
         )
-    return tuple(_from_squeue(fields, cluster) for fields in _split(answer.lines, _QUEUE_FIELDS.count("%")))
+    return _split(answer.lines, fields.count("%"))
 
 
 def _from_squeue(fields: list[str], cluster: str) -> Job:

@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from decompft.launcher.outcome import write_atomic
 from decompft.launcher.plan import Plan
 from decompft.launcher.resume import Start, choose_start
 from decompft.launcher.runs import RunDir
+from decompft.launcher.say import Say
 from decompft.slurm.after import Record, read_record, write_record
 from decompft.slurm.commands import call
 from decompft.slurm.frozen import freeze
@@ -52,7 +53,7 @@ def make_ready(
     *,
     run_dir: Path,
     resume: str | None,
-    say: Callable[[str], None],
+    say: Say,
 ) -> str:
     """Check and write down all that a run's training job needs; the script that is to be submitted.
 

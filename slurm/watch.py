@@ -84,10 +84,7 @@ def status_of(path: Path) -> Status:
     if seen.is_slurm:
         try:
             seen = with_resubmitted(seen, my_jobs(cluster=seen.cluster))
-        except SlurmError:
-            pass  # the next question tells why
-        ids = [*(s.job_id for s in seen.submissions[-_NEWEST:]), *seen.job_ids[-1:]]
-        try:
+            ids = [*(s.job_id for s in seen.submissions[-_NEWEST:]), *seen.job_ids[-1:]]
             jobs = find_jobs(ids, cluster=seen.cluster)
             main = main_job(seen, jobs)
             if main is not None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from decompft.launcher import planner
+from decompft.launcher.families import shape_of
 from decompft.launcher.machine import Machine
-from decompft.launcher.models import read_shape as read_shape
+from decompft.launcher.model_source import find_config
+from decompft.launcher.models import ModelShape
 from decompft.launcher.plan import Plan
 from decompft.launcher.recipe import Recipe
 
@@ -19,6 +21,11 @@ LLAMA_7B, LLAMA_70B = "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-70b-hf"
 ALONE = {"parallel": {"strategy": "single"}}
 DENSE = {**ALONE, "quantization": {"format": "none"}}
 CPU = Machine(num_cores=2, host_memory_bytes=16 * GIB)
+
+
+def read_shape(recipe: Recipe) -> ModelShape:
+    """Of the recipe's model."""
+    return shape_of(find_config(recipe).config, recipe.model.task, recipe.model.num_labels)
 
 
 def gpus(

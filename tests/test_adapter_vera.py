@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from planning import read_shape
 from test_adapter_contract import IN, OUT, RANK, config_of, make_adapter, make_base, trained_away_from_start
 from tiny import make_run, recipe_data, run_ranks
 
 from decompft.adapters.frozen.dense import DenseLinear
 from decompft.adapters.inject import adapters, inject
-from decompft.launcher.models import read_shape
 from decompft.launcher.source import parse
 from decompft.launcher.worker.engines.base import Engine
 from decompft.launcher.worker.inference import load
@@ -113,7 +113,7 @@ def test_forecast_counts_them_once_a_shape(tmp_path: Path):
     def derived(**adapter: object) -> int:
         text = json.dumps(recipe_data(tmp_path, adapter={"method": "vera", "rank": 4, **adapter}))
         recipe = parse(text, where="test", base_dir=tmp_path, overrides=())
-        return workload(read_shape(recipe)[0], recipe).num_adapter_derived
+        return workload(read_shape(recipe), recipe).num_adapter_derived
 
     one = derived(targets=["q_proj"])  # (64, 64) in each of two layers
     assert one == 4 * (64 + 64)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from decompft.launcher.checking import check, check_weights
-from decompft.launcher.errors import DataError, DecompftError, ModelError
+from decompft.launcher.errors import AdapterError, DataError, DecompftError, ModelError, PlanError
 from decompft.launcher.recipe import AdapterSection, Recipe
 
 CONFIG = {
@@ -109,7 +109,7 @@ def test_whole_weights_pass(model_dir: Path) -> None:
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
-GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 260}
+GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 2048, "vocab_size": 260}
 
 
 @pytest.mark.parametrize("name", [UP, UP.removeprefix("model."), f"model.{UP}"])
@@ -231,3 +231,12 @@ def test_a_key_that_means_nothing_to_the_method_is_a_warning(tmp_path, method, w
     told = check(made, strict=False)
     found = [w.partition(":")[0] for w in told if w.startswith("adapter.")]
     assert found == [f"adapter.{key}" for key in warned]
+
+
+def test_what_the_models_layers_cannot_take_is_said_without_a_plan(model_dir: Path) -> None:
+    safetensors(model_dir / "model.safetensors")
+    fine = with_model(model_dir)
+    for adapter, error in (({"targets": ["q_prj"]}, AdapterError), ({"rank": 4096}, PlanError)):
+        section = AdapterSection(method="lora", **adapter)
+        with pytest.raises(error, match="q_proj|rank"):
+            check(fine.model_copy(update={"adapter": section}), strict=False)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.frozen.dense import DenseLinear
 from decompft.adapters.inject import adapters
-from decompft.launcher.errors import ModelError
+from decompft.launcher.errors import ModelError, PlanError
 from decompft.launcher.quantized_checkpoint import as_stored, stored_format
 from decompft.launcher.recipe import AdapterSection, ModelSection, QuantizationSection
 from decompft.launcher.worker.engines.fsdp import FsdpEngine
@@ -190,6 +190,24 @@ def test_another_format_than_the_checkpoint_s_is_refused(quantized, wanted):
     with pytest.raises(ModelError, match=f"bitsandbytes nf4; quantization.format is {wanted}") as caught:
         built(section(folder), QuantizationSection(format=wanted), MAP)
     assert "set quantization.format: nf4" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "why"),
+    [("pissa", {"base": "residual"}, "stores another base"), ("lora", {"init": "loftq"}, "loses nothing")],
+)
+def test_the_plan_refuses_what_would_rewrite_codes(quantized, tmp_path, method, options, why):
+    def run(kind, **more):
+        model = {"config": None, "weights": "checkpoint", "id": str(quantized[kind][0])}
+        adapter = {"method": method, "rank": 4, "options": options | more}
+        quantization = {"format": FORMATS[kind]}
+        return make_run(tmp_path, kind, model=model, quantization=quantization, adapter=adapter)
+
+    with pytest.raises(PlanError, match=f"{why}.*model.layers.0") as caught:
+        run("nf4-nested")
+    assert "unquantized checkpoint" in caught.value.hint
+    if method == "pissa":
+        run("int8", base="exact")
 
 
 def test_the_plan_refuses_it_already(quantized, tmp_path):

@@ -13,11 +13,19 @@ import pytest
 from decompft.adapters.targets import TargetMismatch, select
 from decompft.launcher.errors import AdapterError, ModelError
 from decompft.launcher.families import model_types, shape_of
-from decompft.launcher.models import ModelShape, adapted_linears, read_shape, trained_modules
+from decompft.launcher.model_source import find_config
+from decompft.launcher.models import ModelShape, adapted_linears, trained_modules
 from decompft.launcher.recipe import AdapterSection, Recipe
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 100}
 GPT2_SMALL = {"n_embd": 64, "n_head": 4, "vocab_size": 100}
+
+
+def read_shape(of: Recipe) -> tuple[ModelShape, str, Path | None]:
+    """The shape, where it was read, and the checkpoint's folder if it is known."""
+    found = find_config(of)
+    return shape_of(found.config, of.model.task, of.model.num_labels), found.source, found.model_dir
+
 
 # (model_type, explicit keys): sizes that are written out, and what differs from the defaults
 EXPLICIT: list[tuple[str, dict[str, Any]]] = [

@@ -24,7 +24,7 @@ HEAD = "model: {id: m}\ndata: {train: [{path: d.jsonl}]}\ntrain: {max_steps: 1}\
 def configs(**adapter: object) -> dict[str, tuple[str, int]]:
     """Layer -> method and rank, as the planner sees them and as they are built: both must agree."""
     recipe = planning.recipe(planning.TINY, adapter=adapter)
-    shape, _, _ = planning.read_shape(recipe)
+    shape = planning.read_shape(recipe)
     planned = {name: (c.method, c.rank) for name, _, _, c in workload(shape, recipe).adapted}
     hf = outline_of(recipe.model, recipe.quantization, recipe.adapter, None).hf
     assert planned == {name: (a.config.method, a.config.rank) for name, a in adapters(hf)}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from planning import read_shape
 from tiny import losses, make_run, run_ranks
 from tiny_models import FAMILIES, NF4, PLAIN, built, row, saved, section
 from torch.nn import functional as F
 
 from decompft.launcher.errors import AdapterError
-from decompft.launcher.models import read_shape, trained_modules
+from decompft.launcher.models import trained_modules
 from decompft.launcher.recipe import AdapterSection, QuantizationSection, Recipe
 from decompft.launcher.worker.data.batches import collate
 from decompft.launcher.worker.restore import load_adapter
@@ -86,7 +87,7 @@ def test_the_planner_selects_what_the_worker_trains(checkpoint):
             "train": {"max_steps": 1},
         }
     )
-    planned = {n for n, _ in trained_modules(read_shape(recipe)[0], CASES[name])}
+    planned = {n for n, _ in trained_modules(read_shape(recipe), CASES[name])}
     found = built(section(folder), NF4, adapter(*CASES[name]))
     tied = {"gemma": "model.embed_tokens", "gemma2": "model.embed_tokens"}.get(name)
     trained = {n.rpartition(".")[0] for n in found.trained if not n.endswith((".A", ".B"))}

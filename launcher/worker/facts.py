@@ -17,6 +17,7 @@ from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.inject import adapters
 from decompft.adapters.spec import spec_of
 from decompft.launcher.errors import AdapterError
+from decompft.launcher.refusals import over_codes
 from decompft.launcher.worker.engines.base import Engine, full_shape
 from decompft.launcher.worker.matching import Want
 from decompft.launcher.worker.spectrum_cache import SpectrumCache
@@ -129,12 +130,8 @@ def factors_of_weights(
         if what:
             raise AdapterError(f"{name}: {what}", instead)
         if adapter.rewrites_base and source.is_packed(want.key):
-            raise AdapterError(
-                f"{name}: {adapter.config.method} stores another base than the checkpoint's, "
-                "and this checkpoint is quantized already",
-                "set adapter.options.base: exact, which keeps the base and adds a frozen correction, "
-                "or name an unquantized checkpoint",
-            )
+            what, _, instead = over_codes(adapter.config.method).partition("; ")
+            raise AdapterError(f"{name}: {what}", instead)
         made = None
         owner = number % engine.world_size
         if engine.rank == owner:

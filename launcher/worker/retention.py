@@ -54,8 +54,8 @@ def rotate(new: Path, rule: Retention, incarnation: int) -> None:
     found: list[Kept] = []
     damaged: list[Path] = []
     folders = list_checkpoints(new.parent)
-    newest = RunDir(new.parent.parent).newest_incarnation()
-    if any(incarnation < _writer(folder) <= newest for folder in folders):
+    # asked after the list was made, so that nothing of a newer incarnation's is in a list that is gone through
+    if RunDir(new.parent.parent).newest_incarnation() > incarnation:
         return  # a rank that was frozen since its rename: the run goes on elsewhere, and what is here is its matter
     for folder in folders:
         if step_of(folder) > step_of(new):
@@ -82,14 +82,6 @@ def rotate(new: Path, rule: Retention, incarnation: int) -> None:
         with suppress(OSError):  # e.g. a reader on NFS; the new one is safe, the next save tries again
             folder.rename(aside)
             shutil.rmtree(aside)
-
-
-def _writer(folder: Path) -> int:
-    """The incarnation that wrote a checkpoint; 0 where it cannot be told."""
-    try:
-        return int(json.loads((folder / "manifest.json").read_bytes())["incarnation"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
 
 
 def _read(folder: Path) -> Kept | None:
