@@ -59,6 +59,16 @@ class FrozenLinear(nn.Module):
         y_TO = x_TI @ weight.T
         return y_TO if scale is None else y_TO.mul_(scale)
 
+    def product_back(
+        self, g_TO: Tensor, storage: tuple[Tensor, ...], scale: Tensor | None, weight: Tensor | None = None
+    ) -> Tensor:
+        """g (tokens, out) -> g (scale W) (tokens, in), the backward pass of `product`; arguments as there.
+
+        Args:
+            weight: W unpacked already, in g's dtype; then `scale` is None.
+        """
+        return g_TO @ (self.unpack(storage, g_TO.dtype, scale) if weight is None else weight)
+
     def storage(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, name) for name in self.storage_names())
 

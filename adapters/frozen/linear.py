@@ -206,15 +206,15 @@ def _through_base(
     assert not pulls or scale is None, (
         "pull_back wants the bare weight: its method's row is a vector, or None"
     )
-    weight = base.unpack(storage, g_TO.dtype, scale)
-    dx_TI = g_TO @ weight
+    weight = base.unpack(storage, g_TO.dtype) if pulls else None
+    dx_TI = base.product_back(g_TO, storage, scale, weight)
     if f.col is not None:
         col = dot_columns_and_scale_(x.reshape(-1, base.in_features), dx_TI, f.col)
     if scale is not None and kept_TO is None:
         # products summed in float32. dx holds row W^T dy: at row == 0 exactly the quotient is NaN and stops the
         # run, in words
         row = (dot(x.reshape(-1, base.in_features), dx_TI) / scale).reshape(1)
-    return dx_TI, weight if pulls else None, row, col
+    return dx_TI, weight, row, col
 
 
 def _through_thin(
