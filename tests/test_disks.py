@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hostile import (
     FSDP,
     GOOD,
@@ -29,10 +30,12 @@ from hostile import (
 from tiny import losses, make_run
 from workers import Ended, end_ranks, run_worker, start_ranks
 
+import decompft.launcher.worker.checkpoint as checkpoint_module
 from decompft.launcher.checkpoints import list_checkpoints, newest_valid
 from decompft.launcher.cli import main
 from decompft.launcher.resume import choose_start
 from decompft.launcher.runs import RunDir
+from decompft.launcher.worker.restore import load_adapter
 from decompft.launcher.worker.tools import prepare
 from decompft.launcher.worker.tools.main import run_tool
 
@@ -146,6 +149,38 @@ def test_a_disk_that_fills_under_two_ranks_keeps_what_was_saved(disk: Path, tmp_
     remount(disk, "size=64m")  # some space was freed
     assert go_on(run).outcome.exit_code == 0
     assert all_whole(run) == [name(step) for step in range(1, 15)]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("when", ["before", "in its middle"])
+def test_a_disk_that_fills_at_the_very_end_costs_nothing_but_another_start(
+    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """All is trained and saved; there is no room for the adapter's own folder."""
+    made = make_run(tmp_path, "made", checkpoint={"every_steps": 2})
+    run = RunDir(shutil.copytree(made.path, disk / "run"))
+    owner, function = {
+        "before": (checkpoint_module, "save_adapter"),
+        "in its middle": (checkpoint_module.shutil, "copytree"),  # the tokenizer, after the tensors
+    }[when]
+    write = getattr(owner, function)
+
+    def late(source: Path, *args: Any, **kwargs: Any) -> Any:
+        fill(disk)
+        return write(source, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, function, late)
+        ended = run_worker(run)
+    assert ended.outcome.exit_code == 3
+    assert_words(ended, "adapter: not saved: ", "No space left on device", "free some space")
+    assert not (run.path / "adapter").exists() and not (run.path / ".tmp-adapter").exists()
+    (disk / "ballast").unlink()
+    assert go_on(run).outcome.exit_code == 0
+    tensors, _ = load_adapter(run.path / "adapter")
+    assert run_worker(made).outcome.exit_code == 0
+    expected, _ = load_adapter(made.path / "adapter")
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
 @pytest.mark.dist

@@ -296,8 +296,10 @@ def _in_words(target: Path, error: Exception) -> RunFailed:
     if isinstance(error, RunFailed):
         return error
     if isinstance(error, OSError):
+        # shutil gathers one complaint a file: (from, to, what)
+        words = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror or error
         return RunFailed(
-            f"{target}: not saved: {error.strerror or error}",
+            f"{target}: not saved: {words}",
             "what was saved before is untouched; free some space or keep fewer (checkpoint.keep), then: "
             "decompft launch RECIPE --resume auto",
         )
