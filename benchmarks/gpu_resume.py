@@ -1,6 +1,6 @@
 """What saves cost and what survives at 7B's shape, nf4: pause, time and size of a save, resume times, and the drills.
 
-    python benchmarks/gpu_resume.py --gpus 2 --out benchmarks/results/resume.json [--strategies ddp fsdp] [--no-drills]
+    python benchmarks/gpu_resume.py --gpus 2 --out benchmarks/results/resume.json [--strategies ddp fsdp] [--drills ...]
 
 Each row is a run through `launch`, as a user starts it: 30 steps with a checkpoint every 10, then the same run stopped
 at 15 and resumed, by the next strategy and by its own. The pause is beside the median step of the run itself.
@@ -21,9 +21,9 @@ from typing import Any
 from gpu_7b import RECIPE, WORK, write_text
 
 STEPS, EVERY, STOP = 30, 10, 15
-COMMON = [
-    f"train.max_steps={STEPS}", f"checkpoint.every_steps={EVERY}", "train.recompute=none", "train.micro_batch_size=4",
-]  # fmt: skip
+BATCH = "train.micro_batch_size=4"
+COMMON = [f"train.max_steps={STEPS}", f"checkpoint.every_steps={EVERY}", "train.recompute=none", BATCH]
+DRILLS = ("resume", "kill", "preempt")
 START = "import sys; from decompft.launcher.cli import main; sys.exit(main())"
 
 
@@ -35,7 +35,8 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="*", default=["ddp", "fsdp"])
     parser.add_argument("--deterministic", nargs="*", default=[], help="strategies that run with it")
     parser.add_argument("--method", default="map")
-    parser.add_argument("--no-drills", action="store_true")
+    parser.add_argument("--drills", nargs="*", choices=DRILLS, default=list(DRILLS), help="none: without any")
+    parser.add_argument("--drill-strategy", default="fsdp")
     parser.add_argument("--override", nargs="*", default=[], help="KEY=VALUE of the recipe, for trials")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -53,14 +54,11 @@ def main() -> None:
         rows.append(row | {"deterministic": strategy in args.deterministic})
         print(json.dumps({k: v for k, v in rows[-1].items() if k != "losses"}), flush=True)
         write(args.out, rows)
-    for drill in () if args.no_drills else ("resume", "kill", "preempt"):
-        rows.append(
-            run_drill(
-                drill,
-                [*common, *args.override, *parallel(args.gpus, args.strategies[-1])],
-                args.strategies[-1],
-            )
-        )
+    for drill in args.drills:
+        # how long its runs are and when they save is the drill's own matter
+        options = [BATCH, f"adapter.method={args.method}", f"train.global_batch_size={4 * args.gpus}"]
+        strategy = args.drill_strategy
+        rows.append(run_drill(drill, [*options, *args.override, *parallel(args.gpus, strategy)], strategy))
         print(json.dumps(rows[-1]), flush=True)
         write(args.out, rows)
 

@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# A session on the GPU machine, in calls of at most ten minutes that overlap with the work:
+#   begin GPUS MINUTES PART...   what call 1 carried (.carry/1) is unpacked; the parts start in the background, and what
+#                                of them can end early does so, so many minutes after this
+#   go                           what call 2 carried (.carry/2) completes the model that the scoreboard trains
+#   wait SECONDS                 look after them for so long, or until all have ended; results go to $OUT
+# Parts, in this order; each has the GPUs to itself but the first two, which share them:
+#   drills       kill, preempt and resume of a 7B shape over two GPUs, with kernels that add in a fixed order
+#   scoreboard   its missing cells, SHARE of them at once on each GPU (default 14)
+#   methods      every method's step beside LoRA's at 7B
+#   tests        pytest -m gpu
+#   rows         gpu_7b.py with ROWS (its options) and the peers beside it
+# benchmarks/gpu_pack.sh, run before on the other machine, makes both folders. Give all calls at once: the machine is taken
+# back half a minute after the last. A session of its own (setsid) lets the work go on between calls.
+set -euo pipefail
+work=$PWD/.bench/session; mkdir -p "$work"
+after() { while [ ! -e "$work/$1.done" ]; do sleep 0.5; done; }
+left() { # seconds, one at least
+  local seconds=$(($(cat "$work/deadline") - $(date +%s)))
+  echo $((seconds > 1 ? seconds : 1))
+}
+minutes() { python3 -c "print($(left) / 60)"; }
+
+drills() { # at once: each loads the model half a dozen times
+  local kind
+  for kind in kill preempt resume; do
+    mkdir -p "$work/$kind"
+    # a folder of its own for runs and data; reached under the same names
+    (cp -r benchmarks "$work/$kind/" && cd "$work/$kind" && timeout "$(left)" python3 benchmarks/gpu_resume.py --gpus 2 \
+      --strategies --drills $kind --override train.recompute=full train.deterministic=true --out "$work/drill-$kind.json") &
+  done
+  wait
+}
+scoreboard() {
+  after model
+  local cells=(--model "$work/input/model.gguf" --data "$work/input/commonsense" --work "$work" --out "$work/all.json")
+  python3 benchmarks/scoreboard.py --prepare "${cells[@]}"
+  python3 benchmarks/scoreboard.py "${cells[@]}" --gpus "$gpus" --per-gpu "${SHARE:-14}" --minutes "$(minutes)" \
+    --merge benchmarks/results/scoreboard.json
+}
+methods() {
+  local k
+  for k in $(seq 0 $((gpus - 1))); do
+    CUDA_VISIBLE_DEVICES=$k timeout "$(left)" python3 benchmarks/adapters_7b.py --part "$k/$gpus" --steps 3 \
+      --out "$work/7b-$k.jsonl" &
+  done
+  wait
+}
+tests() { # only files with such tests: others want packages that are not there
+  timeout "$(left)" python3 -m pytest -q -m gpu -p no:cacheprovider $(grep -l "mark.gpu" tests/test_*.py)
+}
+rows() {
+  local peers=()
+  [ ! -e .gpu-site/bench/peers.py ] || peers=(--peers .gpu-site/bench/peers.py)
+  # shellcheck disable=SC2086 # several words
+  timeout "$(left)" python3 benchmarks/gpu_7b.py ${ROWS:-} "${peers[@]}" --out "$work/rows.json"
+}
+
+case ${1:?begin, go or wait} in
+begin)
+  gpus=$2; echo $(($(date +%s) + 60 * $3)) >"$work/deadline"; shift 3
+  nvidia-smi --query-gpu=index,name,memory.total --format=csv,noheader; nproc
+  tar xJf .carry/1/site.tar.xz
+  mkdir -p "$work/input"; tar xJf .carry/1/data.tar.xz -C "$work/input"; cp .carry/1/model.aa "$work/input/"
+  # every call brings the checkout anew, while processes of the call before read theirs: they get a copy
+  rm -rf "$work/tree" "$work"/*.done "$work"/*.log; mkdir "$work/tree"
+  cp -r adapters launcher recipes slurm benchmarks tests pyproject.toml "$work/tree/"; ln -s "$PWD/.gpu-site" "$work/tree/.gpu-site"
+  cd "$work/tree"
+  . benchmarks/gpu_env.sh
+  export DECOMPFT_CACHE=$work/cache OMP_NUM_THREADS=4 gpus work
+  python3 -c 'import bitsandbytes, liger_kernel, torch, decompft.launcher.planner; print(torch.__version__, torch.cuda.device_count())'
+  part() { "$1" >"$work/$1.log" 2>&1 || echo "exit code $?" >>"$work/$1.log"; touch "$work/$1.done"; }
+  export -f after left minutes drills scoreboard methods tests rows part
+  setsid bash -c '
+    for name in "$@"; do
+      case $name in drills | scoreboard) part "$name" & ;; *) wait; part "$name" ;; esac
+    done
+    wait; touch "$work/all.done"' session "$@" </dev/null >"$work/session.log" 2>&1 &
+  ;;
+go)
+  cat "$work/input/model.aa" .carry/2/model.a[b-z] >"$work/input/model.gguf"
+  echo "$(cat .carry/2/model.sha256)  $work/input/model.gguf" | sha256sum -c
+  touch "$work/model.done"
+  ;;
+wait)
+  until=$(($(date +%s) + $2))
+  while [ "$(date +%s)" -lt "$until" ] && [ ! -e "$work/all.done" ]; do sleep 1; done
+  nvidia-smi --query-gpu=index,utilization.gpu,memory.used --format=csv,noheader; uptime
+  [ -e "$work/all.done" ] && echo "ALL DONE" || echo "still running"
+  for log in "$work"/*.log; do
+    echo "--- ${log##*/}"; tr '\r' '\n' <"$log" | tail -n 12 | cut -c1-400
+  done
+  ;;
+*) echo "begin, go or wait" >&2; exit 2 ;;
+esac
+# what there is so far; eight files at most come back
+cat "$work"/7b-*.jsonl >"$OUT/adapters_7b.jsonl" 2>/dev/null || true
+for name in all rows drill-kill drill-preempt drill-resume; do cp "$work/$name.json" "$OUT/" 2>/dev/null || true; done
+tar cJf "$OUT/logs.tar.xz" -C "$work" $(cd "$work" && ls -d ./*.log logs tree/.bench/*.json 2>/dev/null) 2>/dev/null || true
