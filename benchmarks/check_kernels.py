@@ -3,14 +3,15 @@
 PYTHONPATH=TRITON python benchmarks/check_kernels.py
 
 TRITON is a folder with an unpacked triton wheel (checked with 3.6.0); not needed where triton is installed. Each kernel
-of adapters/kernels is compiled down to machine code for sm_90 in every variant that columns.py launches, then run in
-Triton's interpreter over odd shapes and compared with torch in float64. It times nothing, and the interpreter runs
-programs one after the other: a race would not show.
+of adapters/kernels is compiled down to machine code for sm_90 in every variant that is launched, then run in
+Triton's interpreter over odd shapes and compared with torch in float64, and so is its proof. It times nothing, and the
+interpreter runs programs one after the other: a race would not show.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import os
 import subprocess
@@ -19,7 +20,7 @@ import sys
 import torch
 from torch import Tensor
 
-from decompft.adapters.kernels import columns
+from decompft.adapters.kernels import columns, proved
 
 SM = 90
 POINTERS = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32}
@@ -71,6 +72,12 @@ def interpret() -> None:
     columns._fits = lambda x_TC: x_TC.stride(1) == 1
     torch.cuda.device = lambda device: contextlib.nullcontext()  # type: ignore[assignment,misc]
     torch.manual_seed(0)
+    for name, dtype in itertools.product(proved._MODULES, (torch.float16, torch.float32)):
+        # as on a GPU before training; bfloat16 is held to exact rounding there, which is not the interpreter's
+        importlib.import_module(f"decompft.adapters.kernels.{name}").PROVED.example(
+            torch.device("cpu"), dtype
+        )
+        print(f"interpreter: {name}'s own proof in {str(dtype).removeprefix('torch.')}: passed")
     for shape, dtype in itertools.product(SHAPES, POINTERS.values()):
         # columns of a wider array: rows are further apart than they are long
         a, b = (torch.randn(shape[0], shape[1] + 4).to(dtype)[:, : shape[1]] for _ in range(2))
