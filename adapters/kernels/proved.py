@@ -19,7 +19,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 # each has a `PROVED`
-_MODULES = ("columns",)
+_MODULES = ("columns", "dequantize")
 
 
 class WrongKernelError(Exception):
