@@ -27,7 +27,7 @@ SM = 90
 POINTERS = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32}
 VARIANTS = ((True, False), (False, True), (True, True))  # DOTS, SCALES
 SOURCES = {"codes_ptr": "*u8", "bytes_ptr": "*u8"}
-FLOATS = {"eps": "fp32", "eps_over_s": "fp32", "warmup": "fp32"}
+FLOATS = {"eps": "fp32", "eps_over_s": "fp32", "warmup": "fp32", "s": "fp32", "tiny": "fp32"}
 SHAPES = ((1, 1), (3, 129), (257, 128), (600, 300))
 # of an element that is rounded once: Triton's interpreter cuts bfloat16 off instead of rounding to the nearest
 SPACING = {torch.bfloat16: 2**-7, torch.float16: 0.0, torch.float32: 0.0}
@@ -60,13 +60,15 @@ def compile_all() -> None:
             continue
         compile_one(dequantize_kernel, SOURCES | {"out_ptr": pointer}, constants, enable_fp_fusion=False)
 
-    from decompft.adapters.kernels import norm, norm_triton
+    from decompft.adapters.kernels import norm, norm_triton, rows, rows_triton
 
     for padded in (16, 32, 64):
         sizes = {"R": padded, "SPLITS": norm._SPLITS}
         compile_one(norm_triton.gram, {}, sizes | {"CHUNK": norm._CHUNK, "CHUNKS": 6})
         compile_one(norm_triton.finish, FLOATS, sizes | {"STRIDE": norm._STRIDE})
         compile_one(norm_triton.pull, FLOATS, {"R": padded, "CHUNK": norm._CHUNK, "STRIDE": norm._STRIDE})
+        compile_one(rows_triton.factors, FLOATS, {"R": padded, "ROWS": rows._ROWS})
+        compile_one(rows_triton.pull, FLOATS, {"R": padded, "ROWS": rows._ROWS})
 
 
 def compile_one(kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""MAP's scales from two Gram matrices: the kernel beside plain torch, of which test_adapter_map.py knows that it is MAP."""
+"""MAP's scales from two Gram matrices: the kernel beside plain torch, which test_adapter_map.py holds to equations."""
 
 from __future__ import annotations
 

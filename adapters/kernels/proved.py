@@ -19,7 +19,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 # each has a `PROVED`
-_MODULES = ("columns", "dequantize", "norm")
+_MODULES = ("columns", "dequantize", "norm", "rows")
 
 
 class WrongKernelError(Exception):
