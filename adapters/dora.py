@@ -18,10 +18,9 @@ from torch import Tensor
 from decompft.adapters.base import Adapter, Facts, kaiming_uniform
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.frozen.linear import Factors
+from decompft.adapters.kernels import rows
 from decompft.adapters.lora import scaling
 from decompft.adapters.spec import AdapterConfig
-
-_TINY = 1e-37  # under the root: a row of zeros, with m = 0, stays what it is instead of becoming 0 / 0
 
 
 class DoraLinear(Adapter):
@@ -45,16 +44,22 @@ class DoraLinear(Adapter):
     def note(
         self, trained: tuple[Tensor, ...], fixed: tuple[Tensor, ...], weight: Tensor
     ) -> tuple[Tensor, ...]:
-        """n (out,)."""
-        A, B, *_ = trained
-        return (row_norms(A, B, fixed[0], weight_times(A, weight), self.scaling),)
+        """n (out,), and on a GPU the factors that are made in the same launch."""
+        A, B, m = trained
+        P = weight_times(A, weight)
+        if rows.fits(A, B):
+            return rows.factors(P, A @ A.T, B, fixed[0], m, self.scaling)
+        return (row_norms(A, B, fixed[0], P, self.scaling),)
 
     def factors(self, trained: tuple[Tensor, ...], fixed: tuple[Tensor, ...]) -> Factors:
         A, B, m = trained
-        _, n = fixed
+        _, n, *made = fixed
+        if made:
+            row, per_B, up = made
+            return Factors(up=up, down=A, row=row, keep=(per_B,))
         row = m / n
         per_B = (row * self.scaling).view(-1, 1)
-        return Factors(up=B * per_B, down=A, row=row, keep=(per_B,))
+        return Factors(up=B * per_B, down=A, row=row, keep=(per_B.view(-1),))
 
     def pull_back(
         self,
@@ -65,11 +70,13 @@ class DoraLinear(Adapter):
         weight: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         """dm = (drow + s sum_k dup_k B_k) / n, dB = s (m / n) dup, dA = ddown."""
-        _, B, _ = trained
-        (_, n), (per_B,) = fixed, found.keep
+        A, B, _ = trained
+        (_, n, *_), (per_B,) = fixed, found.keep
         assert grads.row is not None and grads.up is not None
-        slope = torch.add(grads.row, torch.linalg.vecdot(grads.up, B), alpha=self.scaling)
-        return grads.down, grads.up.mul_(per_B), slope.div_(n)
+        dup = grads.up.contiguous()
+        pull = rows.pull_ if rows.fits(A, B) else rows.plain_pull_
+        dm = pull(dup, B, grads.row, n, per_B, self.scaling)
+        return grads.down, dup, dm
 
     def initial_values(self, generator: torch.Generator, facts: Facts) -> dict[str, Tensor]:
         norms = torch.as_tensor(facts["row_norms"], dtype=torch.float32)
@@ -104,9 +111,5 @@ def weight_times(A: Tensor, weight: Tensor) -> Tensor:
 
 
 def row_norms(A: Tensor, B: Tensor, rn2: Tensor, P: Tensor, s: float) -> Tensor:
-    """n_j = |W_j + s B_j A| (out,) from rn2_j = |W_j|^2 and P = W A^T: n^2 = rn2 + (2 s P + s^2 B A A^T) . B by rows.
-
-    At B = 0 exactly the root of rn2.
-    """
-    both = torch.addmm(P, B, A @ A.T, beta=2 * s, alpha=s * s)
-    return torch.linalg.vecdot(both, B).add_(rn2).clamp_min_(_TINY).sqrt_()
+    """n_j = |W_j + s B_j A| (out,) from rn2_j = |W_j|^2 and P = W A^T."""
+    return rows.plain_norms(P, A @ A.T, B, rn2, s)

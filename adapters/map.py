@@ -15,6 +15,7 @@ from torch import Tensor
 from decompft.adapters.base import Adapter, Facts, Settling, kaiming_uniform
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.frozen.linear import Factors
+from decompft.adapters.kernels import norm
 from decompft.adapters.lora import scaling
 from decompft.adapters.spec import AdapterConfig
 from decompft.adapters.specs.base import inner_config
@@ -77,15 +78,14 @@ class MapLinear(Map):
         """row = a / (N(W) + eps), q = w b s / (N(D) + eps) = w b / (n + eps/s), with N(D) = s n,
         n = sqrt(tr((B^T B)(A A^T))) (METHODS 1.3, identity 1) and w the warm-up of b."""
         A, B, a, b = trained
-        eps = self.config.options.eps
-        AAt, BtB = A @ A.T, B.T @ B
-        n = torch.dot(AAt.view(-1), BtB.view(-1)).clamp_min(0).sqrt().reshape(1)
-        self._update_norm = n.detach()  # over s
-        per_b = (n + eps / self.scaling).reciprocal()
-        if self.warmup != 1.0:
-            per_b = per_b * self.warmup
-        per_a = (fixed[0] + eps).reciprocal()
-        return Factors(up=B, down=A, q=b * per_b, row=a * per_a, keep=(AAt, BtB, n, per_a, per_b))
+        options: dict[str, float] = {"eps": self.config.options.eps, "s": self.scaling, "warmup": self.warmup}
+        if norm.fits(A, B):
+            keep: tuple[Tensor, ...] = norm.scales(A, B, a, b, fixed[0], **options)
+            found = norm.views(*keep)
+        else:
+            keep = found = norm.plain(A, B, a, b, fixed[0], **options)
+        self._update_norm = found.n.detach()  # over s
+        return Factors(up=B, down=A, q=found.q, row=found.row, keep=tuple(keep))
 
     def pull_back(
         self,
@@ -95,22 +95,18 @@ class MapLinear(Map):
         grads: Factors,
         weight: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        """dn = -dq q / (n + eps/s); dB = B (A A^T) dn / n and dA = (B^T B) A dn / n.
-
-        At n = 0 the norm has no slope and both are 0: dq = <B^T dy, A x> is, and 1e-30 keeps 0/0 from NaN.
-        """
+        """As in kernels/norm.py; dA and dB are those of the product, with the norm's added."""
         A, B, _, _ = trained
-        AAt, BtB, n, per_a, per_b = found.keep
         assert grads.row is not None and isinstance(grads.q, Tensor)
         assert grads.up is not None and grads.down is not None
-        db = grads.q * per_b
-        slope = (db * found.q).div_(n + 1e-30).mul_(-1 / self.warmup)
-        return (
-            grads.down.addmm_(BtB * slope, A),
-            grads.up.addmm_(B, AAt * slope),
-            grads.row * per_a,
-            db,
-        )
+        dA, dB = grads.down.contiguous(), grads.up.contiguous()
+        if len(found.keep) == 2:
+            grams, scalars = found.keep
+            da, db = norm.pull_(A, B, grams, scalars, grads.q, grads.row, dA, dB, warmup=self.warmup)
+        else:
+            noted = norm.Scales(*found.keep)
+            da, db = norm.plain_pull_(A, B, noted, grads.q, grads.row, dA, dB, warmup=self.warmup)
+        return dA, dB, da, db
 
     def initial_values(self, generator: torch.Generator, facts: Facts) -> dict[str, Tensor]:
         start = {"A": kaiming_uniform(self.shapes["A"], generator), "B": torch.zeros(self.shapes["B"])}

@@ -3,27 +3,31 @@
 PYTHONPATH=TRITON python benchmarks/check_kernels.py
 
 TRITON is a folder with an unpacked triton wheel (checked with 3.6.0); not needed where triton is installed. Each kernel
-of adapters/kernels is compiled down to machine code for sm_90 in every variant that columns.py launches, then run in
-Triton's interpreter over odd shapes and compared with torch in float64. It times nothing, and the interpreter runs
-programs one after the other: a race would not show.
+of adapters/kernels is compiled down to machine code for sm_90 in every variant that is launched, then run in
+Triton's interpreter over odd shapes and compared with torch in float64, and so is its proof. It times nothing, and the
+interpreter runs programs one after the other: a race would not show.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import os
 import subprocess
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from decompft.adapters.kernels import columns
+from decompft.adapters.kernels import columns, dequantize, proved
 
 SM = 90
 POINTERS = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32}
 VARIANTS = ((True, False), (False, True), (True, True))  # DOTS, SCALES
+SOURCES = {"codes_ptr": "*u8", "bytes_ptr": "*u8"}
+FLOATS = {"eps": "fp32", "eps_over_s": "fp32", "warmup": "fp32", "s": "fp32", "tiny": "fp32"}
 SHAPES = ((1, 1), (3, 129), (257, 128), (600, 300))
 # of an element that is rounded once: Triton's interpreter cuts bfloat16 off instead of rounding to the nearest
 SPACING = {torch.bfloat16: 2**-7, torch.float16: 0.0, torch.float32: 0.0}
@@ -40,37 +44,76 @@ def main() -> None:
 
 
 def compile_all() -> None:
+    from decompft.adapters.kernels.columns_triton import kernel as columns_kernel
+    from decompft.adapters.kernels.dequantize_triton import kernel as dequantize_kernel
+
+    tile = {"ROWS": columns._ROWS, "COLUMNS": columns._COLUMNS, "TILES": columns._TILES}
+    for pointer, (dots, scales) in itertools.product(POINTERS, VARIANTS):
+        left_out = ({} if dots else {"parts_ptr": None}) | ({} if scales else {"scale_ptr": None})
+        types = {"a_ptr": pointer, "b_ptr": pointer, "out_ptr": pointer}
+        compile_one(columns_kernel, types, tile | {"DOTS": dots, "SCALES": scales} | left_out)
+    for pointer, double, fused, times, half in itertools.product(
+        POINTERS, (True, False), (True, False), (0, 1, 2), (32, 64)
+    ):
+        constants = {"DOUBLE": double, "FUSED": fused, "TIMES": times, "HALF": half, "BLOCKS": 2048 // half}
+        if fused and not double:
+            continue
+        compile_one(dequantize_kernel, SOURCES | {"out_ptr": pointer}, constants, enable_fp_fusion=False)
+
+    from decompft.adapters.kernels import norm, norm_triton, rows, rows_triton
+
+    for padded in (16, 32, 64):
+        sizes = {"R": padded, "SPLITS": norm._SPLITS}
+        compile_one(norm_triton.gram, {}, sizes | {"CHUNK": norm._CHUNK, "CHUNKS": 6})
+        compile_one(norm_triton.finish, FLOATS, sizes | {"STRIDE": norm._STRIDE})
+        compile_one(norm_triton.pull, FLOATS, {"R": padded, "CHUNK": norm._CHUNK, "STRIDE": norm._STRIDE})
+        compile_one(rows_triton.factors, FLOATS, {"R": padded, "ROWS": rows._ROWS})
+        compile_one(rows_triton.pull, FLOATS, {"R": padded, "ROWS": rows._ROWS})
+
+
+def compile_one(kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: Any) -> None:
+    """Down to machine code.
+
+    Args:
+        types: of arguments that are neither constants, float32 pointers (`_ptr`) nor int32.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from decompft.adapters.kernels.columns_triton import kernel
+    def type_of(name: str) -> str:
+        return (
+            "constexpr" if name in constants else types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+        )
 
-    for pointer, (dots, scales) in itertools.product(POINTERS, VARIANTS):
-        constants = {
-            "DOTS": dots, "SCALES": scales,
-            "ROWS": columns._ROWS, "COLUMNS": columns._COLUMNS, "TILES": columns._TILES,
-        } | ({} if dots else {"parts_ptr": None}) | ({} if scales else {"scale_ptr": None})  # fmt: skip
-        types = {
-            "a_ptr": pointer,
-            "b_ptr": pointer,
-            "out_ptr": pointer,
-            "scale_ptr": "*fp32",
-            "parts_ptr": "*fp32",
-        }
-        signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
-        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-        source = ASTSource(fn=kernel, signature=signature, constexprs=places)
-        made = triton.compile(source, target=GPUTarget("cuda", SM, 32))
-        size = len(made.asm["cubin"])
-        print(f"sm_{SM}: {pointer[1:]}, DOTS={dots}, SCALES={scales}: {size:,} bytes of machine code")
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    signature = {name: type_of(name) for name in kernel.arg_names}
+    # pointers of whole allocations, as they mostly are: loads and stores of 16 bytes
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n.endswith("_ptr")}
+    for attributes in ({}, {k: v for k, v in aligned.items() if k not in places}):
+        source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
+        made = triton.compile(source, target=GPUTarget("cuda", SM, 32), options=options)
+    module = kernel.fn.__module__.rpartition(".")[2].removesuffix("_triton")
+    what = ", ".join([f"{n}={v}" for n, v in constants.items() if v is not None] + [*types.values()])
+    print(
+        f"sm_{SM}: {module}: {what}: {len(made.asm['cubin']):,} bytes of machine code, {made.metadata.shared} shared"
+    )
 
 
 def interpret() -> None:
     # what sends the CPU past the kernel, and a context that only a GPU has
     columns._fits = lambda x_TC: x_TC.stride(1) == 1
     torch.cuda.device = lambda device: contextlib.nullcontext()  # type: ignore[assignment,misc]
+    # and a product whose sum is rounded once, which the interpreter rounds twice
+    dequantize._addcmul_is_fused = lambda device: False  # type: ignore[assignment]
+    torch.addcmul = lambda low, byte, step: low + byte * step  # type: ignore[assignment]
     torch.manual_seed(0)
+    for name, dtype in itertools.product(proved._MODULES, (torch.float16, torch.float32)):
+        # as on a GPU before training; bfloat16 is held to exact rounding there, which is not the interpreter's
+        importlib.import_module(f"decompft.adapters.kernels.{name}").PROVED.example(
+            torch.device("cpu"), dtype
+        )
+        print(f"interpreter: {name}'s own proof in {str(dtype).removeprefix('torch.')}: passed")
     for shape, dtype in itertools.product(SHAPES, POINTERS.values()):
         # columns of a wider array: rows are further apart than they are long
         a, b = (torch.randn(shape[0], shape[1] + 4).to(dtype)[:, : shape[1]] for _ in range(2))

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from decompft.adapters.formats import ROW_TAIL_BYTES, SCALE_ALIGN
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.frozen.rows import as_bytes, as_float32, bytes_parameter, float_chunks, load_operators
+from decompft.adapters.kernels import dequantize
 
 _LEVELS = 255  # of the affine byte code of the scales
 
 
 class FourBitLinear(FrozenLinear):
-    """Storage as in the module docstring; bitsandbytes' operators do the arithmetic on codes."""
+    """Storage as in the module docstring; bitsandbytes' operators, or a kernel of ours, do the arithmetic on codes."""
 
     code: ClassVar[str]  # bitsandbytes' name of the 16 levels
 
@@ -75,8 +76,12 @@ class FourBitLinear(FrozenLinear):
         return as_bytes(codes), as_bytes(self._pack_scales(absmax))
 
     def unpack(self, storage: tuple[Tensor, ...], dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
-        load_operators()
         codes, scales = storage
+        if dequantize.fits(codes, self.block_size, dtype, scale):
+            return dequantize.dequantize(
+                codes, scales, self.code, self.block_size, dtype, scale, double_quant=self.double_quant
+            )
+        load_operators()
         shape = (codes.shape[0], self.in_features)
         if shape[0] == 0:  # CUDA's operator starts no empty grid
             return torch.empty(shape, dtype=dtype, device=codes.device)

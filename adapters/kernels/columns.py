@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decompft.adapters.kernels.proved import Proved, close_to
+
 _ROWS, _COLUMNS = 32, 128  # of a tile
 _TILES = 8  # a program's, one below the other
 
@@ -63,7 +65,7 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
 
 def _fits(x_TC: Tensor) -> bool:
     return x_TC.is_cuda and x_TC.dtype in (torch.bfloat16, torch.float16, torch.float32) and (
-        x_TC.stride(1) == 1 and x_TC.numel() > 0 and _triton() is not None)  # fmt: skip
+        x_TC.stride(1) == 1 and x_TC.numel() > 0 and PROVED.runs(x_TC.device, x_TC.dtype))  # fmt: skip
 
 
 def _parts(x_TC: Tensor) -> Tensor:
@@ -93,11 +95,29 @@ def _launch(
 
 @cache
 def _triton() -> Any:
-    """The kernel, or None where triton is not installed."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return None
+    # triton only where a GPU is
     from decompft.adapters.kernels.columns_triton import kernel
 
     return kernel
+
+
+def _example(device: torch.device, dtype: torch.dtype) -> None:
+    """Rows and columns that fill no tile, each of the three variants."""
+    draw = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(3 * _ROWS + 5, _COLUMNS + 16, generator=draw).to(device, dtype) for _ in range(2))
+    scale = torch.randn(_COLUMNS + 16, generator=draw).to(device)
+    products, scaled = a.double() * b.double(), (b.float() * scale).to(dtype)
+    # a float32 sum of n terms in any order: n half spacings of what was added up
+    bound = 2**-24 * len(a) * products.abs().sum(0)
+    out, parts = torch.empty_like(b), _parts(a)
+    _launch(b, b, scale, out, None)
+    close_to(out, scaled, 0.0)
+    _launch(a, b, None, None, parts)
+    close_to(parts.sum(0), products.sum(0).float(), 2 * bound)
+    parts = _parts(a)
+    _launch(a, b, scale, b, parts)
+    close_to(parts.sum(0), products.sum(0).float(), 2 * bound)
+    close_to(b, scaled, 0.0)
+
+
+PROVED = Proved(name="columns", instead="torch's operators", example=_example)

@@ -56,7 +56,7 @@ class Built:
     trained: dict[str, nn.Parameter]  # name without the "model." of LossModel -> parameter
     buffers: dict[str, Tensor]  # adapter tensors that do not train but belong in its file
     adapted: tuple[str, ...]
-    kernels: str  # which library computes norms and activations, in words
+    kernels: str  # which library computes norms and activations, and which kernels of ours run, in words
     loaded: Loaded
     weights: Callable[[], BaseWeights]  # the full-precision weights again
 
@@ -106,7 +106,7 @@ def build(
     """
     outline = outline_of(section, quantization, adapter, model_dir, tokens)
     hf, shapes = outline.hf, outline.shapes
-    kernels = _use_liger(hf, engine)
+    kernels = f"{_use_liger(hf, engine)}{_prove_kernels(engine, DTYPES[outline.quantization.compute])}"
     if recompute:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = LossModel(hf, section.task)
@@ -322,6 +322,15 @@ def _use_liger(hf: Any, engine: Engine) -> str:
             if isinstance(module, FrozenLinear):
                 module.output_is_overwritten = True
     return "liger-kernel"
+
+
+def _prove_kernels(engine: Engine, compute: torch.dtype) -> str:
+    """Ours, proved before training; float32 too, in which slopes are summed and merges computed."""
+    if engine.device.type != "cuda":
+        return ""
+    from decompft.adapters.kernels.proved import prove_all  # which only a GPU needs
+
+    return f"; {prove_all(engine.device, tuple({compute: None, torch.float32: None}))}"
 
 
 def _buffers(hf: Any) -> dict[str, Tensor]:

@@ -1,0 +1,41 @@
+"""MAP's scales from two Gram matrices: the kernel beside plain torch, which test_adapter_map.py holds to equations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from decompft.adapters.kernels import norm
+
+CASES = ((1, 64, 48), (16, 4096, 4096), (16, 4096, 11008), (40, 300, 1000), (64, 11008, 4096))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rank", "num_in", "num_out"), CASES)
+def test_scales_and_slopes_on_a_gpu(rank: int, num_in: int, num_out: int) -> None:
+    draw = torch.Generator().manual_seed(rank)
+    A, dA = (torch.randn(rank, num_in, generator=draw).cuda() for _ in range(2))
+    B, dB = (torch.randn(num_out, rank, generator=draw).cuda() for _ in range(2))
+    a, b, base_norm, dq, drow = (torch.tensor([v], device="cuda") for v in (3.0, 0.7, 2.5, 0.3, -1.1))
+    options = {"eps": 1e-6, "s": 2.0, "warmup": 0.5}
+    wide = [t.double() for t in (A, B, a, b, base_norm)]
+    exact = norm.plain(*wide, **options)
+    slopes = [dA.double(), dB.double()]
+    of_a, of_b = norm.plain_pull_(*wide[:2], exact, dq.double(), drow.double(), *slopes, warmup=0.5)
+    with torch.no_grad():
+        assert norm.fits(A, B), norm.PROVED.reason(A.device, A.dtype)
+        grams, scalars = norm.scales(A, B, a, b, base_norm, **options)
+        found = norm.pull_(A, B, grams, scalars, dq, drow, dA, dB, warmup=0.5)
+    made = (*norm.views(grams, scalars), *found, dA, dB)
+    for one, right in zip(made, (*exact, of_a, of_b, *slopes), strict=True):
+        # float32 sums of up to 11008 terms, over 32 stretches
+        torch.testing.assert_close(one.double(), right, rtol=1e-4, atol=1e-5 * float(right.abs().max()))
+    again = norm.scales(A, B, a, b, base_norm, **options)
+    assert torch.equal(again[0], grams) and torch.equal(again[1], scalars)
+
+
+def test_what_is_differentiated_or_on_a_cpu_takes_the_plain_way() -> None:
+    A, B = torch.randn(4, 32), torch.randn(16, 4)
+    with torch.no_grad():
+        assert not norm.fits(A, B)
+    assert not norm.fits(A.requires_grad_(), B)

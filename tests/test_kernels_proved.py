@@ -1,0 +1,100 @@
+"""A kernel proves itself before it is used; one that fails, or is wrong, leaves its place to its twin."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from decompft.adapters.kernels import proved
+from decompft.adapters.kernels.proved import Proved, close_to, prove_all
+
+CPU = torch.device("cpu")
+
+
+class Fake:
+    """A kernel that adds `wrong` to what it should make, or cannot be compiled."""
+
+    def __init__(self, wrong: float = 0.0, error: Exception | None = None) -> None:
+        self.wrong, self.error, self.runs = wrong, error, 0
+
+    def example(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.runs += 1
+        if self.error is not None:
+            raise self.error
+        expected = torch.ones(3, device=device, dtype=dtype)
+        close_to(expected + self.wrong, expected, 0.1)
+
+    def proved(self) -> Proved:
+        return Proved(name="fake", instead="its twin", example=self.example)
+
+
+def test_a_right_kernel_is_proved_once(caplog: pytest.LogCaptureFixture) -> None:
+    fake = Fake(wrong=0.05)
+    kernel = fake.proved()
+    assert all(kernel.runs(CPU, torch.float32) for _ in range(3))
+    assert kernel.reason(CPU, torch.float32) == ""
+    assert fake.runs == 1
+    assert kernel.runs(CPU, torch.float64) and fake.runs == 2, "each dtype is compiled anew"
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("fake", "words"),
+    [
+        (Fake(wrong=0.5), "it computes something else, by up to 0.5"),
+        (Fake(wrong=float("nan")), "it computes something else, by up to nan"),
+        (Fake(error=RuntimeError("no sm_90\nat line 3")), "RuntimeError: no sm_90"),
+        (Fake(error=ModuleNotFoundError("No module", name="triton")), "triton is not installed"),
+        (Fake(error=AssertionError()), "AssertionError: "),
+    ],
+    ids=["wrong", "nan", "raises", "missing", "silent"],
+)
+def test_a_kernel_that_fails_is_not_used_and_said_once(
+    fake: Fake, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernel = fake.proved()
+    with caplog.at_level(logging.WARNING):
+        assert not any(kernel.runs(CPU, torch.bfloat16) for _ in range(3))
+    assert fake.runs == 1
+    assert kernel.reason(CPU, torch.bfloat16) == words
+    (record,) = caplog.records
+    assert record.getMessage() == f"kernel fake (bfloat16 on cpu) is not used: {words}; its twin runs instead"
+
+
+def test_another_shape_or_dtype_is_wrong() -> None:
+    with pytest.raises(proved.WrongKernelError, match=r"it makes \(2,\) float32, not \(3,\) float32"):
+        close_to(torch.ones(2), torch.ones(3), 1.0)
+    with pytest.raises(proved.WrongKernelError, match="float64"):
+        close_to(torch.ones(3).double(), torch.ones(3), 1.0)
+
+
+def test_nothing_is_proved_while_a_graph_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake()
+    kernel = fake.proved()
+    monkeypatch.setattr(proved, "_is_recording", lambda device: True)
+    assert not kernel.runs(CPU, torch.float32) and fake.runs == 0
+    monkeypatch.undo()
+    assert kernel.runs(CPU, torch.float32), "and nothing was decided by it"
+
+
+def test_the_start_line_of_a_machine_without_a_gpu() -> None:
+    assert prove_all(CPU, (torch.float32,)) == "torch (no GPU)"
+
+
+def test_every_kernel_is_known_to_prove_all() -> None:
+    """A file with a kernel's twin has a `PROVED`, and is in the list."""
+    from importlib import import_module
+    from pathlib import Path
+
+    folder = Path(proved.__file__).parent
+    twins = {p.name.removesuffix("_triton.py") for p in folder.glob("*_triton.py")}
+    assert twins and twins == set(proved._MODULES)
+    assert all(isinstance(import_module(f"decompft.adapters.kernels.{m}").PROVED, Proved) for m in twins)
+
+
+@pytest.mark.gpu
+def test_every_kernel_runs_on_this_gpu() -> None:
+    line = prove_all(torch.device("cuda"), (torch.bfloat16, torch.float16, torch.float32))
+    assert line.startswith(f"triton for {proved._MODULES[0]}") and ";" not in line, line
