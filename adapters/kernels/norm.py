@@ -109,27 +109,43 @@ def pull_(
 
 
 def plain(
-    A: Tensor, B: Tensor, a: Tensor, b: Tensor, base_norm: Tensor, *, eps: float, s: float, warmup: float
+    A: Tensor,
+    B: Tensor,
+    a: Tensor,
+    b: Tensor,
+    base_norm: Tensor,
+    *,
+    eps: float,
+    s: float,
+    warmup: Tensor | float,
 ) -> Scales:
     """The twin of `scales`; differentiable."""
     AAt, BtB = A @ A.T, B.T @ B
     n = torch.dot(AAt.view(-1), BtB.view(-1)).clamp_min(0).sqrt().reshape(1)
     per_b = (n + eps / s).reciprocal()
-    if warmup != 1.0:
+    if isinstance(warmup, Tensor) or warmup != 1.0:
         per_b = per_b * warmup
     per_a = (base_norm + eps).reciprocal()
     return Scales(n, per_a, per_b, b * per_b, a * per_a, AAt, BtB)
 
 
 def plain_pull_(
-    A: Tensor, B: Tensor, found: Scales, dq: Tensor, drow: Tensor, dA: Tensor, dB: Tensor, *, warmup: float
+    A: Tensor,
+    B: Tensor,
+    found: Scales,
+    dq: Tensor,
+    drow: Tensor,
+    dA: Tensor,
+    dB: Tensor,
+    *,
+    warmup: Tensor | float,
 ) -> tuple[Tensor, Tensor]:
     """The twin of `pull_`: dn = -dq q / (n + eps/s); dB += B (A A^T) dn / n and dA += (B^T B) A dn / n.
 
     At n = 0 the norm has no slope and both are 0: dq = <B^T dy, A x> is, and 1e-30 keeps 0/0 from NaN.
     """
     of_b = dq * found.per_b
-    slope = (of_b * found.q).div_(found.n + 1e-30).mul_(-1 / warmup)
+    slope = (of_b * found.q).div_(found.n + 1e-30).div_(-warmup)
     dA.addmm_(found.BtB * slope, A)
     dB.addmm_(B, found.AAt * slope)
     return drow * found.per_a, of_b
