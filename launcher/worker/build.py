@@ -24,6 +24,7 @@ from decompft.launcher.layers import layer_configs
 from decompft.launcher.quantized_checkpoint import is_quantized, stored_in
 from decompft.launcher.recipe import AdapterSection, ModelSection, QuantizationSection
 from decompft.launcher.tensor_names import find_key
+from decompft.launcher.worker.attention import use_attention
 from decompft.launcher.worker.base_weights import BaseWeights
 from decompft.launcher.worker.engines.base import Engine, full_shape
 from decompft.launcher.worker.liger import keep_outputs
@@ -56,7 +57,7 @@ class Built:
     trained: dict[str, nn.Parameter]  # name without the "model." of LossModel -> parameter
     buffers: dict[str, Tensor]  # adapter tensors that do not train but belong in its file
     adapted: tuple[str, ...]
-    kernels: str  # which library computes norms and activations, in words
+    kernels: str  # which library computes norms and activations, and which attention runs, in words
     loaded: Loaded
     weights: Callable[[], BaseWeights]  # the full-precision weights again
 
@@ -106,7 +107,7 @@ def build(
     """
     outline = outline_of(section, quantization, adapter, model_dir, tokens)
     hf, shapes = outline.hf, outline.shapes
-    kernels = _use_liger(hf, engine)
+    kernels = f"{_use_liger(hf, engine)}; attention: {use_attention(hf, section, engine.device)}"
     if recompute:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = LossModel(hf, section.task)
