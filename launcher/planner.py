@@ -8,6 +8,7 @@ slower; they are for users whose cluster is built around DeepSpeed.
 
 from __future__ import annotations
 
+from decompft.launcher.attention import refuse_attention
 from decompft.launcher.deepspeed_config import make_config
 from decompft.launcher.epochs import steps_per_epoch
 from decompft.launcher.errors import PlanError
@@ -55,6 +56,7 @@ def make(recipe: Recipe, *, machine: Machine | None = None) -> Plan:
     world, warnings = _world(recipe, machine)
     refuse_world(recipe, world)
     refuse_format(recipe, machine, world)
+    refuse_attention(recipe, fitted.found.config, head_dim=shape.head_dim, device=world.device)
     budget = _budget(recipe, machine, world)
     layout, reason = _choose(work, world, budget)
     memory = forecast(work, layout, capacity_bytes=budget.device_bytes, host_capacity_bytes=budget.host_bytes)

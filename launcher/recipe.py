@@ -56,6 +56,11 @@ class ModelSection(Section):
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="storage of frozen, unquantized linear weights; auto: quantization.compute"
     )
+    attention: Literal["auto", "varlen", "sdpa", "eager"] = Field(
+        "auto",
+        description="how documents of a packed row are kept apart; varlen: each by itself, without a mask; sdpa: "
+        "torch's attention under a mask over the row; eager: written out; auto: varlen where it can run",
+    )
     trust_remote_code: bool = Field(False, description="run Python code that the model's repository carries")
 
     @model_validator(mode="after")
@@ -313,6 +318,10 @@ class Recipe(Section):
                 raise ValueError("model.task sequence-classification needs data of format classification")
             if self.data.packing:
                 raise ValueError("data.packing cannot be used with sequence-classification; set it false")
+            if self.model.attention == "varlen":
+                raise ValueError(
+                    "model.attention varlen is for packed rows, which classification has none of"
+                )
         elif "classification" in formats:
             raise ValueError("data of format classification needs model.task: sequence-classification")
         if self.data.streaming and self.train.max_steps is None:

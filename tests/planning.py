@@ -46,7 +46,10 @@ def gpus(
 
 
 def recipe(model: str | dict[str, Any] = LLAMA_7B, **sections: Any) -> Recipe:
-    source = {"id": model} if isinstance(model, str) else {"config": model, "weights": "random"}
+    source: dict[str, Any] = (
+        {"id": model} if isinstance(model, str) else {"config": model, "weights": "random"}
+    )
+    source |= {key: sections.pop(key) for key in ("attention", "task") if key in sections}
     data = {"train": [{"path": "/data/train.jsonl"}], "sequence_length": 2048 if model is not TINY else 256}
     train = {"max_steps": 100, "global_batch_size": 16}
     return Recipe.model_validate(

@@ -111,6 +111,19 @@ def test_what_is_no_adapter_is_refused_in_words(run, tmp_path):
         load(damaged, base=None, say=quiet)
 
 
+def test_the_attention_that_training_could_run_is_not_asked_for_elsewhere(run, tmp_path):
+    """Trained packed on a GPU whose kernel took it; asked on a machine that has none."""
+    from decompft.launcher.worker.inference import open_adapter
+
+    elsewhere = tmp_path / "adapter"
+    shutil.copytree(run.path / "adapter", elsewhere)
+    described = json.loads((elsewhere / "adapter.json").read_text())
+    for wanted, found in (("varlen", "auto"), ("eager", "eager")):
+        described["model"]["attention"] = wanted
+        (elsewhere / "adapter.json").write_text(json.dumps(described))
+        assert open_adapter(elsewhere, base=None, say=quiet).model.attention == found
+
+
 def test_another_base_is_refused_and_a_bare_one_can_be_asked(run, tmp_path, capsys):
     from decompft.launcher.worker.inference import open_adapter
     from decompft.launcher.worker.merging import merge

@@ -1,4 +1,4 @@
-"""DoRA's norms of rows and its factors: the kernel beside plain torch, which test_adapter_dora.py holds to equations."""
+"""DoRA's norms of rows and factors: the kernel beside plain torch, which test_adapter_dora.py holds to equations."""
 
 from __future__ import annotations
 

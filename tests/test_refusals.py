@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from planning import CPU, LLAMA_7B, TINY, gpus, make
+from pydantic import ValidationError
 from rich.console import Console
 
 from decompft.adapters.spec import ADAPTER_SPECS
@@ -181,3 +182,37 @@ def test_without_deepspeed_a_plan_warns_and_a_launch_refuses(monkeypatch, tmp_pa
 def test_every_strategy_but_hsdp_runs_on_one_rank(strategy) -> None:
     plan = make(gpus(1, 80), LLAMA_7B, parallel={"strategy": strategy})
     assert (plan.strategy, plan.world.size, plan.shard_size) == (strategy, 1, 1)
+
+
+GEMMA2 = {**TINY, "model_type": "gemma2", "head_dim": 16}
+
+
+@pytest.mark.parametrize("wanted", ["varlen", "sdpa"])
+@pytest.mark.parametrize("written", [{}, {"attn_logit_softcapping": 20.0}])
+def test_an_attention_without_the_models_cap_of_scores_is_refused(
+    wanted: str, written: dict[str, Any]
+) -> None:
+    with pytest.raises(PlanError, match=f"model.attention: {wanted} .*cap") as error:
+        make(CPU, {**GEMMA2, **written}, attention=wanted)
+    assert "auto" in error.value.hint
+    assert make(CPU, {**GEMMA2, **written}, attention="eager")
+    assert make(CPU, {**GEMMA2, "attn_logit_softcapping": None}, attention=wanted)
+
+
+def test_variable_length_attention_is_refused_where_a_gpus_kernel_cannot() -> None:
+    gpu, float32 = gpus(1, 80), {"quantization": {"compute": "float32"}}
+    with pytest.raises(PlanError, match=r"varlen cannot run: .*quantization.compute is float32"):
+        make(gpu, TINY, attention="varlen", **float32)
+    with pytest.raises(PlanError, match=r"heads of a multiple of 8 up to 256, the model's have 264"):
+        wide = {**TINY, "model_type": "qwen3", "head_dim": 264}
+        make(gpu, wide, attention="varlen", quantization={"format": "none"})
+    assert make(gpu, TINY, attention="varlen") and make(CPU, TINY, attention="varlen", **float32)
+    assert make(gpu, TINY, **float32)  # auto falls back, in words
+
+
+def test_variable_length_attention_is_refused_for_a_classifier() -> None:
+    with pytest.raises(ValidationError, match="model.attention varlen is for packed rows"):
+        make(
+            CPU, TINY, attention="varlen", task="sequence-classification",
+            data={"packing": False, "train": [{"path": "/data/a.jsonl", "format": "classification"}]},
+        )  # fmt: skip

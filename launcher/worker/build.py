@@ -16,7 +16,7 @@ from decompft.adapters.base import Adapter
 from decompft.adapters.formats import FORMAT_SPECS
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.inject import MakeFrozen, adapters, inject
-from decompft.adapters.spec import AdapterConfig, spec_of
+from decompft.adapters.spec import AdapterConfig
 from decompft.adapters.targets import TargetMismatch, select
 from decompft.adapters.token_rows import token_rows
 from decompft.launcher.errors import AdapterError
@@ -25,8 +25,8 @@ from decompft.launcher.quantized_checkpoint import is_quantized, stored_in
 from decompft.launcher.recipe import AdapterSection, ModelSection, QuantizationSection
 from decompft.launcher.tensor_names import find_key
 from decompft.launcher.worker.base_weights import BaseWeights
+from decompft.launcher.worker.chosen_kernels import choose_kernels
 from decompft.launcher.worker.engines.base import Engine, full_shape
-from decompft.launcher.worker.liger import keep_outputs
 from decompft.launcher.worker.load import Progress, load_base
 from decompft.launcher.worker.loaded import Loaded
 from decompft.launcher.worker.model import (
@@ -56,7 +56,7 @@ class Built:
     trained: dict[str, nn.Parameter]  # name without the "model." of LossModel -> parameter
     buffers: dict[str, Tensor]  # adapter tensors that do not train but belong in its file
     adapted: tuple[str, ...]
-    kernels: str  # which library computes norms and activations, and which kernels of ours run, in words
+    kernels: str  # what computes norms, activations, attention, and which kernels of ours run, in words
     loaded: Loaded
     weights: Callable[[], BaseWeights]  # the full-precision weights again
 
@@ -106,7 +106,9 @@ def build(
     """
     outline = outline_of(section, quantization, adapter, model_dir, tokens)
     hf, shapes = outline.hf, outline.shapes
-    kernels = f"{_use_liger(hf, engine)}{_prove_kernels(engine, DTYPES[outline.quantization.compute])}"
+    kernels = choose_kernels(
+        hf, section, outline.quantization, engine, dtype=DTYPES[outline.quantization.compute]
+    )
     if recompute:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = LossModel(hf, section.task)
@@ -297,40 +299,6 @@ def _compute_in_float32(module: nn.Module, back_to: torch.dtype | None) -> None:
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(after)
-
-
-def _use_liger(hf: Any, engine: Engine) -> str:
-    """Liger's fused norm, rotary and activation on a GPU where it is installed; says what runs."""
-    if engine.device.type != "cuda":
-        return "torch (no GPU)"
-    try:
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-    except ImportError:
-        return "torch (liger-kernel is not installed: pip install decompft[gpu])"
-    import inspect
-
-    apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(hf.config.model_type)
-    if apply is None:
-        return f"torch (liger-kernel has nothing for {hf.config.model_type})"
-    known = inspect.signature(apply).parameters
-    # the loss is ours: it never holds all logits and makes no gradient of the frozen head
-    off = {n: False for n in ("cross_entropy", "fused_linear_cross_entropy") if n in known}
-    apply(model=hf, **off)
-    keeps = any(spec_of(a.config).keeps_output(a.config) for _, a in adapters(hf))
-    if not keep_outputs(keeps):
-        for module in hf.modules():
-            if isinstance(module, FrozenLinear):
-                module.output_is_overwritten = True
-    return "liger-kernel"
-
-
-def _prove_kernels(engine: Engine, compute: torch.dtype) -> str:
-    """Ours, proved before training; float32 too, in which slopes are summed and merges computed."""
-    if engine.device.type != "cuda":
-        return ""
-    from decompft.adapters.kernels.proved import prove_all  # which only a GPU needs
-
-    return f"; {prove_all(engine.device, tuple({compute: None, torch.float32: None}))}"
 
 
 def _buffers(hf: Any) -> dict[str, Tensor]:

@@ -102,8 +102,9 @@ def _ours(model: LossModel, batch: Batch) -> Tensor:
     if batch.labels is not None:
         return model.class_logits(batch)
     if not model.plain_head:
-        return model.logits(batch.input_ids, batch.position_ids)[0][batch.target_index]
-    return model.head(model.hidden(batch.input_ids, batch.position_ids)[0][batch.target_index])
+        return model.logits(batch.input_ids, batch.position_ids, batch.documents)[0][batch.target_index]
+    hidden = model.hidden(batch.input_ids, batch.position_ids, batch.documents)
+    return model.head(hidden[0][batch.target_index])
 
 
 def _theirs(model: Any, task: str, batch: Batch) -> Tensor:

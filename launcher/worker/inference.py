@@ -136,6 +136,8 @@ def open_adapter(folder: Path, *, base: str | None, say: Callable[[str], None]) 
     """
     tensors, description = load_adapter(folder)
     model, quantization, adapter = _sections(folder, description)
+    if model.attention == "varlen":  # what training could run need not run here; nothing is packed either
+        model = model.model_copy(update={"attention": "auto"})
     if base is not None:
         kept = model.revision if base == model.id else "main"
         weights = "checkpoint" if model.config is not None else model.weights

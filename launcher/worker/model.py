@@ -14,7 +14,9 @@ from decompft.adapters.base import Adapter
 from decompft.adapters.token_rows import TokenHead
 from decompft.launcher.errors import ModelError
 from decompft.launcher.recipe import ModelSection
+from decompft.launcher.worker import packed_attention
 from decompft.launcher.worker.data.batches import Batch
+from decompft.launcher.worker.data.documents import Documents
 from decompft.launcher.worker.loss import TrainedRows, head_logits, token_loss_sum
 
 # the frozen base's own dropout is off: only adapter.dropout drops anything
@@ -68,7 +70,7 @@ def build_on_meta(config: Any, section: ModelSection, dtype: torch.dtype) -> Any
             return auto.from_config(
                 config,
                 dtype=dtype,
-                attn_implementation=_attention(config),
+                attn_implementation=_attention(config, section),
                 trust_remote_code=section.trust_remote_code,
             )
     except ValueError as error:  # e.g. an encoder asked for as a causal LM
@@ -114,9 +116,10 @@ def _mark(buffer: Tensor) -> float | None:
     return torch.iinfo(torch.int64).min if buffer.dtype == torch.int64 else None
 
 
-def _attention(config: Any) -> str:
+def _attention(config: Any, section: ModelSection) -> str:
     """sdpa has no argument for a cap of the attention scores (Gemma 2) and would leave it out silently."""
-    return "sdpa" if getattr(config, "attn_logit_softcapping", None) is None else "eager"
+    is_capped = getattr(config, "attn_logit_softcapping", None) is not None
+    return "eager" if is_capped or section.attention == "eager" else "sdpa"
 
 
 def blocks(model: Any) -> list[nn.Module]:
@@ -157,12 +160,12 @@ class LossModel(nn.Module):
         index = batch.target_index
         targets = batch.targets.reshape(-1)[index]
         if self.plain_head:
-            hidden = self.hidden(batch.input_ids, batch.position_ids)
+            hidden = self.hidden(batch.input_ids, batch.position_ids, batch.documents)
             picked = hidden.reshape(-1, hidden.shape[-1])[index]
             head = self.model.get_output_embeddings()
             trained = _trained_rows(head, index.device)
             return token_loss_sum(picked, head.weight, head.bias, targets, self._softcap(), trained)
-        logits = self.logits(batch.input_ids, batch.position_ids)
+        logits = self.logits(batch.input_ids, batch.position_ids, batch.documents)
         return F.cross_entropy(logits.reshape(-1, logits.shape[-1])[index], targets, reduction="sum")
 
     def class_logits(self, batch: Batch) -> Tensor:
@@ -178,15 +181,17 @@ class LossModel(nn.Module):
         last = batch.attention_mask.sum(1) - 1
         return self.model.score(hidden[torch.arange(len(last), device=last.device), last]).float()
 
-    def hidden(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+    def hidden(
+        self, input_ids: Tensor, position_ids: Tensor | None, documents: Documents | None = None
+    ) -> Tensor:
         """Final hidden states (B, T, H).
 
-        Documents of a packed row are told apart by position_ids that restart. transformers sees
-        that only without a mask and without a cache: both are withheld here on purpose.
+        Our attention (packed_attention.py) keeps documents apart by where they begin. Elsewhere they are told
+        apart by position_ids that restart: transformers sees that only without a mask and without a cache, and
+        both are withheld here on purpose.
         """
-        out = self.model.base_model(
-            input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False
-        )
+        given = self._given(documents)
+        out = self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **given)
         hidden: Tensor = out.last_hidden_state
         return hidden
 
@@ -196,12 +201,23 @@ class LossModel(nn.Module):
         trained = _trained_rows(head, hidden.device)
         return head_logits(hidden, head.weight, head.bias, self._softcap(), trained)
 
-    def logits(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+    def logits(
+        self, input_ids: Tensor, position_ids: Tensor | None, documents: Documents | None = None
+    ) -> Tensor:
         """float32 logits (B, T, V)."""
         if self.plain_head:
-            return self.head(self.hidden(input_ids, position_ids))
-        out = self.model(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
+            return self.head(self.hidden(input_ids, position_ids, documents))
+        given = self._given(documents)
+        out = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **given)
         return out.logits.float()
+
+    def _given(self, documents: Documents | None) -> dict[str, Any]:
+        """What tells attention of documents, besides positions."""
+        if documents is None or self.config._attn_implementation != packed_attention.NAME:
+            return {"attention_mask": None}
+        # what has four dimensions is taken for a mask that is made already: transformers makes none, and does not
+        # ask the device whether positions restart
+        return {"attention_mask": documents.starts.view(1, 1, 1, -1), "documents": documents}
 
     def _softcap(self) -> float | None:
         return getattr(self.config, "final_logit_softcapping", None)

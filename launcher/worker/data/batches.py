@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from decompft.launcher.worker.data.documents import Documents
 from decompft.launcher.worker.data.rows import Row
 
 IGNORE = -100  # a target without loss
@@ -29,12 +30,17 @@ class Batch:
     attention_mask: torch.Tensor | None = None  # (B, T), with labels only
     token_type_ids: torch.Tensor | None = None  # (B, T), only for pairs of texts
     labels: torch.Tensor | None = None  # (B,), -100 for a dummy row; classification only
+    documents: Documents | None = (
+        None  # those of position_ids; without them each row is one, padding included
+    )
 
     def to(self, device: torch.device) -> Self:
         """The same batch on a device."""
         moved: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)
+            if isinstance(value, Documents):
+                value = value.to(device)
             moved[item.name] = value.to(device, non_blocking=True) if torch.is_tensor(value) else value
         return type(self)(**moved)
 
@@ -60,6 +66,8 @@ def collate(rows: Sequence[Row | None], pad_id: int, pad_multiple: int = 8) -> B
         targets[place, :size] = _row_targets(row)
         positions[place] = np.concatenate([np.arange(n) for n in (*row.doc_lengths, shape[1] - size)])
     packed = any(len(row.doc_lengths) > 1 for row in real)
+    ends = [() if row is None else row.doc_lengths for row in rows] if packed else [()] * len(rows)
+    documents = Documents.of([(*lengths, shape[1] - sum(lengths)) for lengths in ends])
     labels = mask = types = None
     if all(row.label is not None for row in real):
         labels = np.array([IGNORE if row is None else row.label for row in rows], dtype=np.int64)
@@ -78,6 +86,7 @@ def collate(rows: Sequence[Row | None], pad_id: int, pad_multiple: int = 8) -> B
         attention_mask=_tensor(mask),
         token_type_ids=_tensor(types),
         labels=_tensor(labels),
+        documents=documents,
     )
 
 

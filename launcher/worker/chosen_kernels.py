@@ -1,0 +1,66 @@
+"""Which implementation computes what on this device: settled before the model has memory, told on the first line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from decompft.adapters.frozen.base import FrozenLinear
+from decompft.adapters.inject import adapters
+from decompft.adapters.spec import spec_of
+from decompft.launcher.recipe import ModelSection, QuantizationSection
+from decompft.launcher.worker.attention import use_attention
+from decompft.launcher.worker.engines.base import Engine
+from decompft.launcher.worker.liger import keep_outputs
+
+
+def choose_kernels(
+    hf: Any, section: ModelSection, quantization: QuantizationSection, engine: Engine, *, dtype: torch.dtype
+) -> str:
+    """Of norms and activations, of the frozen base, of attention; in words, what runs and why not the other.
+
+    Args:
+        hf: the model on meta, injected.
+        dtype: of its activations.
+    """
+    found = (
+        _use_liger(hf, engine),
+        _prove_kernels(engine, dtype),
+        f"attention: {use_attention(hf, section, engine.device)}",
+    )
+    return "; ".join(words for words in found if words)
+
+
+def _use_liger(hf: Any, engine: Engine) -> str:
+    """Liger's fused norm, rotary and activation on a GPU where it is installed; says what runs."""
+    if engine.device.type != "cuda":
+        return "torch (no GPU)"
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    except ImportError:
+        return "torch (liger-kernel is not installed: pip install decompft[gpu])"
+    import inspect
+
+    apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(hf.config.model_type)
+    if apply is None:
+        return f"torch (liger-kernel has nothing for {hf.config.model_type})"
+    known = inspect.signature(apply).parameters
+    # the loss is ours: it never holds all logits and makes no gradient of the frozen head
+    off = {n: False for n in ("cross_entropy", "fused_linear_cross_entropy") if n in known}
+    apply(model=hf, **off)
+    keeps = any(spec_of(a.config).keeps_output(a.config) for _, a in adapters(hf))
+    if not keep_outputs(keeps):
+        for module in hf.modules():
+            if isinstance(module, FrozenLinear):
+                module.output_is_overwritten = True
+    return "liger-kernel"
+
+
+def _prove_kernels(engine: Engine, compute: torch.dtype) -> str:
+    """Ours, proved before training; float32 too, in which slopes are summed and merges computed."""
+    if engine.device.type != "cuda":
+        return ""
+    from decompft.adapters.kernels.proved import prove_all  # which only a GPU needs
+
+    return prove_all(engine.device, tuple({compute: None, torch.float32: None}))
