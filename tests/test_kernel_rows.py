@@ -1,4 +1,4 @@
-"""DoRA's norms of rows and its factors: the kernel beside plain torch, which test_adapter_dora.py holds to equations."""
+"""DoRA's norms of rows and its factors: the kernel beside plain torch, which test_adapter_dora.py checks."""
 
 from __future__ import annotations
 

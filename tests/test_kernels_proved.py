@@ -80,7 +80,7 @@ def test_nothing_is_proved_while_a_graph_is_recorded(monkeypatch: pytest.MonkeyP
 
 
 def test_the_start_line_of_a_machine_without_a_gpu() -> None:
-    assert prove_all(CPU, (torch.float32,)) == "torch (no GPU)"
+    assert prove_all(CPU, torch.float32, ["map"], "nf4") == "torch (no GPU)"
 
 
 def test_every_kernel_is_known_to_prove_all() -> None:
@@ -95,6 +95,7 @@ def test_every_kernel_is_known_to_prove_all() -> None:
 
 
 @pytest.mark.gpu
-def test_every_kernel_runs_on_this_gpu() -> None:
-    line = prove_all(torch.device("cuda"), (torch.bfloat16, torch.float16, torch.float32))
-    assert line.startswith(f"triton for {proved._MODULES[0]}") and ";" not in line, line
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_kernel_runs_on_this_gpu(dtype: torch.dtype) -> None:
+    line = prove_all(torch.device("cuda"), dtype, ["map", "dora", "liera"], "nf4")
+    assert line.startswith(f"triton for {', '.join(proved._MODULES)} (") and ";" not in line, line

@@ -124,4 +124,6 @@ def _example(device: torch.device, dtype: torch.dtype) -> None:
             close_to(one, right.to(device, torch.float32), 40 * 8 * 2**-24 * float(right.abs().max()))
 
 
-PROVED = Proved(name="rows", instead="torch's operators", example=_example)
+PROVED = Proved(
+    name="rows", instead="torch's operators", example=_example, dtypes=(torch.float32,), methods=("dora",)
+)

@@ -106,7 +106,7 @@ def build(
     """
     outline = outline_of(section, quantization, adapter, model_dir, tokens)
     hf, shapes = outline.hf, outline.shapes
-    kernels = f"{_use_liger(hf, engine)}{_prove_kernels(engine, DTYPES[outline.quantization.compute])}"
+    kernels = f"{_use_liger(hf, engine)}{_prove_kernels(hf, engine, outline.quantization)}"
     if recompute:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = LossModel(hf, section.task)
@@ -324,13 +324,14 @@ def _use_liger(hf: Any, engine: Engine) -> str:
     return "liger-kernel"
 
 
-def _prove_kernels(engine: Engine, compute: torch.dtype) -> str:
-    """Ours, proved before training; float32 too, in which slopes are summed and merges computed."""
+def _prove_kernels(hf: Any, engine: Engine, quantization: QuantizationSection) -> str:
+    """Those of ours that these layers will want, proved before training."""
     if engine.device.type != "cuda":
         return ""
     from decompft.adapters.kernels.proved import prove_all  # which only a GPU needs
 
-    return f"; {prove_all(engine.device, tuple({compute: None, torch.float32: None}))}"
+    methods = {layer.config.method for _, layer in adapters(hf)}
+    return f"; {prove_all(engine.device, DTYPES[quantization.compute], methods, quantization.format)}"
 
 
 def _buffers(hf: Any) -> dict[str, Tensor]:
