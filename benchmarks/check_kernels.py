@@ -69,18 +69,18 @@ def compile_all() -> None:
         compile_one(
             norm_triton.pull, FLOATS, {"R": padded, "CHUNK": norm.chunk_of(padded), "STRIDE": norm._STRIDE}
         )
-        compile_one(rows_triton.factors, FLOATS, {"R": padded, "ROWS": rows._ROWS})
-        compile_one(rows_triton.pull, FLOATS, {"R": padded, "ROWS": rows._ROWS})
+        compile_one(rows_triton.factors, FLOATS, {"R": padded, "ROWS": rows.rows_of(padded)})
+        compile_one(rows_triton.pull, FLOATS, {"R": padded, "ROWS": rows.rows_of(padded)})
     from decompft.adapters.kernels import changed
     from decompft.adapters.kernels.changed_triton import kernel as changed_kernel
 
-    tile = {"R": 16, "ROWS": changed._ROWS, "COLUMNS": changed._COLUMNS, "TIMES": 0}
+    tile = {"R": 16, "ROWS": changed.rows_of(16), "COLUMNS": changed._COLUMNS, "TIMES": 0}
     for pointer, double, exact, slope in itertools.product(POINTERS, *[(True, False)] * 3):
         constants = tile | {"DOUBLE": double, "FUSED": double, "EXACT": exact, "SLOPE": slope}
         compile_one(changed_kernel, SOURCES | FLOATS | {"out_ptr": pointer}, constants)
     compile_one(
         changed_kernel, SOURCES | FLOATS | {"out_ptr": "*bf16"},
-        tile | {"R": 64, "DOUBLE": True, "FUSED": True, "EXACT": True, "SLOPE": True},
+        tile | {"R": 64, "ROWS": changed.rows_of(64), "DOUBLE": True, "FUSED": True, "EXACT": True, "SLOPE": True},
     )  # fmt: skip
 
 

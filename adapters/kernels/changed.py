@@ -20,7 +20,7 @@ from decompft.adapters.kernels.dequantize import plain as plain_weight
 from decompft.adapters.kernels.proved import Proved, close_to
 
 MAX_RANK = 64  # B's and A's parts of a tile lie in registers
-_ROWS, _COLUMNS = 64, 64
+_COLUMNS = 64
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -69,15 +69,25 @@ def changed(
     num_rows, width = codes.shape[0], codes.shape[1] * 4
     out = torch.empty(num_rows, width, dtype=dtype, device=codes.device) if slope is None else slope
     rank = change.A.shape[0]
+    tile_rows = rows_of(rank)
     with torch.cuda.device(codes.device):
-        _triton()[(width // _COLUMNS, -(-num_rows // _ROWS))](
+        _triton()[(width // _COLUMNS, -(-num_rows // tile_rows))](
             **sources(codes, scales, code, None, double_quant=double_quant),
             a_ptr=change.A, b_ptr=change.B, out_ptr=out, num_rows=num_rows, width=width, block_size=block_size,
             rank=rank, s=change.s, limit=0.0 if change.limit is None else change.limit,
             EXACT=change.limit is not None, SLOPE=slope is not None,
-            R=max(16, 1 << (rank - 1).bit_length()), ROWS=_ROWS, COLUMNS=_COLUMNS,
+            R=_padded(rank), ROWS=tile_rows, COLUMNS=_COLUMNS,
         )  # fmt: skip
     return out
+
+
+def rows_of(rank: int) -> int:
+    """Of a tile: with more numbers of B and A in it, its machine code takes seconds to compile."""
+    return 1024 // _padded(rank)
+
+
+def _padded(rank: int) -> int:
+    return max(16, 1 << (rank - 1).bit_length())
 
 
 def plain(weight: Tensor, change: Change, slope: Tensor | None = None) -> Tensor:
@@ -102,7 +112,7 @@ def _triton() -> Any:
 def _example(device: torch.device, dtype: torch.dtype) -> None:
     """Both factors, forward and backward, of rows that fill no tile."""
     draw = torch.Generator().manual_seed(0)
-    num_rows, rank = _ROWS + 5, 5
+    num_rows, rank = rows_of(5) + 5, 5
     codes, scales = example_storage(device, double_quant=True, num_rows=num_rows, num_blocks=3)
     given: tuple[Tensor, Tensor, str, int] = (codes, scales, "nf4", 64)
     weight = plain_weight(*given, torch.float32, double_quant=True).double()
