@@ -92,12 +92,13 @@ def pull_(
     *,
     warmup: float,
 ) -> tuple[Tensor, Tensor]:
-    """Slopes of a and b (1,); dA and dB, which hold the slopes of the product, become whole in place. One launch.
+    """Slopes of a and b (1,); dA and dB become whole in place. One launch.
 
     Args:
         grams, found: what `scales` returned.
-        dq, drow: (1,).
-        dA, dB: contiguous.
+        dq, drow: of one number.
+        dA: the slope of A in the product (q B) A, contiguous.
+        dB: that of q B, contiguous.
     """
     (rank, num_in), num_out = A.shape, B.shape[0]
     slopes, chunk = A.new_empty(2, _STRIDE), chunk_of(rank)
@@ -125,7 +126,9 @@ def plain(
 def plain_pull_(
     A: Tensor, B: Tensor, found: Scales, dq: Tensor, drow: Tensor, dA: Tensor, dB: Tensor, *, warmup: float
 ) -> tuple[Tensor, Tensor]:
-    """The twin of `pull_`: dn = -dq q / (n + eps/s); dB += B (A A^T) dn / n and dA += (B^T B) A dn / n.
+    """The twin of `pull_` but that dB holds the slope of B in the product.
+
+    dn = -dq q / (n + eps/s); dB += B (A A^T) dn / n and dA += (B^T B) A dn / n.
 
     At n = 0 the norm has no slope and both are 0: dq = <B^T dy, A x> is, and 1e-30 keeps 0/0 from NaN.
     """
@@ -163,6 +166,7 @@ def _example(device: torch.device, dtype: torch.dtype) -> None:
         tensors = (A, up, a, b, base_norm, dq_of, drow, dA, dB)
         A_, B_, a_, b_, norm_, dq_, drow_, dA_, dB_ = (t.double() for t in tensors)
         exact = plain(A_, B_, a_, b_, norm_, **options)
+        dB_ *= exact.q
         expected = (*exact, *plain_pull_(A_, B_, exact, dq_, drow_, dA_, dB_, warmup=0.25), dA_, dB_)
         A_, B_, a_, b_, norm_, dq_, drow_, dA_, dB_ = (t.to(device, copy=True) for t in tensors)
         grams, scalars = scales(A_, B_, a_, b_, norm_, **options)
