@@ -74,7 +74,7 @@ def changed(
         _triton()[(width // _COLUMNS, -(-num_rows // tile_rows))](
             **sources(codes, scales, code, None, double_quant=double_quant),
             a_ptr=change.A, b_ptr=change.B, out_ptr=out, num_rows=num_rows, width=width, block_size=block_size,
-            rank=rank, s=change.s, limit=0.0 if change.limit is None else change.limit,
+            rank=rank, s=float(change.s), limit=0.0 if change.limit is None else float(change.limit),
             EXACT=change.limit is not None, SLOPE=slope is not None,
             R=_padded(rank), ROWS=tile_rows, COLUMNS=_COLUMNS,
         )  # fmt: skip
