@@ -2,12 +2,14 @@
 
     first order:  W* = W o (1 + D)        exact:  W* = W o exp(D)        D = s B A
 
-Nothing of the weight's size is made beside the tile in hand: rows of W are unpacked, multiplied and used
-tile by tile, in the forward pass and again in the backward pass, where the gradient of D is
+Rows of W are unpacked, multiplied and used tile by tile, in the forward pass and again in the backward pass, where
+the gradient of D is
 
     dL/dD = (G^T X) o W     (exact: o W*)
 
-one tile at a time, at the cost of a weight-gradient product. Shapes as in frozen/linear.py.
+one tile at a time, at the cost of a weight-gradient product. Nothing of the weight's size is made beside the tile in
+hand. Over a 4-bit base on a GPU the tile is the whole matrix in the compute dtype: a kernel makes W*, and turns G^T X
+into dL/dD in place, one such tensor at a time as with LoRA. Shapes as in frozen/linear.py.
 
 A tile is multiplied in float32 and rounded once. A bfloat16 weight that lies on bfloat16's grid already
 would lose every factor nearer to 1 than 1/512 that way: over such a base, over int8 with outliers (whose
@@ -26,6 +28,7 @@ from torch.nn import functional as F
 
 from decompft.adapters.base import Adapter, Facts, kaiming_uniform
 from decompft.adapters.frozen.base import FrozenLinear
+from decompft.adapters.kernels.changed import Change
 from decompft.adapters.lora import scaling
 
 # weights in a tile: 32 MiB of float32
@@ -99,6 +102,11 @@ class LieraLinear(Adapter):
         E = torch.expm1(D.clamp(-limit, limit))  # exp(D) - 1 would lose a small D
         return E, torch.where(D.abs() <= limit, E + 1, 0)
 
+    def as_change(self, A: Tensor, B: Tensor) -> Change:
+        """E in the form in which a base's kernel takes it."""
+        limit = self.config.options.clamp if self.is_exact else None
+        return Change(A=A, B=B, s=scaling(self.config), limit=limit)
+
     def forward(self, x: Tensor) -> Tensor:
         dropped = None
         if self.config.dropout and self.training:
@@ -121,11 +129,14 @@ class _Liera(torch.autograd.Function):
         x_TI = x.reshape(-1, base.in_features)
         d_TI = x_TI if dropped is None else dropped.reshape(-1, base.in_features)
         is_apart = dropped is not None or _is_apart(base, x.dtype)
+        whole_OI = None if is_apart else base.unpack_changed(storage, x.dtype, layer.as_change(A, B))
         if is_apart:
             y_TO = base.product(x_TI, storage, None)
+        elif whole_OI is not None:
+            y_TO = x_TI @ whole_OI.T
         else:
             y_TO = x_TI.new_empty(x_TI.shape[0], base.out_features)
-        for rows, W_RI in _tiles(base, storage):
+        for rows, W_RI in _tiles(base, storage) if whole_OI is None else ():
             E_RI, _ = layer.change(A, B[rows])
             E_RI.mul_(W_RI)
             if is_apart:
@@ -135,7 +146,7 @@ class _Liera(torch.autograd.Function):
         if base.bias is not None:
             y_TO += base.bias.to(x.dtype)
         ctx.save_for_backward(x, dropped, A, B, *storage)
-        ctx.layer, ctx.is_apart = layer, is_apart
+        ctx.layer, ctx.is_apart, ctx.is_whole = layer, is_apart, whole_OI is not None
         return y_TO.view(*x.shape[:-1], base.out_features)
 
     @staticmethod
@@ -149,6 +160,10 @@ class _Liera(torch.autograd.Function):
         x_TI = x.reshape(-1, base.in_features)
         d_TI = x_TI if dropped is None else dropped.reshape(-1, base.in_features)
         needs_dx = ctx.needs_input_grad[0]
+        if ctx.is_whole:
+            dx_TI, dA, dB = _backward_whole(layer, g_TO, x_TI, A, B, tuple(storage), needs_dx=needs_dx)
+            dx = None if dx_TI is None else dx_TI.view(x.shape)
+            return dx, None, None, dA, dB, *(None for _ in storage)
         dx_TI = torch.zeros_like(x_TI) if needs_dx else None
         dd_TI = torch.zeros_like(d_TI) if dropped is not None and ctx.needs_input_grad[1] else None
         dA, dB = torch.zeros_like(A), torch.empty_like(B)
@@ -173,6 +188,31 @@ class _Liera(torch.autograd.Function):
         dx = None if dx_TI is None else dx_TI.view(x.shape)
         dd = None if dd_TI is None or dropped is None else dd_TI.view(dropped.shape)
         return dx, dd, None, dA, dB, *(None for _ in storage)
+
+
+def _backward_whole(
+    layer: LieraLinear,
+    g_TO: Tensor,
+    x_TI: Tensor,
+    A: Tensor,
+    B: Tensor,
+    storage: tuple[Tensor, ...],
+    *,
+    needs_dx: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """dx, dA, dB where a kernel of the base made W* in the forward pass."""
+    base, dtype, change = layer.base, g_TO.dtype, layer.as_change(A, B)
+    dx_TI = None
+    if needs_dx:
+        whole_OI = base.unpack_changed(storage, dtype, change)
+        assert whole_OI is not None
+        dx_TI = g_TO @ whole_OI
+        del whole_OI  # before the slope of its size is made
+    M_OI = base.unpack_changed(storage, dtype, change, g_TO.T @ x_TI)
+    assert M_OI is not None
+    dB = (M_OI @ A.to(dtype).T).float().mul_(change.s)
+    dA = (B.to(dtype).T @ M_OI).float().mul_(change.s)
+    return dx_TI, dA, dB
 
 
 def _is_apart(base: FrozenLinear, dtype: torch.dtype) -> bool:

@@ -80,12 +80,14 @@ class MapLinear(Map):
         A, B, a, b = trained
         options: dict[str, float] = {"eps": self.config.options.eps, "s": self.scaling, "warmup": self.warmup}
         if norm.fits(A, B):
-            keep: tuple[Tensor, ...] = norm.scales(A, B, a, b, fixed[0], **options)
-            found = norm.views(*keep)
-        else:
-            keep = found = norm.plain(A, B, a, b, fixed[0], **options)
+            grams, scalars = norm.scales(A, B, a, b, fixed[0], **options)
+            found = norm.views(grams, scalars)
+            self._update_norm = found.n
+            # q in B: one launch here, instead of eight where tokens are multiplied by q, and summed for its slope
+            return Factors(up=B * found.q, down=A, row=found.row, keep=(grams, scalars))
+        found = norm.plain(A, B, a, b, fixed[0], **options)
         self._update_norm = found.n.detach()  # over s
-        return Factors(up=B, down=A, q=found.q, row=found.row, keep=tuple(keep))
+        return Factors(up=B, down=A, q=found.q, row=found.row, keep=tuple(found))
 
     def pull_back(
         self,
@@ -97,13 +99,14 @@ class MapLinear(Map):
     ) -> tuple[Tensor | None, ...]:
         """As in kernels/norm.py; dA and dB are those of the product, with the norm's added."""
         A, B, _, _ = trained
-        assert grads.row is not None and isinstance(grads.q, Tensor)
-        assert grads.up is not None and grads.down is not None
+        assert grads.row is not None and grads.up is not None and grads.down is not None
         dA, dB = grads.down.contiguous(), grads.up.contiguous()
         if len(found.keep) == 2:
             grams, scalars = found.keep
-            da, db = norm.pull_(A, B, grams, scalars, grads.q, grads.row, dA, dB, warmup=self.warmup)
+            dq = torch.dot(dB.view(-1), B.view(-1))
+            da, db = norm.pull_(A, B, grams, scalars, dq, grads.row, dA, dB, warmup=self.warmup)
         else:
+            assert isinstance(grads.q, Tensor)
             noted = norm.Scales(*found.keep)
             da, db = norm.plain_pull_(A, B, noted, grads.q, grads.row, dA, dB, warmup=self.warmup)
         return dA, dB, da, db

@@ -27,7 +27,7 @@ SM = 90
 POINTERS = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32}
 VARIANTS = ((True, False), (False, True), (True, True))  # DOTS, SCALES
 SOURCES = {"codes_ptr": "*u8", "bytes_ptr": "*u8"}
-FLOATS = {"eps": "fp32", "eps_over_s": "fp32", "warmup": "fp32", "s": "fp32", "tiny": "fp32"}
+FLOATS = {"eps": "fp32", "eps_over_s": "fp32", "warmup": "fp32", "s": "fp32", "tiny": "fp32", "limit": "fp32"}
 SHAPES = ((1, 1), (3, 129), (257, 128), (600, 300))
 # of an element that is rounded once: Triton's interpreter cuts bfloat16 off instead of rounding to the nearest
 SPACING = {torch.bfloat16: 2**-7, torch.float16: 0.0, torch.float32: 0.0}
@@ -64,11 +64,24 @@ def compile_all() -> None:
 
     for padded in (16, 32, 64):
         sizes = {"R": padded, "SPLITS": norm._SPLITS}
-        compile_one(norm_triton.gram, {}, sizes | {"CHUNK": norm._CHUNK, "CHUNKS": 6})
+        compile_one(norm_triton.gram, {}, sizes | {"CHUNK": norm.chunk_of(padded), "CHUNKS": 6})
         compile_one(norm_triton.finish, FLOATS, sizes | {"STRIDE": norm._STRIDE})
-        compile_one(norm_triton.pull, FLOATS, {"R": padded, "CHUNK": norm._CHUNK, "STRIDE": norm._STRIDE})
-        compile_one(rows_triton.factors, FLOATS, {"R": padded, "ROWS": rows._ROWS})
-        compile_one(rows_triton.pull, FLOATS, {"R": padded, "ROWS": rows._ROWS})
+        compile_one(
+            norm_triton.pull, FLOATS, {"R": padded, "CHUNK": norm.chunk_of(padded), "STRIDE": norm._STRIDE}
+        )
+        compile_one(rows_triton.factors, FLOATS, {"R": padded, "ROWS": rows.rows_of(padded)})
+        compile_one(rows_triton.pull, FLOATS, {"R": padded, "ROWS": rows.rows_of(padded)})
+    from decompft.adapters.kernels import changed
+    from decompft.adapters.kernels.changed_triton import kernel as changed_kernel
+
+    tile = {"R": 16, "ROWS": changed.rows_of(16), "COLUMNS": changed._COLUMNS, "TIMES": 0}
+    for pointer, double, exact, slope in itertools.product(POINTERS, *[(True, False)] * 3):
+        constants = tile | {"DOUBLE": double, "FUSED": double, "EXACT": exact, "SLOPE": slope}
+        compile_one(changed_kernel, SOURCES | FLOATS | {"out_ptr": pointer}, constants)
+    compile_one(
+        changed_kernel, SOURCES | FLOATS | {"out_ptr": "*bf16"},
+        tile | {"R": 64, "ROWS": changed.rows_of(64), "DOUBLE": True, "FUSED": True, "EXACT": True, "SLOPE": True},
+    )  # fmt: skip
 
 
 def compile_one(kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: Any) -> None:
@@ -94,7 +107,10 @@ def compile_one(kernel: Any, types: dict[str, str], constants: dict[str, Any], *
         source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
         made = triton.compile(source, target=GPUTarget("cuda", SM, 32), options=options)
     module = kernel.fn.__module__.rpartition(".")[2].removesuffix("_triton")
-    what = ", ".join([f"{n}={v}" for n, v in constants.items() if v is not None] + [*types.values()])
+    what = ", ".join(
+        [f"{n}={v}" for n, v in constants.items() if v is not None]
+        + [t for n, t in types.items() if n in kernel.arg_names]
+    )
     print(
         f"sm_{SM}: {module}: {what}: {len(made.asm['cubin']):,} bytes of machine code, {made.metadata.shared} shared"
     )
@@ -108,12 +124,12 @@ def interpret() -> None:
     dequantize._addcmul_is_fused = lambda device: False  # type: ignore[assignment]
     torch.addcmul = lambda low, byte, step: low + byte * step  # type: ignore[assignment]
     torch.manual_seed(0)
-    for name, dtype in itertools.product(proved._MODULES, (torch.float16, torch.float32)):
+    for name in proved._MODULES:
+        proof = importlib.import_module(f"decompft.adapters.kernels.{name}").PROVED
         # as on a GPU before training; bfloat16 is held to exact rounding there, which is not the interpreter's
-        importlib.import_module(f"decompft.adapters.kernels.{name}").PROVED.example(
-            torch.device("cpu"), dtype
-        )
-        print(f"interpreter: {name}'s own proof in {str(dtype).removeprefix('torch.')}: passed")
+        for dtype in proof.dtypes or (torch.float16, torch.float32):
+            proof.example(torch.device("cpu"), dtype)
+            print(f"interpreter: {name}'s own proof in {str(dtype).removeprefix('torch.')}: passed")
     for shape, dtype in itertools.product(SHAPES, POINTERS.values()):
         # columns of a wider array: rows are further apart than they are long
         a, b = (torch.randn(shape[0], shape[1] + 4).to(dtype)[:, : shape[1]] for _ in range(2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_adapter_contract import VARIANTS
-from test_engine_parity import reverse_micro_batches
+from test_engine_parity import reorder
 from tiny import LLAMA, WORLDS, losses, make_run, run_ranks
 
 from decompft.adapters.formats import FORMAT_SPECS
@@ -76,7 +76,7 @@ def reordered(tmp_path_factory) -> dict[str, float]:
     folder = tmp_path_factory.mktemp("reordered")
     plain, other = mixed(folder, "plain", "single"), mixed(folder, "other", "single")
     run_ranks(plain)
-    run_ranks(other, patch=reverse_micro_batches)
+    run_ranks(other, patch=reorder("reversed"))
     return differences(trained(other), trained(plain))
 
 

@@ -4,10 +4,49 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_adapter_contract import IN, OUT, make_adapter, make_base, trained_away_from_start
+from torch import Tensor
 
 from decompft.adapters.kernels import norm
 
 CASES = ((1, 64, 48), (16, 4096, 4096), (16, 4096, 11008), (40, 300, 1000), (64, 11008, 4096))
+
+
+def scales_by_the_twin(*given: Tensor, **options: float) -> tuple[Tensor, Tensor]:
+    *scalars, AAt, BtB = norm.plain(*given, **options)
+    return torch.stack([AAt, BtB]), torch.stack(scalars)
+
+
+def pull_by_the_twin(A, B, grams, scalars, dq, drow, dA, dB, *, warmup):
+    found = norm.views(grams, scalars)
+    dB *= found.q
+    return norm.plain_pull_(A, B, found, dq, drow, dA, dB, warmup=warmup)
+
+
+def test_a_layer_takes_the_kernels_way_to_the_same_slopes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, with the twin in the kernel's place: what the layer does with its results."""
+    weight = 0.05 * torch.randn(OUT, IN, generator=torch.Generator().manual_seed(2))
+    layer = trained_away_from_start(make_adapter("map", make_base("nf4", weight)))
+    layer.warmup = 0.25
+    x, g = torch.randn(7, IN), torch.randn(7, OUT)
+
+    def passes() -> dict[str, Tensor]:
+        layer.zero_grad()
+        given = x.clone().requires_grad_(True)
+        y = layer(given)
+        y.backward(g)
+        return {"y": y.detach(), "x": given.grad} | {
+            n: p.grad for n, p in layer.named_parameters(recurse=False)
+        }
+
+    plain = passes()
+    monkeypatch.setattr(norm, "fits", lambda A, B: not torch.is_grad_enabled())
+    monkeypatch.setattr(norm, "scales", scales_by_the_twin)
+    monkeypatch.setattr(norm, "pull_", pull_by_the_twin)
+    found = passes()
+    for name, tensor in plain.items():
+        # float32, summed in another order
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5 * float(tensor.abs().max()))
 
 
 @pytest.mark.gpu
@@ -20,7 +59,7 @@ def test_scales_and_slopes_on_a_gpu(rank: int, num_in: int, num_out: int) -> Non
     options = {"eps": 1e-6, "s": 2.0, "warmup": 0.5}
     wide = [t.double() for t in (A, B, a, b, base_norm)]
     exact = norm.plain(*wide, **options)
-    slopes = [dA.double(), dB.double()]
+    slopes = [dA.double(), exact.q * dB.double()]
     of_a, of_b = norm.plain_pull_(*wide[:2], exact, dq.double(), drow.double(), *slopes, warmup=0.5)
     with torch.no_grad():
         assert norm.fits(A, B), norm.PROVED.reason(A.device, A.dtype)

@@ -1,11 +1,39 @@
-"""DoRA's norms of rows and factors: the kernel beside plain torch, which test_adapter_dora.py holds to equations."""
+"""DoRA's norms of rows and its factors: the kernel beside plain torch, which test_adapter_dora.py checks."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from test_adapter_contract import IN, OUT, make_adapter, make_base, trained_away_from_start
+from torch import Tensor
 
 from decompft.adapters.kernels import rows
+
+
+def test_a_layer_takes_the_kernels_way_to_the_same_slopes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, with the twin in the kernel's place: what the layer does with its results."""
+    weight = 0.05 * torch.randn(OUT, IN, generator=torch.Generator().manual_seed(2))
+    layer = trained_away_from_start(make_adapter("dora", make_base("nf4", weight)))
+    x, g = torch.randn(7, IN), torch.randn(7, OUT)
+
+    def passes() -> dict[str, Tensor]:
+        layer.zero_grad()
+        given = x.clone().requires_grad_(True)
+        y = layer(given)
+        y.backward(g)
+        return {"y": y.detach(), "x": given.grad} | {
+            n: p.grad for n, p in layer.named_parameters(recurse=False)
+        }
+
+    plain, merged = passes(), layer.merged(layer.base.dense(torch.float32))
+    monkeypatch.setattr(rows, "fits", lambda A, B: not torch.is_grad_enabled())
+    monkeypatch.setattr(rows, "factors", rows.plain)
+    monkeypatch.setattr(rows, "pull_", rows.plain_pull_)
+    found = passes()
+    for name, tensor in plain.items():
+        # float32, summed in the same order
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6 * float(tensor.abs().max()))
+    torch.testing.assert_close(layer.merged(layer.base.dense(torch.float32)), merged)
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,7 +81,32 @@ def test_nothing_is_proved_while_a_graph_is_recorded(monkeypatch: pytest.MonkeyP
 
 
 def test_the_start_line_of_a_machine_without_a_gpu() -> None:
-    assert prove_all(CPU, (torch.float32,)) == "torch (no GPU)"
+    assert prove_all(CPU, torch.float32, ["map"], "nf4") == "torch (no GPU)"
+
+
+def test_the_start_line_names_what_runs_and_why_not_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the kernels that this run's methods and format want; the others are not even compiled."""
+    unwanted = Fake()
+    found = {
+        "right": Proved(name="right", instead="torch", example=Fake().example, formats=("nf4",)),
+        "wrong": Proved(name="wrong", instead="its twin", example=Fake(wrong=1.0).example, methods=("map",)),
+        "dora's": Proved(name="dora's", instead="torch", example=unwanted.example, methods=("dora",)),
+        "fp4's": Proved(name="fp4's", instead="torch", example=unwanted.example, formats=("fp4",)),
+    }
+    for proved_one in found.values():  # there is no GPU here: a fake needs none
+        example = proved_one.example
+        proved_one.example = lambda _, dtype, example=example: example(CPU, dtype)
+    monkeypatch.setattr(proved, "_MODULES", tuple(found))
+    monkeypatch.setattr(proved, "_is_recording", lambda device: False)
+    monkeypatch.setattr(
+        proved, "import_module", lambda n: SimpleNamespace(PROVED=found[n.rpartition(".")[2]])
+    )
+    line = prove_all(torch.device("cuda", 0), torch.float32, ["map"], "nf4")
+    assert (
+        line
+        == "triton for right (proved in 0.0 s); its twin for wrong (it computes something else, by up to 1)"
+    )
+    assert unwanted.runs == 0
 
 
 def test_every_kernel_is_known_to_prove_all() -> None:
@@ -95,6 +121,7 @@ def test_every_kernel_is_known_to_prove_all() -> None:
 
 
 @pytest.mark.gpu
-def test_every_kernel_runs_on_this_gpu() -> None:
-    line = prove_all(torch.device("cuda"), (torch.bfloat16, torch.float16, torch.float32))
-    assert line.startswith(f"triton for {proved._MODULES[0]}") and ";" not in line, line
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_kernel_runs_on_this_gpu(dtype: torch.dtype) -> None:
+    line = prove_all(torch.device("cuda"), dtype, ["map", "dora", "liera"], "nf4")
+    assert line.startswith(f"triton for {', '.join(proved._MODULES)} (") and ";" not in line, line

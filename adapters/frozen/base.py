@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from decompft.adapters.kernels.changed import Change
+
 
 class FrozenLinear(nn.Module):
     """A linear layer whose weight never trains.
@@ -40,6 +42,16 @@ class FrozenLinear(nn.Module):
     def unpack(self, storage: tuple[Tensor, ...], dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
         """Storage tensors with n rows -> dense (n, in), times `scale`, (1,) or (n, 1), rounded once to `dtype`."""
         raise NotImplementedError
+
+    def unpack_changed(
+        self, storage: tuple[Tensor, ...], dtype: torch.dtype, change: Change, slope: Tensor | None = None
+    ) -> Tensor | None:
+        """All rows times their change, weight by weight, in one launch; None where no kernel of ours does that.
+
+        Args:
+            slope: dL/dW* (out, in) in `dtype`, contiguous: then it becomes dL/dD, in place, and is returned.
+        """
+        return None
 
     def folds(self, storage: tuple[Tensor, ...]) -> bool:
         """Whether a scale near 1 survives when rows times it are rounded: a quantized weight lies on no grid."""

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from decompft.adapters.formats import ROW_TAIL_BYTES, SCALE_ALIGN
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.frozen.rows import as_bytes, as_float32, bytes_parameter, float_chunks, load_operators
-from decompft.adapters.kernels import dequantize
+from decompft.adapters.kernels import changed, dequantize
+from decompft.adapters.kernels.changed import Change
 
 _LEVELS = 255  # of the affine byte code of the scales
 
@@ -98,6 +99,16 @@ class FourBitLinear(FrozenLinear):
             torch.float32 if dtype == torch.float64 else dtype,
         )
         return dense.to(dtype)
+
+    def unpack_changed(
+        self, storage: tuple[Tensor, ...], dtype: torch.dtype, change: Change, slope: Tensor | None = None
+    ) -> Tensor | None:
+        codes, scales = storage
+        if not changed.fits(codes, self.block_size, dtype, change):
+            return None
+        return changed.changed(
+            codes, scales, self.code, self.block_size, dtype, change, slope, double_quant=self.double_quant
+        )
 
     def _pack_scales(self, absmax: Tensor) -> Tensor:
         """float32 (n, num_blocks) -> the same, or bytes (n, padded + tail)."""

@@ -159,4 +159,4 @@ def _example(device: torch.device, dtype: torch.dtype) -> None:
         close_to(dequantize(*given, double_quant=double_quant), plain(*given, double_quant=double_quant), 0.0)
 
 
-PROVED = Proved(name="dequantize", instead="bitsandbytes' operator", example=_example)
+PROVED = Proved(name="dequantize", instead="bitsandbytes' operator", example=_example, formats=tuple(LEVELS))

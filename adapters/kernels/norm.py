@@ -18,7 +18,7 @@ from torch import Tensor
 from decompft.adapters.kernels.proved import Proved, close_to
 
 MAX_RANK = 64  # one program adds up both Gram matrices
-_SPLITS, _CHUNK = 32, 64
+_SPLITS = 32
 _STRIDE = (
     4  # scalars lie 16 bytes apart: kernels are compiled anew for an address that is not a multiple of it
 )
@@ -61,12 +61,13 @@ def scales(
     """
     (rank, num_in), num_out = A.shape, B.shape[0]
     sizes: dict[str, Any] = {"SPLITS": _SPLITS, "R": _padded(rank)}
-    chunks = -(-max(num_in, num_out) // (_SPLITS * _CHUNK))
+    chunk = chunk_of(rank)
+    chunks = -(-max(num_in, num_out) // (_SPLITS * chunk))
     parts = A.new_empty(2, _SPLITS, rank, rank)
     grams, found = A.new_empty(2, rank, rank), A.new_empty(5, _STRIDE)
     with torch.cuda.device(A.device):
         _triton().gram[(2 * _SPLITS,)](
-            A, B, parts, rank, num_in, num_out, CHUNK=_CHUNK, CHUNKS=chunks, **sizes
+            A, B, parts, rank, num_in, num_out, CHUNK=chunk, CHUNKS=chunks, **sizes
         )
         _triton().finish[(1,)](
             parts, a, b, base_norm, grams, found, rank, eps, eps / s, warmup, STRIDE=_STRIDE, **sizes
@@ -91,19 +92,20 @@ def pull_(
     *,
     warmup: float,
 ) -> tuple[Tensor, Tensor]:
-    """Slopes of a and b (1,); dA and dB, which hold the slopes of the product, become whole in place. One launch.
+    """Slopes of a and b (1,); dA and dB become whole in place. One launch.
 
     Args:
         grams, found: what `scales` returned.
-        dq, drow: (1,).
-        dA, dB: contiguous.
+        dq, drow: of one number.
+        dA: the slope of A in the product (q B) A, contiguous.
+        dB: that of q B, contiguous.
     """
     (rank, num_in), num_out = A.shape, B.shape[0]
-    slopes = A.new_empty(2, _STRIDE)
+    slopes, chunk = A.new_empty(2, _STRIDE), chunk_of(rank)
     with torch.cuda.device(A.device):
-        _triton().pull[(-(-num_in // _CHUNK) - (-num_out // _CHUNK),)](
+        _triton().pull[(-(-num_in // chunk) - (-num_out // chunk),)](
             A, B, grams, found, dq, drow, dA, dB, slopes, rank, num_in, num_out, warmup,
-            R=_padded(rank), CHUNK=_CHUNK, STRIDE=_STRIDE,
+            R=_padded(rank), CHUNK=chunk, STRIDE=_STRIDE,
         )  # fmt: skip
     return slopes[0, :1], slopes[1, :1]
 
@@ -140,7 +142,9 @@ def plain_pull_(
     *,
     warmup: Tensor | float,
 ) -> tuple[Tensor, Tensor]:
-    """The twin of `pull_`: dn = -dq q / (n + eps/s); dB += B (A A^T) dn / n and dA += (B^T B) A dn / n.
+    """The twin of `pull_` but that dB holds the slope of B in the product.
+
+    dn = -dq q / (n + eps/s); dB += B (A A^T) dn / n and dA += (B^T B) A dn / n.
 
     At n = 0 the norm has no slope and both are 0: dq = <B^T dy, A x> is, and 1e-30 keeps 0/0 from NaN.
     """
@@ -149,6 +153,11 @@ def plain_pull_(
     dA.addmm_(found.BtB * slope, A)
     dB.addmm_(B, found.AAt * slope)
     return drow * found.per_a, of_b
+
+
+def chunk_of(rank: int) -> int:
+    """Columns of A, or rows of B, in a tile; a tile of more numbers is machine code that takes seconds to compile."""
+    return 1024 // _padded(rank)
 
 
 def _padded(rank: int) -> int:
@@ -173,6 +182,7 @@ def _example(device: torch.device, dtype: torch.dtype) -> None:
         tensors = (A, up, a, b, base_norm, dq_of, drow, dA, dB)
         A_, B_, a_, b_, norm_, dq_, drow_, dA_, dB_ = (t.double() for t in tensors)
         exact = plain(A_, B_, a_, b_, norm_, **options)
+        dB_ *= exact.q
         expected = (*exact, *plain_pull_(A_, B_, exact, dq_, drow_, dA_, dB_, warmup=0.25), dA_, dB_)
         A_, B_, a_, b_, norm_, dq_, drow_, dA_, dB_ = (t.to(device, copy=True) for t in tensors)
         grams, scalars = scales(A_, B_, a_, b_, norm_, **options)
@@ -182,4 +192,6 @@ def _example(device: torch.device, dtype: torch.dtype) -> None:
             close_to(found, right.to(device, torch.float32), 300 * 2**-24 * float(right.abs().max()))
 
 
-PROVED = Proved(name="norm", instead="torch's operators", example=_example)
+PROVED = Proved(
+    name="norm", instead="torch's operators", example=_example, dtypes=(torch.float32,), methods=("map",)
+)

@@ -100,7 +100,7 @@ def pull(  # type: ignore[no-untyped-def]
     dq_ptr,  # (1,)
     drow_ptr,  # (1,)
     da_ptr,  # (rank, in), added to
-    db_ptr,  # (out, rank), added to
+    db_ptr,  # (out, rank): the slope of q B, becomes B's
     slopes_ptr,  # (2, STRIDE): of a, of b
     rank,
     num_in,
@@ -117,7 +117,8 @@ def pull(  # type: ignore[no-untyped-def]
     gram_at = grams_ptr + r[:, None] * rank + r[None, :]
     n = tl.load(found_ptr)
     of_b = tl.load(dq_ptr) * tl.load(found_ptr + 2 * STRIDE)
-    slope = -tl.div_rn(of_b * tl.load(found_ptr + 3 * STRIDE), n + 1e-30)
+    q = tl.load(found_ptr + 3 * STRIDE)
+    slope = -tl.div_rn(of_b * q, n + 1e-30)
     slope = tl.div_rn(slope, warmup)
     blocks_in = tl.cdiv(num_in, CHUNK)
     if program < blocks_in:
@@ -135,7 +136,7 @@ def pull(  # type: ignore[no-untyped-def]
         AAt = tl.load(gram_at, mask=gram_mask, other=0.0)
         B = tl.load(b_ptr + rows_at, mask=rows_mask, other=0.0)
         dB = tl.load(db_ptr + rows_at, mask=rows_mask, other=0.0)
-        tl.store(db_ptr + rows_at, dB + slope * tl.dot(B, AAt, input_precision="ieee"), mask=rows_mask)
+        tl.store(db_ptr + rows_at, q * dB + slope * tl.dot(B, AAt, input_precision="ieee"), mask=rows_mask)
     if program == 0:
         tl.store(slopes_ptr, tl.load(drow_ptr) * tl.load(found_ptr + STRIDE))
         tl.store(slopes_ptr + STRIDE, of_b)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from importlib import import_module
 
@@ -19,7 +19,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 # each has a `PROVED`
-_MODULES = ("columns", "dequantize", "norm", "rows")
+_MODULES = ("columns", "dequantize", "norm", "rows", "changed")
 
 
 class WrongKernelError(Exception):
@@ -35,6 +35,10 @@ class Proved:
     # runs the kernel on a small example of that dtype; raises whatever goes wrong, `WrongKernelError` if it computes
     # something else
     example: Callable[[torch.device, torch.dtype], None]
+    # whom `prove_all` proves it for: a method's layers, a base's format; None: for all
+    methods: tuple[str, ...] | None = None
+    formats: tuple[str, ...] | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None  # that it is ever asked for; None: the compute dtype
     _reasons: dict[tuple[torch.device, torch.dtype], str] = field(default_factory=dict)
 
     def runs(self, device: torch.device, dtype: torch.dtype) -> bool:
@@ -91,11 +95,12 @@ def close_to(found: Tensor, expected: Tensor, bound: Tensor | float) -> None:
         raise WrongKernelError(f"it computes something else, by up to {apart.max():.3g}")
 
 
-def prove_all(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
-    """Prove every kernel on a CUDA device, before training and before any graph is captured; says what will run.
+def prove_all(device: torch.device, compute: torch.dtype, methods: Collection[str], base_format: str) -> str:
+    """Prove what a run will want on a CUDA device, before any graph is captured; says what runs, and what does not.
 
     Args:
-        dtypes: of the weights and activations that kernels will meet.
+        compute: dtype of weights in products, and of activations.
+        methods: of the run's adapters.
     """
     if device.type != "cuda":
         return "torch (no GPU)"
@@ -104,13 +109,15 @@ def prove_all(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
     used, not_used = [], []
     for module in _MODULES:
         proved: Proved = import_module(f"decompft.adapters.kernels.{module}").PROVED
-        reasons = {d: proved.reason(device, d) for d in dtypes}
-        bad = [d for d in dtypes if reasons[d]]
-        if len(bad) < len(dtypes):
+        if proved.methods is not None and not set(proved.methods) & set(methods):
+            continue
+        if proved.formats is not None and base_format not in proved.formats:
+            continue
+        reasons = [r for d in proved.dtypes or (compute,) if (r := proved.reason(device, d))]
+        if reasons:
+            not_used.append(f"{proved.instead} for {proved.name} ({reasons[0]})")
+        else:
             used.append(proved.name)
-        if bad:
-            which = "" if len(bad) == len(dtypes) else f" in {', '.join(map(_short, bad))}"
-            not_used.append(f"{proved.instead} for {proved.name}{which} ({reasons[bad[0]]})")
     seconds = time.perf_counter() - began
     parts = [f"triton for {', '.join(used)} (proved in {seconds:.1f} s)"] if used else []
     return "; ".join(parts + not_used)

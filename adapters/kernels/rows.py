@@ -15,7 +15,6 @@ from torch import Tensor
 from decompft.adapters.kernels.proved import Proved, close_to
 
 MAX_RANK = 64  # of a tile that lies in registers
-_ROWS = 32
 TINY = 1e-37  # under the root: a row of zeros, with m = 0, stays what it is instead of becoming 0 / 0
 
 
@@ -51,9 +50,9 @@ def factors(P: Tensor, AAt: Tensor, B: Tensor, squares: Tensor, m: Tensor, s: fl
     n, row, per_B = (torch.empty_like(m) for _ in range(3))
     up = torch.empty_like(B)
     with torch.cuda.device(B.device):
-        _triton().factors[(-(-num_out // _ROWS),)](
+        _triton().factors[(-(-num_out // rows_of(rank)),)](
             P.contiguous(), AAt.contiguous(), B, squares, m, n, row, per_B, up, num_out, rank, s, TINY,
-            R=_padded(rank), ROWS=_ROWS,
+            R=_padded(rank), ROWS=rows_of(rank),
         )  # fmt: skip
     return Rows(n, row, per_B, up)
 
@@ -63,8 +62,8 @@ def pull_(dup: Tensor, B: Tensor, drow: Tensor, n: Tensor, per_B: Tensor, s: flo
     num_out, rank = B.shape
     dm = torch.empty_like(n)
     with torch.cuda.device(B.device):
-        _triton().pull[(-(-num_out // _ROWS),)](
-            dup, B, drow.contiguous(), n, per_B, dm, num_out, rank, s, R=_padded(rank), ROWS=_ROWS
+        _triton().pull[(-(-num_out // rows_of(rank)),)](
+            dup, B, drow.contiguous(), n, per_B, dm, num_out, rank, s, R=_padded(rank), ROWS=rows_of(rank)
         )
     return dm
 
@@ -90,6 +89,11 @@ def plain_pull_(dup: Tensor, B: Tensor, drow: Tensor, n: Tensor, per_B: Tensor, 
     return slope.div_(n)
 
 
+def rows_of(rank: int) -> int:
+    """Of a tile: with more numbers in it, its machine code takes seconds to compile."""
+    return max(16, 512 // _padded(rank))
+
+
 def _padded(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
@@ -105,7 +109,7 @@ def _triton() -> Any:
 def _example(device: torch.device, dtype: torch.dtype) -> None:
     """Sizes that fill no tile, beside float64; at B = 0, and with a row of zeros, as well."""
     draw = torch.Generator().manual_seed(0)
-    num_out, rank, s = 2 * _ROWS + 5, 5, 2.0
+    num_out, rank, s = 2 * rows_of(5) + 5, 5, 2.0
     W, A = torch.randn(num_out, 40, generator=draw), torch.randn(rank, 40, generator=draw)
     B, dup = (torch.randn(num_out, rank, generator=draw) for _ in range(2))
     m, drow = torch.rand(num_out, generator=draw), torch.randn(num_out, generator=draw)
@@ -124,4 +128,6 @@ def _example(device: torch.device, dtype: torch.dtype) -> None:
             close_to(one, right.to(device, torch.float32), 40 * 8 * 2**-24 * float(right.abs().max()))
 
 
-PROVED = Proved(name="rows", instead="torch's operators", example=_example)
+PROVED = Proved(
+    name="rows", instead="torch's operators", example=_example, dtypes=(torch.float32,), methods=("dora",)
+)

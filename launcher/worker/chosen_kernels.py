@@ -26,7 +26,7 @@ def choose_kernels(
     """
     found = (
         _use_liger(hf, engine),
-        _prove_kernels(engine, dtype),
+        _prove_kernels(hf, engine, quantization.format, dtype),
         f"attention: {use_attention(hf, section, engine.device)}",
     )
     return "; ".join(words for words in found if words)
@@ -57,10 +57,11 @@ def _use_liger(hf: Any, engine: Engine) -> str:
     return "liger-kernel"
 
 
-def _prove_kernels(engine: Engine, compute: torch.dtype) -> str:
-    """Ours, proved before training; float32 too, in which slopes are summed and merges computed."""
+def _prove_kernels(hf: Any, engine: Engine, format: str, dtype: torch.dtype) -> str:
+    """Those of ours that these layers will want, proved before training."""
     if engine.device.type != "cuda":
         return ""
     from decompft.adapters.kernels.proved import prove_all  # which only a GPU needs
 
-    return prove_all(engine.device, tuple({compute: None, torch.float32: None}))
+    methods = {layer.config.method for _, layer in adapters(hf)}
+    return prove_all(engine.device, dtype, methods, format)
