@@ -43,7 +43,9 @@ class Map(Adapter):
 
     def __init__(self, base: FrozenLinear, config: AdapterConfig) -> None:
         super().__init__(base, config)
-        self.warmup = 1.0
+        self._warmup: Tensor | float = (
+            1.0  # while it rises a tensor (), whose value may change in a recorded pass
+        )
         self._update_norm: Tensor | None = None
 
     def magnitudes(self, facts: Facts) -> dict[str, Tensor]:
@@ -52,9 +54,18 @@ class Map(Adapter):
         b = torch.tensor([self.config.options.b_init], dtype=torch.float32)
         return {"a": norm.clamp_min(self.config.options.eps), "b": b, "base_norm": norm}
 
+    @property
+    def warmup(self) -> float:
+        return float(self._warmup)
+
     def on_step(self, step: int) -> None:
-        steps = self.config.options.b_warmup_steps
-        self.warmup = min(1.0, (step + 1) / steps) if steps else 1.0
+        share = (step + 1) / (self.config.options.b_warmup_steps or 1)
+        if share >= 1:
+            self._warmup = 1.0
+        elif isinstance(self._warmup, Tensor):
+            self._warmup.fill_(share)
+        else:  # float64: as exact as a number of Python's, and without dimensions it widens nothing
+            self._warmup = torch.tensor(share, dtype=torch.float64, device=self.base_norm.device)
 
 
 class MapLinear(Map):
@@ -82,8 +93,8 @@ class MapLinear(Map):
         n = torch.dot(AAt.view(-1), BtB.view(-1)).clamp_min(0).sqrt().reshape(1)
         self._update_norm = n.detach()  # over s
         per_b = (n + eps / self.scaling).reciprocal()
-        if self.warmup != 1.0:
-            per_b = per_b * self.warmup
+        if isinstance(self._warmup, Tensor):
+            per_b = per_b * self._warmup
         per_a = (fixed[0] + eps).reciprocal()
         return Factors(up=B, down=A, q=b * per_b, row=a * per_a, keep=(AAt, BtB, n, per_a, per_b))
 
@@ -104,7 +115,7 @@ class MapLinear(Map):
         assert grads.row is not None and isinstance(grads.q, Tensor)
         assert grads.up is not None and grads.down is not None
         db = grads.q * per_b
-        slope = (db * found.q).div_(n + 1e-30).mul_(-1 / self.warmup)
+        slope = (db * found.q).div_(n + 1e-30).div_(-self._warmup)
         return (
             grads.down.addmm_(BtB * slope, A),
             grads.up.addmm_(B, AAt * slope),
