@@ -38,7 +38,7 @@ MAX_DIFFERENCE = 0.01
 
 
 def main(argv: Sequence[str] | None = None, *, recorder: Callable[..., Any] | None = None) -> int:
-    """`recorder(model, layers)`: instead of CUDA's, in a test."""
+    """`recorder(model)`: instead of CUDA's, in a test."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -78,10 +78,9 @@ def compare(bench: Bench, micro: int, steps: int, recorder: Callable[..., Any] |
         return PlainPasses(bench.model, bench.engine, Pulse())
 
     def recorded() -> Passes:
-        layers = [a for _, a in adapters(bench.model)]
-        made = CudaRecorder(bench.engine.device) if recorder is None else recorder(bench.model, layers)
+        made = CudaRecorder(bench.engine.device) if recorder is None else recorder(bench.model)
         return RecordedPasses(
-            bench.model, bench.engine, layers, list(trained.values()), made, pulse=Pulse(), say=said.append,
+            bench.model, bench.engine, list(trained.values()), made, pulse=Pulse(), say=said.append,
             is_demanded=False, pad_multiple=8,
         )  # fmt: skip
 

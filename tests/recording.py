@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,8 +42,8 @@ class FakeRecorder:
     or gradient that moved fails the test.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[Adapter]) -> None:
-        self._model, self._layers = model, layers
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._layers = model, [m for m in model.modules() if isinstance(m, Adapter)]
         self.recorded = self.replayed = self.forgotten = self.plain_runs = 0
 
     def plain(self, work: Work) -> Tensor:
@@ -110,14 +110,13 @@ def recorded_by(
     """A patch for `run_ranks`: the loop's passes are recorded by such a recorder."""
 
     def make_passes(
-        plan: Any, model: Any, engine: Any, layers: Any, parameters: Any, *, pulse: Pulse, say: Any
+        plan: Any, model: Any, engine: Any, parameters: Any, *, pulse: Pulse, say: Any
     ) -> RecordedPasses:
-        adapters = [a for _, a in layers]
-        recorder = kind(model, adapters)
+        recorder = kind(model)
         if made is not None:
             made.append(recorder)
         return RecordedPasses(
-            model, engine, adapters, parameters, recorder, pulse=pulse, say=say, is_demanded=False,
+            model, engine, parameters, recorder, pulse=pulse, say=say, is_demanded=False,
             pad_multiple=pad_multiple,
         )  # fmt: skip
 

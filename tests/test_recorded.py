@@ -108,11 +108,10 @@ def test_the_guard_finds_what_it_is_for() -> None:
 def passes_of(
     found: Built, recorder: type[FakeRecorder] = FakeRecorder, **kwargs: Any
 ) -> tuple[RecordedPasses, FakeRecorder, list[str]]:
-    layers, said = [a for _, a in adapters(found.model.model)], list[str]()
-    fake = recorder(found.model, layers)
+    fake, said = recorder(found.model), list[str]()
     found.model.train()
     passes = RecordedPasses(
-        found.model, single(), layers, list(found.trained.values()), fake,
+        found.model, single(), list(found.trained.values()), fake,
         pulse=Pulse(), say=said.append, pad_multiple=8, **{"is_demanded": False, **kwargs},
     )  # fmt: skip
     return passes, fake, said
@@ -194,6 +193,27 @@ def test_a_number_that_changes_with_every_step_ends_recording_in_words() -> None
         passes.run(batch, 3)
     assert fake.recorded == MAX_FORGOTTEN + 1 and fake.plain_runs == 2
     assert "has changed between steps too often" in said[-1]
+
+
+def test_a_tensor_that_moves_is_recorded_again_and_one_that_changes_is_not() -> None:
+    """Wherever it lies: a copy that is made once a step may not be made anew, but written to."""
+    found = tiny("lora")
+    base = next(adapters(found.model.model))[1].base
+    base.copies = {"A": [torch.zeros(3)]}
+    base.later = None
+    passes, fake, _ = passes_of(found)
+    batch, counts = collate([row((16,), vocab=260)], pad_id=0), []
+    for change in ("nothing", "value", "place", "appears", "nothing"):
+        if change == "value":
+            base.copies["A"][0].fill_(1)
+        elif change == "place":
+            base.copies["A"] = [torch.zeros(3), base.copies["A"][0]]
+        elif change == "appears":
+            base.later = torch.zeros(1)
+        passes.begin_step()
+        passes.run(batch, 3)
+        counts.append(fake.recorded)
+    assert counts == [1, 1, 2, 3, 3]
 
 
 def test_what_cannot_be_recorded_runs_plainly_and_says_why() -> None:

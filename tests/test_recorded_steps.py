@@ -93,12 +93,12 @@ def steps(
     engine, layers = Engine(device, timeout_s=60), list(adapters(found.model.model))
     found.model.train()
     own = [a for _, a in layers]
-    recorder: Any = FakeRecorder(found.model, own) if device.type == "cpu" else CudaRecorder(device)
+    recorder: Any = FakeRecorder(found.model) if device.type == "cpu" else CudaRecorder(device)
     said: list[str] = []
     parameters = list(found.trained.values())
     optimizer = torch.optim.AdamW(parameters, lr=0.01, fused=True)
     passes = RecordedPasses(
-        found.model, engine, own, parameters, recorder if is_recorded else Plainly(recorder), pulse=Pulse(),
+        found.model, engine, parameters, recorder if is_recorded else Plainly(recorder), pulse=Pulse(),
         say=said.append, is_demanded=False, pad_multiple=32,
     )  # fmt: skip
     losses = []

@@ -7,9 +7,9 @@ numbers of that moment, so that:
 - gradients are added to tensors that stay (`Engine.keep_gradients`).
 - the loss looks at every place and counts 0 where nothing is trained; its divisor is a tensor. So do passes that are
   not recorded, that a step's result does not depend on which shapes were seen first.
-- what an adapter's attributes hold is looked at before every step; where a number or a tensor's place has changed, all
-  is forgotten and recorded again. Values of tensors may change freely.
-- tensors that a pass leaves on adapters (MAP's norm of the update) are put back after each replay.
+- what the attributes of all modules hold is looked at before every step; where a number or a tensor's
+  place has changed, all is forgotten and recorded again. Values of tensors may change freely.
+- tensors that a pass leaves on modules (MAP's norm of the update) are put back after each replay.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from decompft.adapters.base import Adapter
 from decompft.launcher.errors import UserError
 from decompft.launcher.plan import Plan
 from decompft.launcher.worker.data.batches import Batch
@@ -37,6 +36,9 @@ MAX_SHAPES = 4
 MAX_FORGOTTEN = 8
 _WARM_UPS = 3
 _NUMBERS = (bool, int, float)
+_CONTAINERS = (list, tuple, dict)
+# of every module, and nothing of a pass
+_HOUSEKEEPING = frozenset(vars(nn.Module())) - {"training"}
 # how many targets there are is no shape
 _NOT_READ: dict[str, Any] = {"target_index": None, "num_tokens": 0, "num_targets": 0}
 _NOT_LANGUAGE: dict[str, Any] = {"attention_mask": None, "token_type_ids": None, "labels": None}
@@ -79,7 +81,6 @@ def make_passes(
     plan: Plan,
     model: LossModel,
     engine: Engine,
-    layers: Sequence[tuple[str, Adapter]],
     parameters: Sequence[nn.Parameter],
     *,
     pulse: Pulse,
@@ -88,7 +89,6 @@ def make_passes(
     """As the plan has it.
 
     Args:
-        layers: all adapters.
         parameters: all that trains.
         say: takes a line for the user.
     """
@@ -96,7 +96,7 @@ def make_passes(
         return PlainPasses(model, engine, pulse)
     recipe = plan.recipe
     return RecordedPasses(
-        model, engine, [a for _, a in layers], parameters, CudaRecorder(engine.device), pulse=pulse, say=say,
+        model, engine, parameters, CudaRecorder(engine.device), pulse=pulse, say=say,
         is_demanded=recipe.train.cuda_graph is True,
         # one shape for rows of any length
         pad_multiple=recipe.data.sequence_length if recipe.data.packing else PlainPasses.pad_multiple,
@@ -128,15 +128,15 @@ class _Recording:
     divisor: Tensor  # ()
     loss: Tensor  # ()
     replay: Callable[[], None]
-    left: tuple[tuple[Adapter, str, Tensor], ...]  # what the pass put on adapters
+    left: tuple[tuple[nn.Module, str, Tensor], ...]  # what the pass put on modules
 
     def run(self, tensors: Mapping[str, Tensor], num_targets: int) -> Tensor:
         for name, place in self.inputs.items():
             place.copy_(tensors[name], non_blocking=True)
         self.divisor.fill_(num_targets)
         self.replay()
-        for adapter, name, tensor in self.left:
-            setattr(adapter, name, tensor)
+        for module, name, tensor in self.left:
+            setattr(module, name, tensor)
         return self.loss
 
 
@@ -153,7 +153,6 @@ class RecordedPasses:
         self,
         model: LossModel,
         engine: Engine,
-        layers: Sequence[Adapter],
         parameters: Sequence[nn.Parameter],
         recorder: Recorder,
         *,
@@ -162,14 +161,15 @@ class RecordedPasses:
         is_demanded: bool,
         pad_multiple: int,
     ) -> None:
-        self._model, self._engine, self._layers = model, engine, layers
+        self._model, self._engine = model, engine
         self._recorder, self._pulse, self._say = recorder, pulse, say
         self._is_demanded, self.pad_multiple = is_demanded, pad_multiple
         engine.keep_gradients(parameters)
         self._grads = [p.grad for p in parameters if p.grad is not None]
         self._recordings: dict[Key, _Recording] = {}
-        self._left: set[tuple[int, str]] = set()  # attributes that passes write
-        self._state: Key = ()
+        self._left: set[tuple[nn.Module, str]] = set()  # attributes that passes write
+        self._watched: list[tuple[dict[str, Any], str]] = []  # those that passes may read
+        self._state: list[object] = []
         self._num_forgotten = 0
         self._is_off = self._is_full = False
 
@@ -223,12 +223,11 @@ class RecordedPasses:
         finally:  # passes that were run in order to record are none of the step's
             torch._foreach_copy_(self._grads, kept)
         after = self._attributes()
-        left = [
-            (a, n, t) for (_, n), (a, t) in after.items() if before.get((id(a), n), (a, None))[1] is not t
-        ]
-        self._left |= {(id(adapter), name) for adapter, name, _ in left}
-        made = _Recording(inputs=inputs, divisor=divisor, loss=loss, replay=replay, left=tuple(left))
+        left = tuple((*key, tensor) for key, tensor in after.items() if before.get(key) is not tensor)
+        self._left |= {(module, name) for module, name, _ in left}
+        made = _Recording(inputs=inputs, divisor=divisor, loss=loss, replay=replay, left=left)
         self._recordings[key] = made
+        self._watched = self._readable()
         self._state = self._read_state()
         self._say(
             f"recorded a micro batch of {' x '.join(map(str, batch.input_ids.shape))} as a CUDA graph "
@@ -236,25 +235,28 @@ class RecordedPasses:
         )
         return made
 
-    def _attributes(self) -> dict[tuple[int, str], tuple[Adapter, Tensor]]:
-        """Tensors that lie on adapters beside their parameters and buffers."""
+    def _attributes(self) -> dict[tuple[nn.Module, str], Tensor]:
+        """Tensors that lie on modules beside their parameters and buffers."""
         return {
-            (id(adapter), name): (adapter, value)
-            for adapter in self._layers
-            for name, value in vars(adapter).items()
+            (module, name): value
+            for module in self._model.modules()
+            for name, value in vars(module).items()
             if isinstance(value, Tensor)
         }
 
-    def _read_state(self) -> Key:
-        """Numbers of the adapters, and places of tensors that passes read."""
-        found: list[object] = []
-        for adapter in self._layers:
-            for name, value in vars(adapter).items():
-                if type(value) in _NUMBERS:
-                    found.append(value)
-                elif isinstance(value, Tensor) and (id(adapter), name) not in self._left:
-                    found.append(value.data_ptr())
-        return tuple(found)
+    def _readable(self) -> list[tuple[dict[str, Any], str]]:
+        """Where numbers and tensors lie, or may come to lie, that a pass reads; found once, as looking takes time."""
+        return [
+            (vars(module), name)
+            for module in self._model.modules()
+            for name, value in vars(module).items()
+            if name not in _HOUSEKEEPING
+            and (module, name) not in self._left
+            and (value is None or isinstance(value, (*_NUMBERS, *_CONTAINERS, Tensor)))
+        ]
+
+    def _read_state(self) -> list[object]:
+        return [_seen(attributes.get(name)) for attributes, name in self._watched]
 
     def _forget(self) -> None:
         self._recordings.clear()
@@ -275,6 +277,17 @@ class RecordedPasses:
                 "set train.cuda_graph: auto, which runs such passes plainly, or false",
             ) from error
         self._say(f"train.cuda_graph: passes run plainly from here on, as one cannot be recorded: {why}")
+
+
+def _seen(value: object) -> object:
+    """What a recording has of a value: a number, the place of a tensor, or those of what a container holds."""
+    if type(value) in _NUMBERS:
+        return value
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    if isinstance(value, _CONTAINERS):
+        return [_seen(v) for v in (value.values() if isinstance(value, dict) else value)]
+    return None
 
 
 def _tensors_and_key(batch: Batch) -> tuple[dict[str, Tensor], Key]:

@@ -108,7 +108,7 @@ def train(
             )
         phases.resume(resume.step)
         at = Progress.of(resume)
-    passes = make_passes(plan, model, engine, layers, parameters, pulse=pulse, say=metrics.message)
+    passes = make_passes(plan, model, engine, parameters, pulse=pulse, say=metrics.message)
 
     row: StepRow | None = None  # of the last step, where that is logged
 
