@@ -250,9 +250,7 @@ class RecordedPasses:
             (vars(module), name)
             for module in self._model.modules()
             for name, value in vars(module).items()
-            if name not in _HOUSEKEEPING
-            and (module, name) not in self._left
-            and (value is None or isinstance(value, (*_NUMBERS, *_CONTAINERS, Tensor)))
+            if name not in _HOUSEKEEPING and (module, name) not in self._left and _may_matter(value)
         ]
 
     def _read_state(self) -> list[object]:
@@ -277,6 +275,14 @@ class RecordedPasses:
                 "set train.cuda_graph: auto, which runs such passes plainly, or false",
             ) from error
         self._say(f"train.cuda_graph: passes run plainly from here on, as one cannot be recorded: {why}")
+
+
+def _may_matter(value: object) -> bool:
+    """Numbers, tensors, and what holds tensors or nothing yet; shapes and configurations stay as they are."""
+    if isinstance(value, _CONTAINERS):
+        inside = value.values() if isinstance(value, dict) else value
+        return not value or any(isinstance(v, (Tensor, *_CONTAINERS)) and _may_matter(v) for v in inside)
+    return value is None or isinstance(value, (*_NUMBERS, Tensor))
 
 
 def _seen(value: object) -> object:
