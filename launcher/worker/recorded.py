@@ -339,9 +339,23 @@ class CudaRecorder:
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
                 loss = work()
-        finally:
+        except BaseException:
             torch.cuda.set_stream(here)  # a capture that fails leaves its own as the current one
+            self._abandon(graph)
+            raise
         return graph.replay, loss
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Undo for the allocator a capture that has failed, so that the run can go on without."""
+        graph.reset()
+        # for torch 2.11 the capture is still under way: the next shortage of memory would end the process, and the
+        # pass's memory never be free (pytorch/pytorch#180395)
+        device = self._stream.device_index
+        try:
+            torch._C._cuda_endAllocateToPool(device, self._pool)
+        except RuntimeError:
+            return  # it is not
+        torch._C._cuda_releasePool(device, self._pool)
 
     def forget(self) -> None:
         torch.cuda.synchronize()  # the last replay
