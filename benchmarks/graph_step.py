@@ -29,9 +29,10 @@ from trial import random_batch
 
 from decompft.adapters.inject import adapters
 from decompft.launcher.worker.engines.choose import make_engine
+from decompft.launcher.worker.graph_recorder import CudaRecorder
 from decompft.launcher.worker.optimizer import clip_gradients, make_optimizer
 from decompft.launcher.worker.pulse import Pulse
-from decompft.launcher.worker.recorded import CudaRecorder, Passes, PlainPasses, RecordedPasses
+from decompft.launcher.worker.recorded import Passes, PlainPasses, RecordedPasses
 
 CASES = ["lora", "map", "dora", "adalora", "delora", "liera"]
 MAX_DIFFERENCE = 0.01

@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from decompft.adapters.base import Adapter
 from decompft.launcher.worker import train
+from decompft.launcher.worker.graph_recorder import Work
 from decompft.launcher.worker.pulse import Pulse
-from decompft.launcher.worker.recorded import RecordedPasses, Work
+from decompft.launcher.worker.recorded import RecordedPasses
 
 # by these the host learns a value, or a shape that follows from values
 _READS = (

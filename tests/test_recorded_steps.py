@@ -20,9 +20,10 @@ from decompft.launcher.recipe import AdapterSection, ModelSection, QuantizationS
 from decompft.launcher.worker.build import Built
 from decompft.launcher.worker.data.batches import Batch, collate
 from decompft.launcher.worker.engines.base import Engine
+from decompft.launcher.worker.graph_recorder import CudaRecorder, Work
 from decompft.launcher.worker.optimizer import clip_gradients
 from decompft.launcher.worker.pulse import Pulse
-from decompft.launcher.worker.recorded import CudaRecorder, RecordedPasses, Work
+from decompft.launcher.worker.recorded import RecordedPasses
 from decompft.launcher.worker.train import seed_step
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
@@ -196,3 +197,22 @@ def test_a_pass_that_waits_for_the_device_is_told_before_a_capture_is_spoiled(
     found = steps(torch.device("cuda"), "lora", is_recorded=True)
     assert "synchroniz" in found.said[0] and "plainly" in found.said[0]
     assert found.losses[-1] < found.losses[0]
+
+
+@pytest.mark.gpu
+def test_a_run_goes_on_after_a_capture_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only a capture refuses: the allocator must not believe afterwards that it lasts."""
+    whole = Adapter.forward
+
+    def reads(self: Adapter, x: torch.Tensor) -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            x.sum().item()
+        return whole(self, x)
+
+    monkeypatch.setattr(Adapter, "forward", reads)
+    found, expected = (steps(torch.device("cuda"), "lora", is_recorded=r) for r in (True, False))
+    assert "plainly" in found.said[0]
+    assert found.losses == pytest.approx(expected.losses, rel=1e-4)
+    torch.cuda.empty_cache()
+    with pytest.raises(torch.OutOfMemoryError):  # and no failed assertion of the allocator's own
+        torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
