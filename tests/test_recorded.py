@@ -10,6 +10,7 @@ import torch
 from planning import CPU, TINY, gpus, make
 from recording import FakeRecorder, NoHostReads, Unable, recorded_by
 from test_adapter_contract import VARIANTS
+from test_classification import CONFIGS, texts
 from test_every_method import MODULES, mixed, trained
 from tiny import LLAMA, TRAIN, losses, make_run, run_ranks
 from tiny_models import FAMILIES, PLAIN, built, row, saved, section, single
@@ -85,6 +86,21 @@ def test_a_pass_of_every_family_makes_no_data_dependent_host_read(tmp_path: Any,
         # sums of the same float32 terms, with zeros among them
         torch.testing.assert_close(found.detach(), expected, rtol=1e-6, atol=0)
         torch.testing.assert_close(model(batch).detach(), expected, rtol=0, atol=0)  # masks are the same
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gemma2", "gpt2"])
+def test_a_pass_of_a_classifier_makes_no_data_dependent_host_read(tmp_path: Any, name: str) -> None:
+    """Its padding mask is always applied, where transformers leaves one out that hides nothing."""
+    folder, _ = saved(tmp_path, CONFIGS[name], task="sequence-classification", num_labels=3)
+    model = built(section(folder, task="sequence-classification", num_labels=3), PLAIN, LORA).model.train()
+    for lengths in ((9, 20, 14), (16, 16)):
+        batch = collate(texts(*lengths), pad_id=0)
+        expected = model(batch).detach()
+        with NoHostReads(), static_masks():
+            found = model(static(batch))
+            found.backward()
+        # float32 sums of attention in another order
+        torch.testing.assert_close(found.detach(), expected, rtol=1e-5, atol=0)
 
 
 def test_the_guard_finds_what_it_is_for() -> None:
