@@ -44,7 +44,8 @@ class Map(Adapter):
 
     def __init__(self, base: FrozenLinear, config: AdapterConfig) -> None:
         super().__init__(base, config)
-        self.warmup = 1.0
+        # while it rises a tensor (), whose value may change in a recorded pass
+        self._warmup: Tensor | float = 1.0
         self._update_norm: Tensor | None = None
 
     def magnitudes(self, facts: Facts) -> dict[str, Tensor]:
@@ -53,9 +54,18 @@ class Map(Adapter):
         b = torch.tensor([self.config.options.b_init], dtype=torch.float32)
         return {"a": norm.clamp_min(self.config.options.eps), "b": b, "base_norm": norm}
 
+    @property
+    def warmup(self) -> float:
+        return float(self._warmup)
+
     def on_step(self, step: int) -> None:
-        steps = self.config.options.b_warmup_steps
-        self.warmup = min(1.0, (step + 1) / steps) if steps else 1.0
+        share = (step + 1) / (self.config.options.b_warmup_steps or 1)
+        if share >= 1:
+            self._warmup = 1.0
+        elif isinstance(self._warmup, Tensor):
+            self._warmup.fill_(share)
+        else:  # float64: as exact as a number of Python's, and without dimensions it widens nothing
+            self._warmup = torch.tensor(share, dtype=torch.float64, device=self.base_norm.device)
 
 
 class MapLinear(Map):
@@ -78,14 +88,14 @@ class MapLinear(Map):
         """row = a / (N(W) + eps), q = w b s / (N(D) + eps) = w b / (n + eps/s), with N(D) = s n,
         n = sqrt(tr((B^T B)(A A^T))) (METHODS 1.3, identity 1) and w the warm-up of b."""
         A, B, a, b = trained
-        options: dict[str, float] = {"eps": self.config.options.eps, "s": self.scaling, "warmup": self.warmup}
-        if norm.fits(A, B):
-            grams, scalars = norm.scales(A, B, a, b, fixed[0], **options)
+        eps, s, warmup = self.config.options.eps, self.scaling, self._warmup
+        if norm.fits(A, B) and not isinstance(warmup, Tensor):
+            grams, scalars = norm.scales(A, B, a, b, fixed[0], eps=eps, s=s, warmup=warmup)
             found = norm.views(grams, scalars)
             self._update_norm = found.n
             # q in B: one launch here, instead of eight where tokens are multiplied by q, and summed for its slope
             return Factors(up=B * found.q, down=A, row=found.row, keep=(grams, scalars))
-        found = norm.plain(A, B, a, b, fixed[0], **options)
+        found = norm.plain(A, B, a, b, fixed[0], eps=eps, s=s, warmup=warmup)
         self._update_norm = found.n.detach()  # over s
         return Factors(up=B, down=A, q=found.q, row=found.row, keep=tuple(found))
 
@@ -108,7 +118,7 @@ class MapLinear(Map):
         else:
             assert isinstance(grads.q, Tensor)
             noted = norm.Scales(*found.keep)
-            da, db = norm.plain_pull_(A, B, noted, grads.q, grads.row, dA, dB, warmup=self.warmup)
+            da, db = norm.plain_pull_(A, B, noted, grads.q, grads.row, dA, dB, warmup=self._warmup)
         return dA, dB, da, db
 
     def initial_values(self, generator: torch.Generator, facts: Facts) -> dict[str, Tensor]:

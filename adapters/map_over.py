@@ -66,7 +66,7 @@ class MapOver(Map):
         a, b = trained[self.num_inner[0] :]
         eps = self.config.options.eps
         self._update_norm = norm.detach()
-        return a / (fixed[self.num_inner[1]] + eps), self.warmup * b / (norm + eps)
+        return a / (fixed[self.num_inner[1]] + eps), self._warmup * b / (norm + eps)
 
     def penalty(self, trained: tuple[Tensor, ...], fixed: tuple[Tensor, ...]) -> Tensor | None:
         self.inner.num_siblings = self.num_siblings

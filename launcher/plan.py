@@ -87,6 +87,8 @@ class Plan(Frozen):
     cpu_offload: bool = False  # fsdp and zero3; the ladder may choose it unasked
     deepspeed: dict[str, Any] | None = None  # zero1 to zero3: the config that DeepSpeed is given
     recompute: Literal["none", "full"]
+    cuda_graph: bool = False  # passes are recorded
+    cuda_graph_reason: str = ""  # where that was asked for
     batch: Batch
     num_base_params: int
     num_adapter_params: int

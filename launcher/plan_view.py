@@ -70,6 +70,7 @@ def _decisions(plan: Plan) -> list[tuple[str, str]]:
         ("strategy", plan.strategy_reason),
         ("mesh", _mesh(plan)),
         ("recompute", plan.recompute),
+        ("CUDA graph", plan.cuda_graph_reason),
         ("batch", f"{batch.global_size} rows = {batch.micro_size} x {batch.accumulation} accumulated x "
                   f"{world.size} ranks, up to {batch.tokens_per_step:,} tokens a step"),
         ("checkpoint", f"{gib(plan.checkpoint_bytes)} each, {recipe.checkpoint.keep} kept"),

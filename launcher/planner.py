@@ -9,6 +9,7 @@ slower; they are for users whose cluster is built around DeepSpeed.
 from __future__ import annotations
 
 from decompft.launcher.attention import refuse_attention
+from decompft.launcher.cuda_graph import decide_cuda_graph
 from decompft.launcher.deepspeed_config import make_config
 from decompft.launcher.epochs import steps_per_epoch
 from decompft.launcher.errors import PlanError
@@ -61,6 +62,7 @@ def make(recipe: Recipe, *, machine: Machine | None = None) -> Plan:
     layout, reason = _choose(work, world, budget)
     memory = forecast(work, layout, capacity_bytes=budget.device_bytes, host_capacity_bytes=budget.host_bytes)
     batch = _batch(recipe, world, layout.micro_size)
+    cuda_graph, cuda_graph_reason = decide_cuda_graph(recipe, layout)
     deepspeed = None
     if layout.spec.is_deepspeed:
         deepspeed = make_config(
@@ -84,6 +86,8 @@ def make(recipe: Recipe, *, machine: Machine | None = None) -> Plan:
         cpu_offload=layout.cpu_offload,
         deepspeed=deepspeed,
         recompute=layout.recompute,
+        cuda_graph=cuda_graph,
+        cuda_graph_reason=cuda_graph_reason,
         batch=batch,
         num_base_params=shape.num_params,
         num_adapter_params=work.num_adapter_params,

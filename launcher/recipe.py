@@ -190,6 +190,11 @@ class TrainSection(Section):
         description="kernels that add in a fixed order, meant to let a GPU repeat a run, and resume it, bit for bit "
         "(so far a few steps were run with it on one); an operation that has none ends the run",
     )
+    cuda_graph: bool | Auto = Field(
+        False,
+        description="record a micro batch's forward and backward pass once and replay it, which spares the host its "
+        "launches; auto: where that is possible and rows are packed (not run on a GPU yet)",
+    )
     eval_every_steps: int | None = Field(None, ge=1, description="default: at start and end only")
     early_stop_evals: int | None = Field(
         None, ge=1, description="stop when the evaluation loss has not improved this many times"

@@ -17,7 +17,7 @@ from decompft.launcher.runs import RunDir, find_run
 _MAY_DIFFER = (
     "parallel", "checkpoint", "logging", "slurm",
     "train.max_steps", "train.stop_after_steps", "train.micro_batch_size", "train.deterministic",
-    "quantization.cache", "model.attention",
+    "train.cuda_graph", "quantization.cache", "model.attention",
 )  # fmt: skip
 
 

@@ -20,16 +20,23 @@ class StrategySpec:
     shards_optimizer: bool = False
     may_offload: bool = False  # shards may live in host memory
     is_deepspeed: bool = False
+    may_record: bool = False  # a pass holds no collective, and gradients can stay where they are
 
 
 STRATEGIES: dict[str, StrategySpec] = {
     spec.name: spec
     for spec in (
-        StrategySpec(name="single", title="one rank", impl="decompft.launcher.worker.engines.base:Engine"),
+        StrategySpec(
+            name="single",
+            title="one rank",
+            impl="decompft.launcher.worker.engines.base:Engine",
+            may_record=True,
+        ),
         StrategySpec(
             name="ddp",
             title="the model on every rank, gradients summed",
             impl="decompft.launcher.worker.engines.ddp:DdpEngine",
+            may_record=True,
         ),
         StrategySpec(
             name="fsdp",

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from decompft.launcher.worker import loss as loss_module
-from decompft.launcher.worker.loss import CHUNK_TOKENS, token_loss_sum
+from decompft.launcher.worker.loss import CHUNK_TOKENS, TrainedRows, token_loss_sum
 
 TOKENS, HIDDEN, VOCAB = 37, 24, 50
 
@@ -76,6 +76,28 @@ def test_far_apart_logits_overflow_nothing():
     grads = torch.autograd.grad(loss, (hidden, weight))
     assert loss.isfinite() and all(g.isfinite().all() for g in grads)
     torch.testing.assert_close(loss, reference(hidden, weight, None, targets, None), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("columns", [False, True])
+def test_ignored_targets_add_nothing_wherever_they_stand(columns, softcap):
+    """A chunk of them alone, parts of chunks, and id 0 among the trained rows: -100 is not taken for it."""
+    hidden, weight, extra, targets = inputs(bias=True)
+    targets[[0, 3, *range(8, 16), 36]] = -100
+    kept = targets != -100
+    rows = torch.randn(
+        3, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    ).requires_grad_()
+    trained = TrainedRows(rows=rows, ids=torch.tensor([0, 7, VOCAB]), num_new=1) if columns else None
+    targets[5] = 0
+    wanted = (hidden, weight, extra, *([rows] if columns else []))
+    found = token_loss_sum(hidden, weight, extra, targets, softcap, trained, has_ignored=True)
+    expected = token_loss_sum(hidden[kept], weight, extra, targets[kept], softcap, trained)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)  # a float32 sum of 26 terms
+    grads = torch.autograd.grad(found, wanted), torch.autograd.grad(expected, wanted)
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert not grads[0][0][~kept].any()
 
 
 def test_no_token_is_no_loss_and_a_gradient_of_zero():

@@ -110,7 +110,10 @@ def build(
         hf, section, outline.quantization, engine, dtype=DTYPES[outline.quantization.compute]
     )
     if recompute:
-        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # the state of random numbers cannot be read while a CUDA graph is recorded, and nothing draws without dropout
+        drops = any(a.config.dropout for _, a in adapters(hf))
+        how = {"use_reentrant": False, "preserve_rng_state": drops}
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     model = LossModel(hf, section.task)
     engine.shard(model, blocks(hf))
     engine.materialize(model)

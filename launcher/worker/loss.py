@@ -17,6 +17,7 @@ from torch import Tensor
 from decompft.adapters.token_rows import column_logits, with_columns
 
 CHUNK_TOKENS = 1024
+IGNORED = -100  # a target without loss, where `targets` has such
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +41,8 @@ def token_loss_sum(
     targets: Tensor,
     softcap: float | None,
     trained: TrainedRows | None = None,
+    *,
+    has_ignored: bool = False,
 ) -> Tensor:
     """Sum over tokens of -log p(target), float32 scalar.
 
@@ -50,12 +53,13 @@ def token_loss_sum(
         targets: (T,) int64.
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2), None for none.
         trained: rows that stand for some of the weight's, and past them.
+        has_ignored: some targets may be -100: they add 0, and the shapes do not depend on how many they are.
     """
     rows = None if trained is None else trained.rows
     if not torch.is_grad_enabled():  # a Function is told of the tensors, not of the mode
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
         rows = None if rows is None else rows.detach()
-    loss: Tensor = _TokenLoss.apply(hidden, weight, bias, targets, softcap, rows, trained)
+    loss: Tensor = _TokenLoss.apply(hidden, weight, bias, targets, softcap, rows, trained, has_ignored)
     return loss
 
 
@@ -91,6 +95,7 @@ class _TokenLoss(torch.autograd.Function):
         softcap: float | None,
         rows: Tensor | None,
         trained: TrainedRows | None,
+        has_ignored: bool,
     ) -> Tensor:
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -110,12 +115,21 @@ class _TokenLoss(torch.autograd.Function):
                 logits_TV.index_fill_(1, trained.known_ids, -math.inf)
                 target_T1 = target_T1.masked_fill(columns.is_target_T1, 0)
             norm_T1 = torch.logsumexp(logits_TV, dim=1, keepdim=True)
+            is_ignored_T1 = target_T1 == IGNORED if has_ignored else None
+            if is_ignored_T1 is not None:
+                target_T1 = target_T1.masked_fill(is_ignored_T1, 0)
             chosen_T1, one_T1 = logits_TV.gather(1, target_T1), torch.ones_like(norm_T1)
             if columns is not None:
                 norm_T1 = torch.logaddexp(norm_T1, torch.logsumexp(columns.logits_Tn, dim=1, keepdim=True))
                 chosen_T1 = torch.where(columns.is_target_T1, columns.chosen_T1, chosen_T1)
                 one_T1 = one_T1.masked_fill(columns.is_target_T1, 0.0)
-            total += torch.sum(norm_T1 - chosen_T1)
+            loss_T1 = norm_T1 - chosen_T1
+            if is_ignored_T1 is not None:
+                loss_T1 = loss_T1.masked_fill(is_ignored_T1, 0.0)
+                # exp(logit - inf) is 0: no further pass over the logits
+                norm_T1 = norm_T1.masked_fill(is_ignored_T1, math.inf)
+                one_T1 = one_T1.masked_fill(is_ignored_T1, 0.0)
+            total += torch.sum(loss_T1)
             if not any(ctx.needs_input_grad):
                 continue
             slope = None if softcap is None else 1 - (logits_TV / softcap) ** 2
@@ -151,7 +165,7 @@ class _TokenLoss(torch.autograd.Function):
         d_weight = None if d_weight is None else d_weight * scale
         d_bias = None if d_bias is None else d_bias * scale
         d_rows = None if d_rows is None else d_rows * scale
-        return d_hidden, d_weight, d_bias, None, None, d_rows, None
+        return d_hidden, d_weight, d_bias, None, None, d_rows, None, None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

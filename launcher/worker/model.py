@@ -17,7 +17,7 @@ from decompft.launcher.recipe import ModelSection
 from decompft.launcher.worker import packed_attention
 from decompft.launcher.worker.data.batches import Batch
 from decompft.launcher.worker.data.documents import Documents
-from decompft.launcher.worker.loss import TrainedRows, head_logits, token_loss_sum
+from decompft.launcher.worker.loss import IGNORED, TrainedRows, head_logits, token_loss_sum
 
 # the frozen base's own dropout is off: only adapter.dropout drops anything
 _DROPOUTS = (
@@ -158,15 +158,16 @@ class LossModel(nn.Module):
             assert batch.labels is not None, "classification rows have labels"
             return F.cross_entropy(self.class_logits(batch), batch.labels, reduction="sum", ignore_index=-100)
         index = batch.target_index
-        targets = batch.targets.reshape(-1)[index]
+        targets = batch.targets.reshape(-1) if index is None else batch.targets.reshape(-1)[index]
         if self.plain_head:
-            hidden = self.hidden(batch.input_ids, batch.position_ids, batch.documents)
-            picked = hidden.reshape(-1, hidden.shape[-1])[index]
+            picked = _rows(self.hidden(batch.input_ids, batch.position_ids, batch.documents), index)
             head = self.model.get_output_embeddings()
-            trained = _trained_rows(head, index.device)
-            return token_loss_sum(picked, head.weight, head.bias, targets, self._softcap(), trained)
-        logits = self.logits(batch.input_ids, batch.position_ids, batch.documents)
-        return F.cross_entropy(logits.reshape(-1, logits.shape[-1])[index], targets, reduction="sum")
+            trained = _trained_rows(head, picked.device)
+            return token_loss_sum(
+                picked, head.weight, head.bias, targets, self._softcap(), trained, has_ignored=index is None
+            )
+        logits = _rows(self.logits(batch.input_ids, batch.position_ids, batch.documents), index)
+        return F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
 
     def class_logits(self, batch: Batch) -> Tensor:
         """float32 logits (B, num_labels) of a classifier."""
@@ -221,6 +222,12 @@ class LossModel(nn.Module):
 
     def _softcap(self) -> float | None:
         return getattr(self.config, "final_logit_softcapping", None)
+
+
+def _rows(values: Tensor, index: Tensor | None) -> Tensor:
+    """(B, T, n) -> the rows (num, n) at these places of (B, T); None for all of them."""
+    flat = values.reshape(-1, values.shape[-1])
+    return flat if index is None else flat[index]
 
 
 def _trained_rows(head: nn.Module, device: torch.device) -> TrainedRows | None:

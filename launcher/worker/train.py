@@ -30,6 +30,7 @@ from decompft.launcher.worker.optimizer import clip_gradients, make_optimizer, s
 from decompft.launcher.worker.phases import Phases
 from decompft.launcher.worker.proofs import prove_gradients, steps_to_prove
 from decompft.launcher.worker.pulse import Pulse
+from decompft.launcher.worker.recorded import make_passes
 from decompft.launcher.worker.report import peak_bytes
 from decompft.launcher.worker.retention import Retention
 from decompft.launcher.worker.saver import Held, Saver
@@ -107,6 +108,7 @@ def train(
             )
         phases.resume(resume.step)
         at = Progress.of(resume)
+    passes = make_passes(plan, model, engine, parameters, pulse=pulse, say=metrics.message)
 
     row: StepRow | None = None  # of the last step, where that is logged
 
@@ -174,7 +176,8 @@ def train(
         total = at.step  # the early stop that the interrupted evaluation would have been
     ahead = Ahead(
         data, first=at.step, last=total, world_size=engine.world_size, rank=engine.rank,
-        micro=batch_law.micro_size, accumulation=batch_law.accumulation, moved=lambda: pulse.at("data"),
+        micro=batch_law.micro_size, accumulation=batch_law.accumulation, pad_multiple=passes.pad_multiple,
+        moved=lambda: pulse.at("data"),
     )  # fmt: skip
     model.train()
     gc.collect()
@@ -185,6 +188,7 @@ def train(
         step = ahead.step(at.step)
         for _, adapter in layers:
             adapter.on_step(at.step)
+        passes.begin_step()
         set_learning_rate(optimizer, factor(at.step))
         loss_sum = torch.zeros((), device=engine.device)
         num_tokens = 0
@@ -192,11 +196,7 @@ def train(
             num_tokens += batch.num_tokens
             seed_step(recipe.train.seed, at.step, index, engine.rank)
             with engine.accumulate(last=index == len(step.micro_batches) - 1):
-                pulse.at("forward")
-                loss = engine.forward(model, batch.to(engine.device)) / max(step.num_targets_global, 1)
-                pulse.at("backward")
-                engine.backward(loss)
-            loss_sum += loss.detach()
+                loss_sum += passes.run(batch, max(step.num_targets_global, 1))
         pulse.at("reducing")
         engine.reduce_gradients()
         if at.step in to_prove:

@@ -27,6 +27,7 @@ class Ahead:
 
     Args:
         first, last: steps [first, last) will be asked for, each once.
+        pad_multiple: of `collate`.
         moved: called now and then while a step is waited for and rows are being read.
     """
 
@@ -40,10 +41,12 @@ class Ahead:
         rank: int,
         micro: int,
         accumulation: int,
+        pad_multiple: int = 8,
         moved: Callable[[], None] = lambda: None,
     ) -> None:
         self._data = data
         self._moved = moved
+        self._pad_multiple = pad_multiple
         self._last = last
         self._split = (world_size, rank, micro, accumulation)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
@@ -70,7 +73,9 @@ class Ahead:
     def _read(self, step: int) -> StepBatches:
         found = self._data.step(step, *self._split)
         return StepBatches(
-            micro_batches=[collate(rows, self._data.pad_id) for rows in found.micro_batches],
+            micro_batches=[
+                collate(rows, self._data.pad_id, self._pad_multiple) for rows in found.micro_batches
+            ],
             num_targets_global=found.num_targets_global,
             sample_ids=found.sample_ids,
         )

@@ -23,7 +23,8 @@ class Batch:
 
     input_ids: torch.Tensor  # (B, T)
     targets: torch.Tensor  # (B, T): already shifted, -100 without loss; all -100 where there are labels
-    target_index: torch.Tensor  # (num_targets,) places of the targets with loss in targets.reshape(-1)
+    # (num_targets,) places of the targets with loss in targets.reshape(-1); None: all are looked at, -100 counts 0
+    target_index: torch.Tensor | None
     position_ids: torch.Tensor | None  # (B, T), from 0 in each document; None when each row is one document
     num_tokens: int  # without padding
     num_targets: int  # targets with loss; rows with a label for classification

@@ -34,6 +34,7 @@ class Engine:
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self._cpu_group: dist.ProcessGroup | None = None
+        self._keeps_gradients = False
         self._timeout = datetime.timedelta(seconds=timeout_s)
 
     def start(self) -> None:
@@ -153,7 +154,17 @@ class Engine:
         """The piece of a reduced gradient that lives here, to read or scale in place; None without any."""
         return None if parameter.grad is None else self.local(parameter.grad)
 
+    def keep_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """From now on each gradient is one tensor that stays where it is; of strategies that `may_record`."""
+        self._keeps_gradients = True
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
     def zero_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        if self._keeps_gradients:
+            torch._foreach_zero_([p.grad for p in parameters if p.grad is not None])
+            return
         for parameter in parameters:
             parameter.grad = None
 
