@@ -12,6 +12,7 @@ neighbouring rows: nothing crosses a row, so every rank quantizes its own rows a
 
 from __future__ import annotations
 
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -20,8 +21,21 @@ from torch import Tensor, nn
 from decompft.adapters.formats import ROW_TAIL_BYTES, SCALE_ALIGN
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.frozen.rows import as_bytes, as_float32, bytes_parameter, float_chunks, load_operators
+from decompft.adapters.kernels.fp8 import FourBit, Rows, fourbit_columns, fourbit_rows
 
 _LEVELS = 255  # of the affine byte code of the scales
+
+
+@cache
+def levels(code: str, device: torch.device) -> Tensor:
+    """The 16 levels of a code, float32 (16,), in the order of their numbers."""
+    load_operators()
+    number = torch.arange(16, dtype=torch.uint8).repeat(4)  # a block of 64
+    pairs = (number[::2] << 4) | number[1::2]
+    found: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+        pairs.view(-1, 1), torch.ones(1), len(number), code, (1, len(number)), torch.float32
+    )
+    return found.view(-1)[:16].to(device)
 
 
 class FourBitLinear(FrozenLinear):
@@ -93,6 +107,17 @@ class FourBitLinear(FrozenLinear):
             torch.float32 if dtype == torch.float64 else dtype,
         )
         return dense.to(dtype)
+
+    def fp8_rows(self, storage: tuple[Tensor, ...], weight: Tensor | None = None) -> Rows:
+        return fourbit_rows(self.four_bit(storage))
+
+    def fp8_columns(self, storage: tuple[Tensor, ...], weight: Tensor | None = None) -> Rows:
+        return fourbit_columns(self.four_bit(storage))
+
+    def four_bit(self, storage: tuple[Tensor, ...]) -> FourBit:
+        """Storage as the fp8 kernels take it."""
+        codes, scales = (s.view(torch.uint8) for s in storage)
+        return FourBit(codes, scales, levels(self.code, codes.device), self.block_size, self.double_quant)
 
     def _pack_scales(self, absmax: Tensor) -> Tensor:
         """float32 (n, num_blocks) -> the same, or bytes (n, padded + tail)."""

@@ -26,6 +26,7 @@ from decompft.launcher.recipe import AdapterSection, ModelSection, QuantizationS
 from decompft.launcher.tensor_names import find_key
 from decompft.launcher.worker.base_weights import BaseWeights
 from decompft.launcher.worker.engines.base import Engine, full_shape
+from decompft.launcher.worker.fp8 import use_fp8
 from decompft.launcher.worker.liger import keep_outputs
 from decompft.launcher.worker.load import Progress, load_base
 from decompft.launcher.worker.loaded import Loaded
@@ -56,7 +57,7 @@ class Built:
     trained: dict[str, nn.Parameter]  # name without the "model." of LossModel -> parameter
     buffers: dict[str, Tensor]  # adapter tensors that do not train but belong in its file
     adapted: tuple[str, ...]
-    kernels: str  # which library computes norms and activations, in words
+    kernels: str  # which library computes norms and activations, and what multiplies in fp8, in words
     loaded: Loaded
     weights: Callable[[], BaseWeights]  # the full-precision weights again
 
@@ -103,10 +104,12 @@ def build(
 
     Raises:
         ModelError, AdapterError: model and checkpoint, or targets and model, do not fit.
+        PlanError: the GPU cannot multiply in fp8, and should.
     """
     outline = outline_of(section, quantization, adapter, model_dir, tokens)
     hf, shapes = outline.hf, outline.shapes
     kernels = _use_liger(hf, engine)
+    fp8 = use_fp8(hf, quantization, engine.device)
     if recompute:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = LossModel(hf, section.task)
@@ -127,7 +130,8 @@ def build(
     buffers = _buffers(hf)
     assert set(trained) == _expected(hf, outline.whole), "what trains is not what was injected"
     return Built(
-        model=model, trained=trained, buffers=buffers, adapted=outline.adapted, kernels=kernels, loaded=loaded,
+        model=model, trained=trained, buffers=buffers, adapted=outline.adapted,
+        kernels="; ".join(filter(None, (kernels, fp8))), loaded=loaded,
         weights=lambda: BaseWeights(hf, source, prefix=hf.base_model_prefix, new=new, spectra_dir=spectra),
     )  # fmt: skip
 
@@ -147,11 +151,11 @@ def outline_of(
     packed: set[str] = set()
     if model_dir is not None:
         quantization, packed = stored_in(section, quantization, model_dir)
-    compute = DTYPES[quantization.compute]
+    compute = DTYPES[quantization.activations]
     hf = build_on_meta(read_config(section, model_dir), section, compute)
     shapes = {n: tuple(p.shape) for n, p in hf.named_parameters()}
     heads = head_names(hf)
-    dense = DTYPES[quantization.compute if section.dtype == "auto" else section.dtype]
+    dense = DTYPES[quantization.activations if section.dtype == "auto" else section.dtype]
     make = frozen_maker(quantization, dense)
     if packed:
         make = _as_packed(make, frozen_maker(NONE, dense), packed, hf.base_model_prefix)
