@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Callable
 
 import pytest
-from tiny import LLAMA, WORLDS, losses, make_run, run_ranks
-from tiny_models import saved
+from tiny import WORLDS, losses, make_run, run_ranks
 
 pytestmark = pytest.mark.dist
 
 STEPS, SEEDS = 200, (0, 1, 2)
 
 
-def trained(folder, name, **sections):
+def trained(folder, name, *, patch=None, **sections):
     run = make_run(folder, name, **sections)
-    run_ranks(run)
+    run_ranks(run, patch=patch)
     return run
 
 
@@ -62,24 +62,74 @@ def test_an_adapter_is_used_in_bfloat16(tmp_path):
     assert any("bfloat16" in line and "fp8" in line for line in said)
 
 
+def same_base() -> None:
+    """In a forked rank: the seed is the adapter's and the order's alone, as it is over a checkpoint."""
+    from decompft.launcher.worker import build
+
+    original = build.RandomSource
+    build.RandomSource = lambda seed, shapes, device: original(0, shapes, device)
+
+
+def in_order(order: tuple[int, ...]) -> Callable[[], None]:
+    """In a forked rank: add the same micro batches in another order."""
+
+    def patch() -> None:
+        from decompft.launcher.worker.data import feed
+
+        original = feed.PreparedTrain.step
+
+        def step(self, *args, **kwargs):
+            found = original(self, *args, **kwargs)
+            found.micro_batches[:] = [found.micro_batches[i] for i in order]
+            return found
+
+        feed.PreparedTrain.step = step
+
+    return patch
+
+
+def apart(one: list[float], other: list[float]) -> float:
+    return max(abs(a - b) / abs(a) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.slow
+def test_every_engine_is_as_near_to_single_as_another_order_of_addition(tmp_path):
+    """As test_engine_parity has it, 20 steps. A sum that moves by a float32 spacing may turn a code by an eighth of a
+    number, so that one order is a poor measure of what order does: the farthest of three is taken."""
+    common = {
+        "quantization": {"format": "nf4", "compute": "fp8"},
+        "train": {"max_steps": 20, "learning_rate": 0.01, "global_batch_size": 4, "micro_batch_size": 1},
+    }
+    single = losses(trained(tmp_path, "single", **common))
+    orders = ((3, 2, 1, 0), (1, 0, 3, 2), (2, 3, 0, 1))
+    others = [
+        losses(trained(tmp_path, f"order{i}", patch=in_order(o), **common)) for i, o in enumerate(orders)
+    ]
+    tolerance = min(3 * max(apart(single, o) for o in others), 1e-2)
+    for name in [n for n in WORLDS if n != "single"]:
+        found = losses(trained(tmp_path, name, parallel=WORLDS[name], **common))
+        assert apart(single, found) <= tolerance, (name, apart(single, found), tolerance)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["map", "lora"])
 def test_losses_after_200_steps_lie_within_the_spread_of_bfloat16_s_seeds(tmp_path, method):
-    """The same base, records and start; the mean of the last 20 steps, which are two passes over the data."""
-    model, _ = saved(tmp_path / "model", LLAMA)
+    """The same base and records; the mean of the last 20 steps, which are two passes over the data."""
     ends: dict[tuple[str, int], float] = {}
     for compute, seed in [*(("bfloat16", s) for s in SEEDS), ("fp8", SEEDS[0])]:
         run = trained(
-            tmp_path, f"{compute}-{seed}", model={"config": None, "weights": "checkpoint", "id": str(model)},
+            tmp_path, f"{compute}-{seed}", patch=same_base,
             quantization={"format": "nf4", "compute": compute}, adapter={"method": method, "rank": 4, "alpha": 8.0},
+            data={"packing": False},
             train={
                 "max_steps": STEPS, "learning_rate": 0.003, "global_batch_size": 4, "micro_batch_size": 4, "seed": seed
             },
         )  # fmt: skip
         found = losses(run)
-        assert len(found) == STEPS
+        assert len(found) == STEPS and found[-1] < found[0]
         ends[compute, seed] = statistics.mean(found[-20:])
     of_bfloat16 = [ends["bfloat16", s] for s in SEEDS]
     spread = max(of_bfloat16) - min(of_bfloat16)
-    apart = abs(ends["fp8", SEEDS[0]] - ends["bfloat16", SEEDS[0]])
-    assert apart <= spread, ends
+    distance = abs(ends["fp8", SEEDS[0]] - ends["bfloat16", SEEDS[0]])
+    print(f"{method}: fp8 {distance:.2g} from bfloat16, whose seeds spread over {spread:.2g}: {ends}")
+    assert distance <= spread
