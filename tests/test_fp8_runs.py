@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
 
 import pytest
 from tiny import WORLDS, losses, make_run, run_ranks
@@ -70,45 +69,30 @@ def same_base() -> None:
     build.RandomSource = lambda seed, shapes, device: original(0, shapes, device)
 
 
-def in_order(order: tuple[int, ...]) -> Callable[[], None]:
-    """In a forked rank: add the same micro batches in another order."""
-
-    def patch() -> None:
-        from decompft.launcher.worker.data import feed
-
-        original = feed.PreparedTrain.step
-
-        def step(self, *args, **kwargs):
-            found = original(self, *args, **kwargs)
-            found.micro_batches[:] = [found.micro_batches[i] for i in order]
-            return found
-
-        feed.PreparedTrain.step = step
-
-    return patch
-
-
 def apart(one: list[float], other: list[float]) -> float:
     return max(abs(a - b) / abs(a) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.slow
-def test_every_engine_is_as_near_to_single_as_another_order_of_addition(tmp_path):
-    """As test_engine_parity has it, 20 steps. A sum that moves by a float32 spacing may turn a code by an eighth of a
-    number, so that one order is a poor measure of what order does: the farthest of three is taken."""
-    common = {
-        "quantization": {"format": "nf4", "compute": "fp8"},
-        "train": {"max_steps": 20, "learning_rate": 0.01, "global_batch_size": 4, "micro_batch_size": 1},
-    }
-    single = losses(trained(tmp_path, "single", **common))
-    orders = ((3, 2, 1, 0), (1, 0, 3, 2), (2, 3, 0, 1))
-    others = [
-        losses(trained(tmp_path, f"order{i}", patch=in_order(o), **common)) for i, o in enumerate(orders)
+def test_every_engine_is_as_near_to_single_as_a_nudge_of_float32_s_spacing(tmp_path):
+    """20 steps, within three times what rounding does, as test_engine_parity has it. Losses agree to float32 until one
+    sum that was added in another order turns a code, which moves them by some 1e-4. When that happens is chance: the
+    measure is the farthest of four learning rates that differ by a spacing or a few."""
+    train = {"max_steps": 20, "learning_rate": 0.01, "global_batch_size": 4, "micro_batch_size": 1}
+    common = {"quantization": {"format": "nf4", "compute": "fp8"}}
+    single = losses(trained(tmp_path, "single", train=train, **common))
+    nudged = [
+        losses(
+            trained(tmp_path, f"nudge{n}", train={**train, "learning_rate": 0.01 * (1 + n * 1e-7)}, **common)
+        )
+        for n in (-3, -1, 1, 3)
     ]
-    tolerance = min(3 * max(apart(single, o) for o in others), 1e-2)
+    tolerance = min(3 * max(apart(single, n) for n in nudged), 1e-2)
     for name in [n for n in WORLDS if n != "single"]:
-        found = losses(trained(tmp_path, name, parallel=WORLDS[name], **common))
-        assert apart(single, found) <= tolerance, (name, apart(single, found), tolerance)
+        found = losses(trained(tmp_path, name, parallel=WORLDS[name], train=train, **common))
+        print(f"{name}: {apart(single, found):.2g}, tolerance {tolerance:.2g}")
+        assert found[:2] == pytest.approx(single[:2], rel=1e-6), name
+        assert apart(single, found) <= tolerance, name
 
 
 @pytest.mark.slow
