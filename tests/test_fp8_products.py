@@ -245,9 +245,10 @@ def test_a_gpu_multiplies_as_the_cpu_does(name: str, scale: str) -> None:
         (there.product(x.cuda(), there.storage(), on_gpu), layer.product(x, layer.storage(), s)),
         (there.product_back(g.cuda(), there.storage(), on_gpu), layer.product_back(g, layer.storage(), s)),
     ):
-        # a code at the middle of two may be rounded the other way: rare, and an eighth of one factor
+        # a code in the middle of two may be rounded the other way: rare, and up to an eighth of one of many factors
+        size = torch.linalg.norm(expected.double(), dim=1)
         error = torch.linalg.norm(found.cpu().double() - expected.double(), dim=1)
-        assert (error <= 1e-2 * torch.linalg.norm(expected.double(), dim=1)).all()
+        assert (error <= 5e-2 * size).all() and (error <= 5e-3 * size).double().mean() > 0.8
 
 
 @pytest.mark.gpu
