@@ -45,6 +45,7 @@ class Adapter(nn.Module):
 
     reads_weight = False  # `note` is shown the weight in every pass
     pulls_through_weight = False  # and so is `pull_back`
+    uses_products = True  # W x is its base's `product`; False: it multiplies with a W that it has changed
     note_has_slope = False  # and what it returns has a gradient, which `pull_back` carries on
 
     def __init__(self, base: FrozenLinear, config: AdapterConfig) -> None:

@@ -46,6 +46,8 @@ class LieraLinear(Adapter):
     A weight that is exactly 0 stays 0: `zero_fraction` says how many those are.
     """
 
+    uses_products = False
+
     A: torch.nn.Parameter
     B: torch.nn.Parameter
     zero_fraction: float | None = (

@@ -18,6 +18,7 @@ import subprocess
 import sys
 from typing import Any
 
+import check_fp8_kernels
 import torch
 from torch import Tensor
 
@@ -36,8 +37,10 @@ SPACING = {torch.bfloat16: 2**-7, torch.float16: 0.0, torch.float32: 0.0}
 def main() -> None:
     if sys.argv[1:] == ["interpret"]:
         interpret()
+        check_fp8_kernels.interpret()
         return
     compile_all()
+    check_fp8_kernels.compile_all()
     # an environment of its own: the decorator reads the variable when the kernel is imported
     again = [sys.executable, __file__, "interpret"]
     sys.exit(subprocess.run(again, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode)

@@ -4,7 +4,8 @@
     python benchmarks/gpu_7b.py --gpus 2 --out benchmarks/results/multi_gpu.json
 
 Each case is a process of its own, ours through `launch` as a user starts it. A figure is the
-median of 20 steps after 5. The peer is ../shared/gpu/peers.py, timed in the same call.
+median of 20 steps after 5. The peer is ../shared/gpu/peers.py, timed in the same call. With `--compute both`
+each case runs in bfloat16 and in fp8, and the fp8 row says how far its losses are from the other's.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import string
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--compute", choices=("bfloat16", "fp8", "both"), default="bfloat16")
     parser.add_argument("--peers", type=Path, help="peers.py of the benchmark machine")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     WORK.mkdir(exist_ok=True)
     write_text(WORK / "random.jsonl", num_records=(WARM_UP + STEPS) * 8)
-    rows = [run_ours(n, o) for n, o in cases(args.gpus) if args.only in n]
+    computes = ("bfloat16", "fp8") if args.compute == "both" else (args.compute,)
+    rows = [run_ours(n, o) for n, o in in_each(computes, cases(args.gpus)) if args.only in n]
+    compare_losses(rows)
     if args.peers is not None and args.gpus == 1:
         rows += [run_peer(args.peers, case) for case in ("nf4-liger", "nf4-liger-gc") if args.only in case]
     for row in rows:
@@ -62,6 +67,28 @@ def cases(gpus: int) -> list[tuple[str, list[str]]]:
         ("map-fsdp", fsdp),
         ("map-fsdp-full", [*fsdp, "train.recompute=full"]),
     ]
+
+
+def in_each(computes: Sequence[str], known: list[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
+    """Each case in each compute, one after the other."""
+    return [
+        (
+            name if compute == "bfloat16" else f"{name}-{compute}",
+            [*overrides, f"quantization.compute={compute}"],
+        )
+        for name, overrides in known
+        for compute in computes
+    ]
+
+
+def compare_losses(rows: list[dict[str, Any]]) -> None:
+    """`loss_apart` of fp8 rows: the largest relative difference from the same case, weights and data in bfloat16."""
+    of = {row["case"]: row["losses"] for row in rows if "losses" in row}
+    for row in rows:
+        beside = of.get(row["case"].removesuffix("-fp8"))
+        if "losses" in row and row["compute"] == "fp8" and beside:
+            pairs = zip(row["losses"], beside, strict=True)
+            row["loss_apart"] = max(abs(one - other) / other for one, other in pairs)
 
 
 def run_ours(

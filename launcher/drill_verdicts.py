@@ -57,7 +57,7 @@ def same_end(part: str, unbroken: RunDir, broken: RunDir, *, failure: str = "") 
     if failure:
         return [judge(part, FINISHES, False, failure), *no_end(part, "the resumed run did not finish")[1:]]
     plan = unbroken.read_plan()
-    compute = plan.recipe.quantization.compute
+    compute = plan.recipe.quantization.activations
     is_exact = plan.world.device == "cpu" or plan.recipe.train.deterministic
     return [
         judge(part, FINISHES, True, f"step {max(steps(broken), default=0)}"),

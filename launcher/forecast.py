@@ -10,6 +10,7 @@ with full recomputation (prototype, shared/gpu/README.md).
 
 from __future__ import annotations
 
+from decompft.adapters.formats import FORMAT_SPECS
 from decompft.adapters.spec import spec_of
 from decompft.launcher.forecast_fitted import (
     CPU_PROCESS_BYTES,
@@ -48,6 +49,11 @@ SOFTCAP_BYTES = 4
 LOSS_HIDDEN_COPIES = 3
 # the weight dequantized for the running product, and the one before it, not yet freed
 DEQUANTIZED_AT_ONCE = 2
+# compute fp8, bytes a weight at most: on a GPU the codes made of 4-bit ones, and one before, not yet freed; else the
+# bfloat16 weight, its transposed copy, and the codes of that; on a CPU float32 beside all of it
+FP8_FROM_BLOCKS_BYTES, FP8_FROM_WIDE_BYTES, FP8_ON_CPU_BYTES = 2, 5, 10
+# and of what it is multiplied with and gives, a number: on a CPU the codes in float32, and the product
+FP8_INPUT_BYTES, FP8_CPU_INPUT_BYTES, FP8_CPU_PRODUCT_BYTES = 1, 5, 4
 # LLM.int8's forward: the input in int8, the product in int32
 INT8_INPUT_BYTES, INT8_PRODUCT_BYTES = 1, 4
 # rows are quantized in chunks of at most this size in float32
@@ -169,6 +175,8 @@ def _logits(work: Workload, layout: Layout) -> Term:
 def _dequantized(work: Workload, layout: Layout) -> list[Term]:
     shape, recipe, e = work.shape, work.recipe, compute_bytes(work.recipe)
     packed = quantized_linears(shape, recipe)
+    if recipe.quantization.compute == "fp8":
+        return [_fp8_copies(work, layout)]
     if not packed and storage_bytes(recipe) == e:
         return []
     largest = max(packed or shape.linears, key=lambda x: x.num_weights)
@@ -182,6 +190,24 @@ def _dequantized(work: Workload, layout: Layout) -> list[Term]:
         if products > size:
             what, size, note = "int8 product of", products, "a linear's input and product; forward only"
     return [Term(name=f"{what} weights", num_bytes=size, note=note)]
+
+
+def _fp8_copies(work: Workload, layout: Layout) -> Term:
+    """A weight as the fp8 product takes it, with the activations or gradients that it is multiplied with."""
+    recipe, linears = work.recipe, work.shape.linears
+    tokens = layout.micro_size * recipe.data.sequence_length
+    if layout.device == "cpu":
+        each, wide, narrow = FP8_ON_CPU_BYTES, FP8_CPU_INPUT_BYTES, FP8_CPU_PRODUCT_BYTES
+    else:
+        has_blocks = FORMAT_SPECS[recipe.quantization.format].has_blocks
+        each, wide, narrow = FP8_FROM_BLOCKS_BYTES if has_blocks else FP8_FROM_WIDE_BYTES, FP8_INPUT_BYTES, 0
+    size = max(
+        each * x.num_weights + tokens * (wide * max(x.in_, x.out) + narrow * min(x.in_, x.out))
+        for x in linears
+    )
+    if recipe.quantization.fp8_skip:  # what is left out is dequantized
+        size = max(size, DEQUANTIZED_AT_ONCE * compute_bytes(recipe) * max(x.num_weights for x in linears))
+    return Term(name="fp8 copies", num_bytes=size, note="one weight, and its input or its output's gradient")
 
 
 def _loading(work: Workload, layout: Layout, beside: tuple[Term, ...]) -> Term:

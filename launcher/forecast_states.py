@@ -46,7 +46,7 @@ def states(work: Workload, layout: Layout) -> list[Term]:
     sizes = (
         ("base weights", base.weights, spec.title, whole),
         ("quantization constants", base.scales, scales, whole),
-        ("embeddings, head, norms, biases", base.rest, q.compute, whole),
+        ("embeddings, head, norms, biases", base.rest, q.activations, whole),
         ("adapter", work.num_adapter_params * TRAINED_BYTES, "float32", whole),
         ("adapter's fixed part", fixed * TRAINED_BYTES, "float32, on each rank", 1),
         ("modules trained whole", work.num_module_params * TRAINED_BYTES, "float32", whole),

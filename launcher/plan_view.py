@@ -63,7 +63,7 @@ def _decisions(plan: Plan) -> list[tuple[str, str]]:
         ("model", f"{recipe.model.id or config['model_type']}, "
                   f"{plan.num_base_params:,} parameters"),
         ("shape from", plan.shape_source),
-        ("base", f"{base}, compute {q.compute}"),
+        ("base", f"{base}, compute {q.compute}" + (f", but not {', '.join(q.fp8_skip)}" if q.fp8_skip else "")),
         ("adapter", f"{_methods(recipe)}, {trained:,} trained "
                     f"({trained / plan.num_base_params:.2%})"),
         ("world", f"{world.size} ranks = {world.nodes} nodes x {world.ranks_per_node}, each a {kind}"),

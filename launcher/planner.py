@@ -16,6 +16,7 @@ from decompft.launcher.errors import PlanError
 from decompft.launcher.fit import GIB, Budget, cheaper_changes, fits, gib
 from decompft.launcher.fitting import fit_to_model
 from decompft.launcher.forecast import checkpoint_bytes, forecast
+from decompft.launcher.fp8_layers import fp8_warnings, refuse_fp8
 from decompft.launcher.layers import forbidden_engines
 from decompft.launcher.machine import Machine, detect
 from decompft.launcher.models import ModelShape
@@ -58,6 +59,7 @@ def make(recipe: Recipe, *, machine: Machine | None = None) -> Plan:
     refuse_world(recipe, world)
     refuse_format(recipe, machine, world)
     refuse_attention(recipe, fitted.found.config, head_dim=shape.head_dim, device=world.device)
+    refuse_fp8(recipe, machine, world)
     budget = _budget(recipe, machine, world)
     layout, reason = _choose(work, world, budget)
     memory = forecast(work, layout, capacity_bytes=budget.device_bytes, host_capacity_bytes=budget.host_bytes)
@@ -125,7 +127,8 @@ def _world(recipe: Recipe, machine: Machine) -> tuple[World, list[str]]:
         ranks = parallel.gpus_per_node
         if machine.num_gpus and ranks > machine.num_gpus and parallel.most_nodes == 1:
             warnings.append(f"parallel.gpus_per_node is {ranks}, this machine has {machine.num_gpus}")
-    return World(nodes=parallel.fewest_nodes, ranks_per_node=ranks, device=device), warnings
+    world = World(nodes=parallel.fewest_nodes, ranks_per_node=ranks, device=device)
+    return world, warnings + fp8_warnings(recipe, world)
 
 
 def _budget(recipe: Recipe, machine: Machine, world: World) -> Budget:

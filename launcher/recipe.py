@@ -20,6 +20,7 @@ from decompft.launcher.strategies import STRATEGIES, Strategy
 
 Task = Literal["causal-lm", "sequence-classification"]
 DType = Literal["bfloat16", "float32"]
+Compute = Literal["bfloat16", "float32", "fp8"]
 Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1)]
 NodeRange = Annotated[str, Field(pattern=r"^\d+-\d+$")]
@@ -54,7 +55,8 @@ class ModelSection(Section):
         "a config model without one uses bytes",
     )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto", description="storage of frozen, unquantized linear weights; auto: quantization.compute"
+        "auto",
+        description="storage of frozen, unquantized linear weights; auto: quantization.compute (fp8: bfloat16)",
     )
     attention: Literal["auto", "varlen", "sdpa", "eager"] = Field(
         "auto",
@@ -89,12 +91,34 @@ class QuantizationSection(Section):
         "0: weights are dequantized and multiplied in compute",
     )
     cache: bool = Field(True, description="keep quantized rows on disk: the next start reads those alone")
-    compute: DType = Field("bfloat16", description="dtype of matrix products and activations")
+    compute: Compute = Field(
+        "bfloat16",
+        description="dtype of matrix products and activations; fp8: products of frozen linears in float8 e4m3, "
+        "all else in bfloat16 (GPUs of compute capability 8.9 or higher; a CPU emulates it)",
+    )
+    fp8_skip: list[str] = Field(
+        [], description="compute fp8: linears that stay in bfloat16, names or patterns as in adapter.targets"
+    )
+
+    @property
+    def activations(self) -> DType:
+        """The dtype of what is not a product of a frozen linear."""
+        return "bfloat16" if self.compute == "fp8" else self.compute
 
     @model_validator(mode="after")
     def _int8_only(self) -> Self:
         if self.outlier_threshold and self.format != "int8":
             raise ValueError("outlier_threshold works with format int8 only")
+        return self
+
+    @model_validator(mode="after")
+    def _fp8_only(self) -> Self:
+        if self.fp8_skip and self.compute != "fp8":
+            raise ValueError("fp8_skip works with compute fp8 only")
+        if self.outlier_threshold and self.compute == "fp8":
+            raise ValueError(
+                "outlier_threshold multiplies in int8, compute fp8 in fp8; leave one of the two out"
+            )
         return self
 
 

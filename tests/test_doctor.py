@@ -10,8 +10,8 @@ from decompft.launcher.worker.tools.doctor import main
 
 SHOWN = (
     "python", "torch", "transformers", "bitsandbytes", "torchao", "deepspeed", "liger-kernel", "triton",
-    "devices", "gpu health", "bfloat16", "nf4", "8-bit AdamW", "gloo", "nccl", "torchrun", "fsdp", "liger kernels",
-    "cache", "disk", "hub",
+    "devices", "gpu health", "bfloat16", "fp8 products", "nf4", "8-bit AdamW", "gloo", "nccl", "torchrun", "fsdp",
+    "liger kernels", "cache", "disk", "hub",
 )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ def test_a_layer_takes_the_kernels_way_to_the_same_slopes(monkeypatch: pytest.Mo
     """On a CPU, with the twin in the kernel's place: what the layer does with its results."""
     weight = 0.05 * torch.randn(OUT, IN, generator=torch.Generator().manual_seed(2))
     layer = trained_away_from_start(make_adapter("map", make_base("nf4", weight)))
-    layer.warmup = 0.25
+    layer._warmup = 0.25
     x, g = torch.randn(7, IN), torch.randn(7, OUT)
 
     def passes() -> dict[str, Tensor]:

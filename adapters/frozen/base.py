@@ -6,10 +6,35 @@ rows, so that sharding, slicing and checkpoints work on dimension 0 and never kn
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
 from decompft.adapters.kernels.changed import Change
+from decompft.adapters.kernels.fp8 import Rows, quantize_rows
+
+
+class Products(Protocol):
+    """Another way to multiply than in the activations' dtype; arguments as of `FrozenLinear.product`."""
+
+    def forward(
+        self,
+        base: FrozenLinear,
+        x_TI: Tensor,
+        storage: tuple[Tensor, ...],
+        scale: Tensor | None,
+        weight: Tensor | None,
+    ) -> Tensor: ...
+
+    def backward(
+        self,
+        base: FrozenLinear,
+        g_TO: Tensor,
+        storage: tuple[Tensor, ...],
+        scale: Tensor | None,
+        weight: Tensor | None,
+    ) -> Tensor: ...
 
 
 class FrozenLinear(nn.Module):
@@ -27,6 +52,7 @@ class FrozenLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.transposed = False  # its checkpoint stores (in, out)
+        self.products: Products | None = None  # None: the format's own, in the activations' dtype
         self.bias: nn.Parameter | None = None
         if bias_dtype is not None:
             self.bias = nn.Parameter(torch.empty(out_features, dtype=bias_dtype), requires_grad=False)
@@ -54,7 +80,11 @@ class FrozenLinear(nn.Module):
         return None
 
     def folds(self, storage: tuple[Tensor, ...]) -> bool:
-        """Whether a scale near 1 survives when rows times it are rounded: a quantized weight lies on no grid."""
+        """Whether a scale near 1 survives when rows times it are rounded."""
+        return self.products is not None or self.is_off_grid(storage)
+
+    def is_off_grid(self, storage: tuple[Tensor, ...]) -> bool:
+        """Whether rows times a scale near 1 differ from the rows once they are rounded; a quantized weight's do."""
         return True
 
     def product(
@@ -66,6 +96,14 @@ class FrozenLinear(nn.Module):
             scale: (1,), or None for 1; (out, 1) where the format `folds` and without `weight`.
             weight: W unpacked already, in x's dtype.
         """
+        if self.products is not None:
+            return self.products.forward(self, x_TI, storage, scale, weight)
+        return self.own_product(x_TI, storage, scale, weight)
+
+    def own_product(
+        self, x_TI: Tensor, storage: tuple[Tensor, ...], scale: Tensor | None, weight: Tensor | None
+    ) -> Tensor:
+        """`product` in x's dtype."""
         if weight is None:
             return x_TI @ self.unpack(storage, x_TI.dtype, scale).T
         y_TO = x_TI @ weight.T
@@ -79,7 +117,24 @@ class FrozenLinear(nn.Module):
         Args:
             weight: W unpacked already, in g's dtype; then `scale` is None.
         """
+        if self.products is not None:
+            return self.products.backward(self, g_TO, storage, scale, weight)
         return g_TO @ (self.unpack(storage, g_TO.dtype, scale) if weight is None else weight)
+
+    def fp8_rows(self, storage: tuple[Tensor, ...], weight: Tensor | None = None) -> Rows:
+        """W (out, in) in e4m3 with a scale an output row.
+
+        Args:
+            weight: W unpacked already.
+        """
+        return quantize_rows(self.unpack(storage, torch.bfloat16) if weight is None else weight)
+
+    def fp8_columns(self, storage: tuple[Tensor, ...], weight: Tensor | None = None) -> Rows:
+        """W transposed (in, out), contiguous, in e4m3 with a scale an input; `weight` as in `fp8_rows`."""
+        wide = self.unpack(storage, torch.bfloat16) if weight is None else weight
+        tall = wide.T.contiguous()
+        del wide  # one copy at a time, but for what the caller holds
+        return quantize_rows(tall)
 
     def storage(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, name) for name in self.storage_names())

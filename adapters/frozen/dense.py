@@ -23,11 +23,11 @@ class DenseLinear(FrozenLinear):
     def pack(self, rows: Tensor) -> tuple[Tensor, ...]:
         return (rows.to(self.weight.dtype).contiguous(),)
 
-    def product(
-        self, x_TI: Tensor, storage: tuple[Tensor, ...], scale: Tensor | None, weight: Tensor | None = None
+    def own_product(
+        self, x_TI: Tensor, storage: tuple[Tensor, ...], scale: Tensor | None, weight: Tensor | None
     ) -> Tensor:
-        if scale is None or weight is not None or x_TI.dtype.itemsize > 2 or self.folds(storage):
-            return super().product(x_TI, storage, scale, weight)
+        if scale is None or weight is not None or x_TI.dtype.itemsize > 2 or self.is_off_grid(storage):
+            return super().own_product(x_TI, storage, scale, weight)
         # scaled before it is rounded, see linear.py
         weight = storage[0].to(x_TI.dtype)
         if x_TI.is_cuda:
@@ -45,5 +45,5 @@ class DenseLinear(FrozenLinear):
             return (weight.to(wide) * scale).to(dtype)
         return torch.mul(weight, scale, out=torch.empty(weight.shape, dtype=dtype, device=weight.device))
 
-    def folds(self, storage: tuple[Tensor, ...]) -> bool:
+    def is_off_grid(self, storage: tuple[Tensor, ...]) -> bool:
         return storage[0].dtype.itemsize > 2

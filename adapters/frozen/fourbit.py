@@ -22,6 +22,7 @@ from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.frozen.rows import as_bytes, as_float32, bytes_parameter, float_chunks, load_operators
 from decompft.adapters.kernels import changed, dequantize
 from decompft.adapters.kernels.changed import Change
+from decompft.adapters.kernels.fp8 import FourBit, Rows, fourbit_columns, fourbit_rows
 
 _LEVELS = 255  # of the affine byte code of the scales
 
@@ -108,6 +109,19 @@ class FourBitLinear(FrozenLinear):
             return None
         return changed.changed(
             codes, scales, self.code, self.block_size, dtype, change, slope, double_quant=self.double_quant
+        )
+
+    def fp8_rows(self, storage: tuple[Tensor, ...], weight: Tensor | None = None) -> Rows:
+        return fourbit_rows(self.four_bit(storage))
+
+    def fp8_columns(self, storage: tuple[Tensor, ...], weight: Tensor | None = None) -> Rows:
+        return fourbit_columns(self.four_bit(storage))
+
+    def four_bit(self, storage: tuple[Tensor, ...]) -> FourBit:
+        """Storage as the fp8 kernels take it."""
+        codes, scales = (s.view(torch.uint8) for s in storage)
+        return FourBit(
+            codes, scales, dequantize.levels(self.code, codes.device), self.block_size, self.double_quant
         )
 
     def _pack_scales(self, absmax: Tensor) -> Tensor:

@@ -40,11 +40,11 @@ class Int8Linear(EightBitLinear):
         super().__init__(in_features, out_features, bias_dtype=bias_dtype)
         self.outlier_threshold = outlier_threshold
 
-    def product(
-        self, x_TI: Tensor, storage: tuple[Tensor, ...], scale: Tensor | None, weight: Tensor | None = None
+    def own_product(
+        self, x_TI: Tensor, storage: tuple[Tensor, ...], scale: Tensor | None, weight: Tensor | None
     ) -> Tensor:
         if not self.outlier_threshold:
-            return super().product(x_TI, storage, scale, weight)
+            return super().own_product(x_TI, storage, scale, weight)
         load_operators()
         codes, absmax = storage
         W_OI = codes.view(torch.int8)[:, : self.in_features].contiguous()

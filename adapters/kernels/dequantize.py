@@ -81,14 +81,15 @@ def sources(
     times = 0 if scale is None else 1 if scale.numel() == 1 else 2
     return {
         "codes_ptr": codes.contiguous().view(torch.uint8), "bytes_ptr": floats.view(torch.uint8), "floats_ptr": floats,
-        "times_ptr": floats if scale is None else scale.contiguous(), "levels_ptr": _levels(code, codes.device),
+        "times_ptr": floats if scale is None else scale.contiguous(), "levels_ptr": levels(code, codes.device),
         "row_floats": floats.shape[1], "DOUBLE": double_quant, "FUSED": _addcmul_is_fused(codes.device),
         "TIMES": times,
     }  # fmt: skip
 
 
 @cache
-def _levels(code: str, device: torch.device) -> Tensor:
+def levels(code: str, device: torch.device) -> Tensor:
+    """The 16 levels of nf4 or fp4, float32 (16,), by code."""
     return torch.tensor(LEVELS[code], device=device)
 
 
@@ -126,7 +127,7 @@ def plain(
         absmax = torch.addcmul(absmax[:, -2:-1], absmax.view(torch.uint8)[:, :blocks].float(), absmax[:, -1:])
     if scale is not None:
         absmax = absmax * scale
-    found = _levels(code, codes.device)[torch.stack((raw >> 4, raw & 15), -1)].view(-1, blocks, block_size)
+    found = levels(code, codes.device)[torch.stack((raw >> 4, raw & 15), -1)].view(-1, blocks, block_size)
     return (found * absmax.unsqueeze(-1)).view(codes.shape[0], -1).to(dtype)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 # each has a `PROVED`
-_MODULES = ("columns", "dequantize", "norm", "rows", "changed")
+_MODULES = ("columns", "dequantize", "norm", "rows", "changed", "fp8")
 
 
 class WrongKernelError(Exception):
@@ -39,6 +39,7 @@ class Proved:
     methods: tuple[str, ...] | None = None
     formats: tuple[str, ...] | None = None
     dtypes: tuple[torch.dtype, ...] | None = None  # that it is ever asked for; None: the compute dtype
+    is_asked_for: bool = False  # left out by `prove_all`: who wants it has it proved
     _reasons: dict[tuple[torch.device, torch.dtype], str] = field(default_factory=dict)
 
     def runs(self, device: torch.device, dtype: torch.dtype) -> bool:
@@ -109,6 +110,8 @@ def prove_all(device: torch.device, compute: torch.dtype, methods: Collection[st
     used, not_used = [], []
     for module in _MODULES:
         proved: Proved = import_module(f"decompft.adapters.kernels.{module}").PROVED
+        if proved.is_asked_for:
+            continue
         if proved.methods is not None and not set(proved.methods) & set(methods):
             continue
         if proved.formats is not None and base_format not in proved.formats:

@@ -106,7 +106,7 @@ def quantization_config(quantization: QuantizationSection, skipped: list[str]) -
     return found | {
         "bnb_4bit_quant_type": quantization.format,
         "bnb_4bit_use_double_quant": False,
-        "bnb_4bit_compute_dtype": quantization.compute,
+        "bnb_4bit_compute_dtype": quantization.activations,
         "bnb_4bit_quant_storage": "uint8",
     }
 

@@ -56,7 +56,7 @@ class Built:
     trained: dict[str, nn.Parameter]  # name without the "model." of LossModel -> parameter
     buffers: dict[str, Tensor]  # adapter tensors that do not train but belong in its file
     adapted: tuple[str, ...]
-    kernels: str  # what computes norms, activations, attention, and which kernels of ours run, in words
+    kernels: str  # what computes norms, activations, attention and products, and which kernels of ours run, in words
     loaded: Loaded
     weights: Callable[[], BaseWeights]  # the full-precision weights again
 
@@ -103,11 +103,12 @@ def build(
 
     Raises:
         ModelError, AdapterError: model and checkpoint, or targets and model, do not fit.
+        PlanError: the GPU cannot multiply in fp8, and should.
     """
     outline = outline_of(section, quantization, adapter, model_dir, tokens)
     hf, shapes = outline.hf, outline.shapes
     kernels = choose_kernels(
-        hf, section, outline.quantization, engine, dtype=DTYPES[outline.quantization.compute]
+        hf, section, outline.quantization, engine, dtype=DTYPES[outline.quantization.activations]
     )
     if recompute:
         # the state of random numbers cannot be read while a CUDA graph is recorded, and nothing draws without dropout
@@ -132,7 +133,8 @@ def build(
     buffers = _buffers(hf)
     assert set(trained) == _expected(hf, outline.whole), "what trains is not what was injected"
     return Built(
-        model=model, trained=trained, buffers=buffers, adapted=outline.adapted, kernels=kernels, loaded=loaded,
+        model=model, trained=trained, buffers=buffers, adapted=outline.adapted,
+        kernels=kernels, loaded=loaded,
         weights=lambda: BaseWeights(hf, source, prefix=hf.base_model_prefix, new=new, spectra_dir=spectra),
     )  # fmt: skip
 
@@ -152,11 +154,11 @@ def outline_of(
     packed: set[str] = set()
     if model_dir is not None:
         quantization, packed = stored_in(section, quantization, model_dir)
-    compute = DTYPES[quantization.compute]
+    compute = DTYPES[quantization.activations]
     hf = build_on_meta(read_config(section, model_dir), section, compute)
     shapes = {n: tuple(p.shape) for n, p in hf.named_parameters()}
     heads = head_names(hf)
-    dense = DTYPES[quantization.compute if section.dtype == "auto" else section.dtype]
+    dense = DTYPES[quantization.activations if section.dtype == "auto" else section.dtype]
     make = frozen_maker(quantization, dense)
     if packed:
         make = _as_packed(make, frozen_maker(NONE, dense), packed, hf.base_model_prefix)

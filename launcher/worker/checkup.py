@@ -133,6 +133,28 @@ def _bfloat16() -> Finding:
     return Finding(name="bfloat16", state="ok", text=where)
 
 
+def _fp8() -> Finding:
+    """Both products of a layer as `quantization.compute: fp8` makes them."""
+    import torch
+
+    from decompft.launcher.fp8_layers import MIN_CAPABILITY
+    from decompft.launcher.worker.fp8 import product_error, refuse_gpu
+
+    device, where = torch.device(_device()), "emulated on the CPU, slowly"
+    if device.type == "cuda":
+        found = torch.cuda.get_device_capability(device)
+        if found < MIN_CAPABILITY:  # no defect: nothing but this one setting needs them
+            text = "this GPU has none (compute capability {}.{}, they need {}.{})".format(
+                *found, *MIN_CAPABILITY
+            )
+            return Finding(
+                name="fp8 products", state="ok", text=f"{text}: use quantization.compute: bfloat16"
+            )
+        refuse_gpu(device)
+        where = "torch._scaled_mm, row-wise"
+    return Finding(name="fp8 products", state="ok", text=f"{where}; error {product_error(device):.3f}")
+
+
 def _nf4() -> Finding:
     """Quantize and dequantize a matrix through the very layer that training uses."""
     import torch
@@ -290,6 +312,7 @@ _CHECKS: tuple[tuple[str, Check, bool], ...] = (
     ("devices", _devices, True),
     ("gpu health", _gpu_health, False),
     ("bfloat16", _bfloat16, False),
+    ("fp8 products", _fp8, False),
     ("nf4", _nf4, True),
     ("8-bit AdamW", _adamw8bit, False),
     ("gloo", _gloo, True),
@@ -305,6 +328,7 @@ _CHECKS: tuple[tuple[str, Check, bool], ...] = (
 _FIXES = {
     "devices": "see what `python -c 'import torch; torch.cuda.init()'` says",
     "bfloat16": "use quantization.compute: float32",
+    "fp8 products": "use quantization.compute: bfloat16",
     "nf4": "pip install --force-reinstall bitsandbytes; until then quantization.format: none",
     "8-bit AdamW": "use train.optimizer: adamw, or reinstall bitsandbytes",
     "gloo": "set GLOO_SOCKET_IFNAME to the network's interface; parallel.strategy: single needs no gloo",

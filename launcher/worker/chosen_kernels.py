@@ -12,6 +12,7 @@ from decompft.adapters.spec import spec_of
 from decompft.launcher.recipe import ModelSection, QuantizationSection
 from decompft.launcher.worker.attention import use_attention
 from decompft.launcher.worker.engines.base import Engine
+from decompft.launcher.worker.fp8 import use_fp8
 from decompft.launcher.worker.liger import keep_outputs
 
 
@@ -27,6 +28,7 @@ def choose_kernels(
     found = (
         _use_liger(hf, engine),
         _prove_kernels(hf, engine, quantization.format, dtype),
+        use_fp8(hf, quantization, engine.device),
         f"attention: {use_attention(hf, section, engine.device)}",
     )
     return "; ".join(words for words in found if words)

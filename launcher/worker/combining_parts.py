@@ -76,7 +76,7 @@ class Base:
         )
         self._wants = {want.name: want for want in wants}
         self._device, self._as_trained = device, as_trained
-        self._compute = DTYPES[adapter.quantization.compute]
+        self._compute = DTYPES[adapter.quantization.activations]
         self.names = tuple(self._wants)
         self.missing = tuple(missing)  # new heads
 

@@ -89,7 +89,7 @@ def load_plain(adapter: Adapter, folder: Path, device: torch.device, attention: 
     auto = AutoModelForCausalLM if adapter.model.task == "causal-lm" else AutoModelForSequenceClassification
     return auto.from_pretrained(
         folder,
-        dtype=DTYPES[adapter.quantization.compute],
+        dtype=DTYPES[adapter.quantization.activations],
         attn_implementation=attention,
         device_map={"": str(device)},
         trust_remote_code=adapter.model.trust_remote_code,

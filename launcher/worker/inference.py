@@ -108,7 +108,7 @@ def load(
         return _bare(base, engine, progress, say)
     found = open_adapter(folder, base=base, say=say)
     built = build(
-        found.model, found.quantization, found.adapter if use_adapter else None, engine,
+        found.model, _unrounded(found.quantization, say), found.adapter if use_adapter else None, engine,
         seed=found.seed, model_dir=found.model_dir, recompute=False, base_hash=found.base_hash,
         known=found.tensor, progress=progress, tokens=found.tokens if use_adapter else (),
     )  # fmt: skip
@@ -125,6 +125,14 @@ def load(
         model_dir=found.model_dir,
         formats=found.formats,
     )
+
+
+def _unrounded(quantization: QuantizationSection, say: Callable[[str], None]) -> QuantizationSection:
+    """Compute in the dtype of the activations: fp8 rounds for speed in training, and no other program would."""
+    if quantization.compute == "fp8":
+        say(f"compute: {quantization.activations}; the adapter was trained with fp8 products")
+        quantization = quantization.model_copy(update={"compute": quantization.activations, "fp8_skip": []})
+    return quantization
 
 
 def open_adapter(folder: Path, *, base: str | None, say: Callable[[str], None]) -> Adapter:

@@ -161,7 +161,7 @@ class _Merging:
         wants, missing = match_tensors(
             outline.hf, self.source, prefix=outline.hf.base_model_prefix, new=set(trained)
         )
-        compute = DTYPES[self.adapter.quantization.compute]
+        compute = DTYPES[self.adapter.quantization.activations]
         rows = by_tensor(outline.hf, trained)
         for want in wants:
             is_file = isinstance(self.source, SafetensorsSource)

@@ -76,7 +76,7 @@ def write_config(
     if quantization is not None:
         changed["quantization_config"] = quantization
     if model.weights == "random":
-        changed["dtype"] = adapter.quantization.compute
+        changed["dtype"] = adapter.quantization.activations
     if model.task == "sequence-classification":
         changed["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.num_labels)}
         changed["label2id"] = {name: int(i) for i, name in changed["id2label"].items()}

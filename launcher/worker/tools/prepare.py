@@ -86,6 +86,8 @@ def base_identity(plan: Plan, model_dir: Path | None) -> dict[str, Any]:
             source |= {"weights": "random", "seed": recipe.train.seed}
     # a cache changes no number: with or without it, it is the same base
     quantization = recipe.quantization.model_dump(mode="json", exclude={"cache"})
+    if not recipe.quantization.fp8_skip:
+        del quantization["fp8_skip"]  # checkpoints from before this key have none
     return source | {"task": recipe.model.task, "quantization": quantization}
 
 
