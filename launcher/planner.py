@@ -20,6 +20,7 @@ from decompft.launcher.models import ModelShape
 from decompft.launcher.plan import Batch, Device, Plan, World
 from decompft.launcher.plan import to_json as to_json
 from decompft.launcher.recipe import Recipe
+from decompft.launcher.recompute import Recompute
 from decompft.launcher.refusals import (
     absent_deepspeed,
     allowed_strategies,
@@ -30,7 +31,7 @@ from decompft.launcher.refusals import (
 )
 from decompft.launcher.speed import known_speed, time_forecast
 from decompft.launcher.strategies import Strategy
-from decompft.launcher.workload import Layout, Recompute, Workload
+from decompft.launcher.workload import Layout, Workload
 
 # rows of a micro batch on a CPU: more gain no speed there
 MAX_CPU_MICRO = 8

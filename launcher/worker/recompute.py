@@ -1,0 +1,34 @@
+"""Set a mode of recomputation on a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from decompft.launcher.recompute import Recompute, pieces_of
+from decompft.launcher.worker.forget import forget
+from decompft.launcher.worker.host_inputs import checkpoint_on_host
+
+
+def set_recompute(hf: Any, blocks: list[nn.Module], mode: Recompute) -> None:
+    """Before anything is sharded, after kernels are chosen.
+
+    Args:
+        hf: the transformers model.
+        blocks: its repeated layers.
+    """
+    if mode == "none":
+        return
+    if mode == "selective":
+        pieces = pieces_of(hf.config.model_type)
+        assert pieces is not None, f"the plan takes full for {hf.config.model_type}"
+        for block in blocks:
+            forget(block, pieces)
+        return
+    hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if mode == "offloaded":
+        on_host = checkpoint_on_host()
+        for module in hf.modules():
+            if hasattr(module, "_gradient_checkpointing_func"):
+                module._gradient_checkpointing_func = on_host
