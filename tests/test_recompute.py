@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
-
 import pytest
 import torch
 from tiny_models import FAMILIES, NF4, PLAIN, built, row, saved, section
 
 from decompft.launcher.recipe import AdapterSection, ModelSection, QuantizationSection
-from decompft.launcher.recompute import MODES, pieces_of
+from decompft.launcher.recompute import MODES
 from decompft.launcher.worker.data.batches import collate
-from decompft.launcher.worker.host_inputs import HostInputs
 
 AGAIN = [mode for mode in MODES if mode != "none"]
 LORA = AdapterSection(method="lora", rank=4, alpha=8.0)

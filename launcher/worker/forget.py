@@ -52,6 +52,7 @@ def _watch(original: Callable[..., Any], passes: list[_Pass]) -> Callable[..., A
                 return original(*args, **kwargs)
         finally:
             passes.pop()
+            now.end()
 
     return forward
 
@@ -104,6 +105,10 @@ class _Pass:
         if y.data_ptr():
             self._outputs[y.data_ptr()] = (y, piece)
         return y
+
+    def end(self) -> None:
+        """Let go of the outputs: the graph holds this object through its hook."""
+        self._outputs.clear()
 
     def pack(self, tensor: Tensor) -> Any:
         found = self._outputs.get(tensor.data_ptr())
