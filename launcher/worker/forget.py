@@ -35,7 +35,7 @@ def forget(block: nn.Module, pieces: Pieces) -> None:
         parent, _, own = name.rpartition(".")
         norm = getattr(block.get_submodule(parent), own, None)
         if norm is not None:
-            _set_forward(norm, _again(norm.forward, passes, draws=False))
+            _set_forward(norm, _rerun_norm(norm, passes))
     mlp = block.get_submodule(pieces.mlp)
     _set_forward(mlp, _split_mlp(mlp, pieces.last, passes))
     _set_forward(block, _watch(block.forward, passes))
@@ -57,9 +57,27 @@ def _watch(original: Callable[..., Any], passes: list[_Pass]) -> Callable[..., A
     return forward
 
 
-def _again(original: _Function, passes: list[_Pass], *, draws: bool) -> _Function:
+def _rerun_norm(norm: nn.Module, passes: list[_Pass]) -> _Function:
+    original: _Function = norm.forward
+    asked: list[list[Tensor]] = []  # where a second run wants the output
+
+    def again(x: Tensor) -> Tensor:
+        # by the module's call, whose hooks bring the weight where an engine has cut it; they may change the output
+        found: list[Tensor] = []
+        asked.append(found)
+        try:
+            norm(x)
+        finally:
+            asked.pop()
+        return found[0]
+
     def forward(x: Tensor) -> Tensor:
-        return passes[-1].run(original, x, draws=draws) if passes else original(x)
+        if passes:
+            return passes[-1].run(original, x, again=again)
+        y = original(x)
+        if asked:
+            asked[-1].append(y)
+        return y
 
     return forward
 
@@ -82,7 +100,7 @@ def _split_mlp(mlp: nn.Module, last: str, passes: list[_Pass]) -> _Function:
         if not passes:
             return original(x)
         end: _Function = mlp.get_submodule(last)
-        return end(passes[-1].run(front, x, draws=draws))
+        return end(passes[-1].run(front, x, again=front, draws=draws))
 
     return forward
 
@@ -99,9 +117,10 @@ class _Pass:
         # by address; the tensors are held, so that no other takes an address of theirs before the pass is over
         self._outputs: dict[int, tuple[Tensor, _Piece]] = {}
 
-    def run(self, function: _Function, x: Tensor, *, draws: bool) -> Tensor:
-        piece = _Piece(function, self.pack(x), x, draws=draws)
-        y = piece.run(x)
+    def run(self, function: _Function, x: Tensor, *, again: _Function, draws: bool = False) -> Tensor:
+        """`function` of x; `again` is the same function in the backward pass; `draws`: random numbers."""
+        piece = _Piece(again, self.pack(x), x, draws=draws)
+        y = piece.run(function, x)
         if y.data_ptr():
             self._outputs[y.data_ptr()] = (y, piece)
         return y
@@ -127,17 +146,17 @@ def _same_order(tensor: Tensor, y: Tensor) -> bool:
 class _Piece:
     """One call of a function, of which only the input is kept."""
 
-    def __init__(self, function: _Function, packed: Any, x: Tensor, *, draws: bool) -> None:
-        self._function, self._packed, self._needs_grad = function, packed, x.requires_grad
+    def __init__(self, again: _Function, packed: Any, x: Tensor, *, draws: bool) -> None:
+        self._again, self._packed, self._needs_grad = again, packed, x.requires_grad
         self._random = _random_states(x.device) if draws else None
         self._num_saved = 0
         self._num_uses = 0
         self._saved: dict[int, Tensor] = {}
         self._output: Tensor | None = None
 
-    def run(self, x: Tensor) -> Tensor:
+    def run(self, function: _Function, x: Tensor) -> Tensor:
         with saved_tensors_hooks(self._pack, _unpack):
-            return self._function(x)
+            return function(x)
 
     def use_output(self) -> None:
         self._num_uses += 1
@@ -145,6 +164,8 @@ class _Piece:
     def saved(self, index: int) -> Tensor:
         if index not in self._saved:
             self._run_again()
+            if self._num_uses <= 0:  # nobody will ask for it
+                self._output = None
         return self._saved.pop(index)
 
     def output(self) -> Tensor:
@@ -170,10 +191,10 @@ class _Piece:
 
         x = _unpack(self._packed).detach().requires_grad_(self._needs_grad)
         with torch.enable_grad(), saved_tensors_hooks(pack, _never), _drawing_from(self._random):
-            y = self._function(x)
+            y = self._again(x)
         assert len(found) == self._num_saved, f"{len(found)} tensors saved again, {self._num_saved} at first"
         self._saved = dict(enumerate(found))
-        self._output = y.detach() if self._num_uses > 0 else None
+        self._output = y.detach()
 
 
 class _Saved:
