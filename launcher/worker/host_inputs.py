@@ -105,13 +105,15 @@ class HostInputs:
         self._leaving = away
 
     def _receive(self, away: Away) -> Tensor:
-        if away.source is not None:  # the last block's: it never had to go
+        main = torch.cuda.current_stream(away.device)
+        if away.source is not None:  # the last block's: it need not come back
+            main.wait_event(away.left)
             tensor, away.source = away.source, None
         else:
             if away.back is None:
                 self._fetch(away)
             assert away.back is not None
-            torch.cuda.current_stream(away.device).wait_event(away.arrived)
+            main.wait_event(away.arrived)
             tensor, away.back = away.back, None
         following = self._stack[-1]() if self._stack else None
         if following is not None and following.source is None and following.back is None:
