@@ -56,7 +56,7 @@ def cases(gpus: int) -> list[tuple[str, list[str]]]:
         return [
             (f"{method}-{recompute}", [f"adapter.method={method}", f"train.recompute={recompute}"])
             for method in ("map", "lora")
-            for recompute in ("none", "full")
+            for recompute in ("none", "selective", "full", "offloaded")
         ]
     common = ["adapter.method=map", "train.global_batch_size=8"]
     ddp = [*common, "parallel.strategy=ddp", f"parallel.gpus_per_node={gpus}"]

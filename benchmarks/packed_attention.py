@@ -168,7 +168,7 @@ def model(config: dict[str, Any], attention: str, engine: Engine) -> Built:
         format="nf4" if is_gpu else "none", compute="bfloat16" if is_gpu else "float32"
     )
     adapter = AdapterSection(method="lora", rank=16, alpha=32.0)
-    return build(section, base, adapter, engine, seed=0, model_dir=None, recompute=False)
+    return build(section, base, adapter, engine, seed=0, model_dir=None, recompute="none")
 
 
 def device_name(device: torch.device) -> str:

@@ -130,7 +130,7 @@ def measure_base(order: dict[str, Any], scorer: Scorer) -> Row:
         engine,
         seed=recipe.train.seed,
         model_dir=model_dir,
-        recompute=False,
+        recompute="none",
     )
     loaded = Loaded(
         model=built.model.eval(), tokenizer=load_tokenizer(recipe.model, model_dir), device=engine.device,

@@ -43,6 +43,8 @@ def _obstacle(recipe: Recipe, layout: Layout) -> tuple[str, str]:
             "each layer's outliers are looked for on the host (quantization.outlier_threshold)",
             "set quantization.outlier_threshold: 0",
         )
+    if layout.recompute == "offloaded":
+        return "offloaded recomputation moves inputs to the host meanwhile", "set train.recompute: full"
     if layout.recompute != "none" and _drops(recipe):
         return (
             "recomputation under adapter.dropout reads the state of the random numbers on the host",

@@ -9,6 +9,7 @@ from typing import ClassVar
 from decompft.adapters.formats import FORMAT_SPECS
 from decompft.launcher.forecast import forecast
 from decompft.launcher.layers import forbidden_engines
+from decompft.launcher.recompute import MODES, Recompute, pieces_of
 from decompft.launcher.refusals import fits_blocks
 from decompft.launcher.strategies import Strategy
 from decompft.launcher.workload import Layout, Workload
@@ -38,6 +39,9 @@ def fits(work: Workload, layout: Layout, budget: Budget, *, headroom: float = Bu
 
 def cheaper_changes(work: Workload, layout: Layout, budget: Budget) -> str:
     """The smallest change that fits, in words: each alone first, then one on top of the other."""
+    if layout.recompute == "offloaded" and work.recipe.train.recompute == "auto":
+        # auto's last resort takes from the host what a change may need there
+        layout = replace(layout, recompute="full")
     for change in _CHANGES:
         changed = change(work, layout)
         if changed and fits(changed.work, changed.layout, budget):
@@ -81,10 +85,22 @@ class _Changed:
     layout: Layout
 
 
-def _recompute(work: Workload, layout: Layout) -> _Changed | None:
-    if layout.recompute == "full":
+def _selective(work: Workload, layout: Layout) -> _Changed | None:
+    return _mode(work, layout, "selective") if pieces_of(work.shape.model_type) else None
+
+
+def _full(work: Workload, layout: Layout) -> _Changed | None:
+    return _mode(work, layout, "full")
+
+
+def _offloaded(work: Workload, layout: Layout) -> _Changed | None:
+    return _mode(work, layout, "offloaded") if layout.device == "cuda" else None
+
+
+def _mode(work: Workload, layout: Layout, mode: Recompute) -> _Changed | None:
+    if MODES.index(mode) <= MODES.index(layout.recompute):
         return None
-    return _Changed("train.recompute", "full", work, replace(layout, recompute="full"))
+    return _Changed("train.recompute", mode, work, replace(layout, recompute=mode))
 
 
 def _micro_one(work: Workload, layout: Layout) -> _Changed | None:
@@ -140,7 +156,7 @@ def _sharded(work: Workload, layout: Layout) -> Strategy | None:
 
 _Change = Callable[[Workload, Layout], _Changed | None]
 _CHANGES: tuple[_Change, ...] = (
-    _recompute, _micro_one, _int8, _nf4, _shard_all, _offload,
+    _selective, _full, _micro_one, _offloaded, _int8, _nf4, _shard_all, _offload,
 )  # fmt: skip
 
 
@@ -163,8 +179,11 @@ def _least_together(work: Workload, layout: Layout, budget: Budget) -> tuple[dic
         is_even = rows % (now.layout.world_size * now.layout.micro_size) == 0
         return is_even and fits(now.work, now.layout, budget)
 
-    kept = list(_CHANGES)
-    if not works(kept):
+    frugal = [
+        x for x in _CHANGES if x is not _offloaded
+    ]  # which needs of the host what others may need there
+    kept = next((x for x in (frugal, list(_CHANGES)) if works(x)), None)
+    if kept is None:
         return None
     for change in reversed(_CHANGES):  # the largest is dropped first
         fewer = [x for x in kept if x is not change]
@@ -179,6 +198,6 @@ def _listed(said: Mapping[str, str]) -> str:
 def _needs(changed: _Changed) -> str:
     memory = forecast(changed.work, changed.layout, capacity_bytes=None)
     device = gib(memory.total_bytes)
-    if not changed.layout.cpu_offload:
+    if not changed.layout.cpu_offload and changed.layout.recompute != "offloaded":
         return f"{device} a rank"
     return f"{device} a rank, and of the host {gib(memory.host_total_bytes)} a rank"

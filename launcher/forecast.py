@@ -10,6 +10,8 @@ with full recomputation (prototype, shared/gpu/README.md).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from decompft.adapters.formats import FORMAT_SPECS
 from decompft.adapters.spec import spec_of
 from decompft.launcher.forecast_fitted import (
@@ -19,6 +21,12 @@ from decompft.launcher.forecast_fitted import (
     DEEPSPEED_PROCESS_BYTES,
     NCCL_BYTES,
     NCCL_HOST_BYTES,
+)
+from decompft.launcher.forecast_recompute import (
+    ON_THE_WAY,
+    host_bytes,
+    kept_by_selective,
+    made_again_by_selective,
 )
 from decompft.launcher.forecast_states import (
     ADAMW8BIT_BYTES,
@@ -31,6 +39,7 @@ from decompft.launcher.forecast_states import (
 )
 from decompft.launcher.models import ModelShape
 from decompft.launcher.plan import RUNTIME, Forecast, Term
+from decompft.launcher.recompute import pieces_of, runs_again
 from decompft.launcher.workload import (
     Layout,
     Workload,
@@ -83,6 +92,7 @@ def forecast(
         process += NCCL_HOST_BYTES * (layout.world_size > 1)
         host = (
             *((*held, *pinned_rounding(work, layout)) if is_away else ()),
+            *_inputs_on_host(work, layout),
             snapshot(work, layout),
             Term(name="loading", num_bytes=slices, note=f"{LOAD_SLICES} slices of the largest tensor"),
             Term(name="process", num_bytes=process, note="Python, torch, CUDA's host side"),
@@ -104,32 +114,53 @@ def checkpoint_bytes(work: Workload) -> int:
 
 
 def _activations(work: Workload, layout: Layout) -> list[Term]:
-    shape, recipe = work.shape, work.recipe
-    tokens = layout.micro_size * recipe.data.sequence_length
+    shape, recipe, mode = work.shape, work.recipe, layout.recompute
+    tokens, layers = layout.micro_size * recipe.data.sequence_length, work.shape.num_layers
     e = compute_bytes(recipe)
     is_fused = layout.device == "cuda" and shape.saved.has_liger
     layer = tokens * _layer_bytes_per_token(shape, e, is_fused=is_fused)
     thin, thin_layer = _thin_bytes(work, e)
-    if layout.recompute == "none":
-        saved = [
+    if mode == "none":
+        note = f"{tokens} tokens, {layers} layers, all kept"
+        return [Term(name="activations", num_bytes=layer * layers + thin * tokens, note=note)]
+    if mode == "selective":
+        pieces = pieces_of(shape.model_type)
+        assert pieces is not None, f"the planner takes full for {shape.model_type}"
+        again, again_layer = _thin_bytes(work, e, only=lambda name: runs_again(name, pieces))
+        kept = (kept_by_selective(shape, e) * layers + thin - again) * tokens
+        made = (made_again_by_selective(shape, e, is_fused=is_fused) + again_layer) * tokens
+        return [
             Term(
-                name="activations",
-                num_bytes=layer * shape.num_layers + thin * tokens,
-                note=f"{tokens} tokens, {shape.num_layers} layers, all kept",
-            )
-        ]
-    else:
-        saved = [
-            Term(
-                name="activations",
-                num_bytes=tokens * shape.hidden * e * shape.num_layers,
-                note=f"{tokens} tokens, the input of each of {shape.num_layers} layers",
+                name="activations", num_bytes=kept,
+                note=f"{tokens} tokens, {layers} layers, norms' inputs and attention",
             ),
-            Term(
-                name="recomputed layer", num_bytes=layer + thin_layer * tokens, note="one layer's, all kept"
-            ),
-        ]
-    return saved
+            Term(name="recomputed MLP", num_bytes=made, note="one layer's, up to its last product"),
+        ]  # fmt: skip
+    away = mode == "offloaded" and layout.device == "cuda"
+    on_device = min(ON_THE_WAY, layers) if away else layers
+    which = (
+        f"the input of each of {layers} layers"
+        if not away
+        else f"the inputs of {on_device} layers on the way"
+    )
+    return [
+        Term(name="activations", num_bytes=_input_bytes(work, layout) * on_device, note=f"{tokens} tokens, {which}"),
+        Term(name="recomputed layer", num_bytes=layer + thin_layer * tokens, note="one layer's, all kept"),
+    ]  # fmt: skip
+
+
+def _input_bytes(work: Workload, layout: Layout) -> int:
+    """Of one layer's input, of a micro batch."""
+    tokens = layout.micro_size * work.recipe.data.sequence_length
+    return tokens * work.shape.hidden * compute_bytes(work.recipe)
+
+
+def _inputs_on_host(work: Workload, layout: Layout) -> list[Term]:
+    if layout.recompute != "offloaded":
+        return []
+    layers = work.shape.num_layers
+    size = host_bytes(_input_bytes(work, layout), layers)
+    return [Term(name="inputs of layers", num_bytes=size, note=f"{layers} layers', pinned, powers of two")]
 
 
 def _layer_bytes_per_token(shape: ModelShape, e: int, *, is_fused: bool) -> int:
@@ -149,10 +180,16 @@ def _layer_bytes_per_token(shape: ModelShape, e: int, *, is_fused: bool) -> int:
     return norms + linear_inputs + attention + mlp
 
 
-def _thin_bytes(work: Workload, e: int) -> tuple[int, int]:
-    """Saved by adapters for each token, of all layers and of one: A x, its own x with dropout, W x under row scales."""
+def _thin_bytes(work: Workload, e: int, only: Callable[[str], bool] = lambda name: True) -> tuple[int, int]:
+    """Saved by adapters for each token, of all layers and of one: A x, its own x with dropout, W x under row scales.
+
+    Args:
+        only: of the linears, by name, that are counted.
+    """
     total = 0
-    for _, out, in_, config in work.adapted:
+    for name, out, in_, config in work.adapted:
+        if not only(name):
+            continue
         spec = spec_of(config)
         total += spec.num_columns(out, in_, config) * e
         if config.dropout > 0 and spec.num_columns(out, in_, config):

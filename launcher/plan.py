@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from decompft.launcher.recipe import Recipe
+from decompft.launcher.recompute import Recompute
 from decompft.launcher.strategies import Strategy
 
 Device = Literal["cuda", "cpu"]
@@ -86,7 +87,7 @@ class Plan(Frozen):
     shard_size: int = 1  # ranks that share one copy of the base
     cpu_offload: bool = False  # fsdp and zero3; the ladder may choose it unasked
     deepspeed: dict[str, Any] | None = None  # zero1 to zero3: the config that DeepSpeed is given
-    recompute: Literal["none", "full"]
+    recompute: Recompute
     cuda_graph: bool = False  # passes are recorded
     cuda_graph_reason: str = ""  # where that was asked for
     batch: Batch

@@ -1,9 +1,10 @@
 """How a recipe becomes a plan: everything it leaves open is decided here, by forecast.
 
 The ladder of `strategy: auto` goes from the fastest to the most frugal: single on one rank, else
-ddp; with recomputation; hsdp where there are several nodes; fsdp; with offload to the host. The first
-rung that fits is taken. zero1 to zero3 are never taken unasked: they save what fsdp saves and start
-slower; they are for users whose cluster is built around DeepSpeed.
+ddp; hsdp where there are several nodes; fsdp; with offload of the base to the host; each of them first
+without recomputation, then with selective, full and offloaded. The first rung that fits is taken. zero1
+to zero3 are never taken unasked: they save what fsdp saves and start slower; they are for users whose
+cluster is built around DeepSpeed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from decompft.launcher.models import ModelShape
 from decompft.launcher.plan import Batch, Device, Plan, World
 from decompft.launcher.plan import to_json as to_json
 from decompft.launcher.recipe import Recipe
+from decompft.launcher.recompute import MODES, Recompute, pieces_of
 from decompft.launcher.refusals import (
     absent_deepspeed,
     allowed_strategies,
@@ -32,13 +34,19 @@ from decompft.launcher.refusals import (
     refuse_world,
 )
 from decompft.launcher.speed import known_speed, time_forecast
-from decompft.launcher.strategies import Strategy
-from decompft.launcher.workload import Layout, Recompute, Workload
+from decompft.launcher.strategies import STRATEGIES, Strategy
+from decompft.launcher.workload import Layout, Workload
 
 # rows of a micro batch on a CPU: more gain no speed there
 MAX_CPU_MICRO = 8
 
 Rung = tuple[Strategy, Recompute, bool]  # and cpu_offload
+_TITLES: dict[Recompute, list[str]] = {
+    "none": [],
+    "selective": ["selective recomputation"],
+    "full": ["recomputation"],
+    "offloaded": ["recomputation from the host"],
+}
 
 
 def make(recipe: Recipe, *, machine: Machine | None = None) -> Plan:
@@ -143,12 +151,25 @@ def _budget(recipe: Recipe, machine: Machine, world: World) -> Budget:
     return Budget(device_bytes=device, host_bytes=host if is_here else None)
 
 
-def _rungs(recipe: Recipe, world: World) -> list[Rung]:
+def _modes(recipe: Recipe, world: World, shape: ModelShape, strategy: Strategy) -> list[Recompute]:
+    """Modes of recomputation to try, fastest first."""
+    wanted = recipe.train.recompute
+    known = pieces_of(shape.model_type) is not None
+    if wanted != "auto":
+        return ["full" if wanted == "selective" and not known else wanted]
+    # a cut base is gathered for each micro batch, and full takes several times as many rows at once
+    gathers_more = STRATEGIES[strategy].shards_base and recipe.train.micro_batch_size == "auto"
+    # on a CPU the host is the device
+    absent = ["selective"] * (gathers_more or not known) + ["offloaded"] * (world.device == "cpu")
+    return [mode for mode in MODES if mode not in absent]
+
+
+def _rungs(recipe: Recipe, world: World, shape: ModelShape) -> list[Rung]:
     """Layouts to try, fastest first, that the recipe's own choices leave."""
-    parallel, wanted = recipe.parallel, recipe.train.recompute
-    modes: list[Recompute] = ["none", "full"] if wanted == "auto" else [wanted]
+    parallel = recipe.parallel
     if parallel.strategy != "auto":
         refuse_strategy(recipe, parallel.strategy)
+        modes = _modes(recipe, world, shape, parallel.strategy)
         return [(parallel.strategy, mode, parallel.cpu_offload) for mode in modes]
     chosen: list[tuple[Strategy, bool]] = []
     if not parallel.cpu_offload:
@@ -168,7 +189,7 @@ def _rungs(recipe: Recipe, world: World) -> list[Rung]:
             "nor under what strategy auto would take instead",
             f"try parallel.strategy: {' or '.join(allowed_strategies(recipe, chosen[0][0]))}",
         )
-    return [(strategy, mode, offload) for strategy, offload in allowed for mode in modes]
+    return [(s, mode, offload) for s, offload in allowed for mode in _modes(recipe, world, shape, s)]
 
 
 def _choose(work: Workload, world: World, budget: Budget) -> tuple[Layout, str]:
@@ -184,7 +205,7 @@ def _choose(work: Workload, world: World, budget: Budget) -> tuple[Layout, str]:
             group_size=group_size(work.recipe, world) if strategy == "hsdp" else None,
             cpu_offload=offload,
         )
-        for strategy, mode, offload in _rungs(work.recipe, world)
+        for strategy, mode, offload in _rungs(work.recipe, world, work.shape)
         for micro in micros
     ]
     chosen = None
@@ -216,7 +237,7 @@ def _reason(work: Workload, layouts: list[Layout], chosen: Layout, budget: Budge
 
 
 def _title(layout: Layout) -> str:
-    extras = ["recomputation"] * (layout.recompute == "full") + ["offload"] * layout.cpu_offload
+    extras = [*_TITLES[layout.recompute], *["offload"] * layout.cpu_offload]
     return layout.strategy + (" with " + " and ".join(extras) if extras else "")
 
 
@@ -292,6 +313,14 @@ def _warnings(shape: ModelShape, recipe: Recipe, budget: Budget, work: Workload,
             f"the forecast leaves less than {Budget.HEADROOM:.0%} of the memory free; "
             "if it runs out, lower train.micro_batch_size"
         )
+    if recipe.train.recompute == "selective" and layout.recompute != "selective":
+        found.append(
+            f"train.recompute: selective does not know the blocks of {shape.model_type}; {layout.recompute} is taken"
+        )
+    if layout.recompute == "offloaded" and layout.device == "cpu":
+        found.append(
+            "train.recompute: offloaded saves nothing on a CPU, whose memory is the host's; full is the same"
+        )
     absent = absent_deepspeed(layout.strategy)
     if absent:
         found.append(f"{absent}; where it runs: pip install 'decompft[deepspeed]'")
@@ -300,9 +329,10 @@ def _warnings(shape: ModelShape, recipe: Recipe, budget: Budget, work: Workload,
             "shards are kept in host memory, which is slow; a smaller quantization.format, more or larger "
             "GPUs avoid it"
         )
-    if layout.cpu_offload and layout.device == "cuda" and budget.host_bytes is None:
+    what = ["the shards"] * layout.cpu_offload + ["the layers' inputs"] * (layout.recompute == "offloaded")
+    if what and layout.device == "cuda" and budget.host_bytes is None:
         found.append(
-            "the host's memory is unknown: whether the shards that are kept there fit was not checked "
+            f"the host's memory is unknown: whether {' and '.join(what)} that are kept there fit was not checked "
             "(the table of host memory says what each rank of a node needs)"
         )
     return found

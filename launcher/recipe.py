@@ -16,6 +16,7 @@ from decompft.launcher.recipe_section import Names as Names
 from decompft.launcher.recipe_section import Section as Section
 from decompft.launcher.recipe_slurm import SlurmSection as SlurmSection
 from decompft.launcher.recipe_sweep import SweepSection as SweepSection
+from decompft.launcher.recompute import Recompute
 from decompft.launcher.strategies import STRATEGIES, Strategy
 
 Task = Literal["causal-lm", "sequence-classification"]
@@ -206,8 +207,10 @@ class TrainSection(Section):
     ] = Field("cosine", description="as transformers.get_scheduler")
     warmup_steps: int = Field(0, ge=0, description="steps over which the rate rises from 0")
     max_grad_norm: float = Field(1.0, ge=0, description="global-norm clipping; 0 turns it off")
-    recompute: Literal["none", "full", "auto"] = Field(
-        "auto", description="activation checkpointing; auto: full only when the forecast needs it"
+    recompute: Recompute | Auto = Field(
+        "auto",
+        description="what the backward pass computes again: nothing; norms and the MLP but its last linear; each "
+        "block, from its input; the same with the inputs in host memory. auto: the first that the forecast fits",
     )
     deterministic: bool = Field(
         False,

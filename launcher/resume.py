@@ -16,7 +16,7 @@ from decompft.launcher.runs import RunDir, find_run
 # what may differ on resume; every other recipe key must be as it was
 _MAY_DIFFER = (
     "parallel", "checkpoint", "logging", "slurm",
-    "train.max_steps", "train.stop_after_steps", "train.micro_batch_size", "train.deterministic",
+    "train.max_steps", "train.stop_after_steps", "train.micro_batch_size", "train.deterministic", "train.recompute",
     "train.cuda_graph", "quantization.cache", "model.attention",
 )  # fmt: skip
 

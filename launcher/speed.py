@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from decompft.launcher.forecast_fitted import EFFECTIVE_FLOPS, MIN_KNOWN_HIDDEN, PARALLEL_SHARE
+from decompft.launcher.forecast_fitted import (
+    EFFECTIVE_FLOPS,
+    ESTIMATED_FLOPS,
+    MIN_KNOWN_HIDDEN,
+    PARALLEL_SHARE,
+)
 from decompft.launcher.plan import Plan
 from decompft.launcher.workload import Layout, Workload
 
@@ -13,10 +18,14 @@ def time_forecast(plan: Plan, tokens_per_s: float) -> float:
 
 
 def known_speed(work: Workload, layout: Layout, gpu_name: str | None) -> float | None:
-    """Tokens a second of all ranks together, or None where nothing was measured."""
+    """Tokens a second of all ranks together, or None where nothing was measured.
+
+    Of selective and offloaded recomputation an estimate from what was measured without and with full.
+    """
     shape, name = work.shape, gpu_name or ""
     is_measured = layout.device == "cuda" and not layout.cpu_offload and shape.hidden >= MIN_KNOWN_HIDDEN
-    rates = [r for (gpu, mode), r in EFFECTIVE_FLOPS.items() if gpu in name and mode == layout.recompute]
+    known = EFFECTIVE_FLOPS | ESTIMATED_FLOPS
+    rates = [r for (gpu, mode), r in known.items() if gpu in name and mode == layout.recompute]
     share = PARALLEL_SHARE.get(layout.strategy)
     if not is_measured or not rates or share is None or work.recipe.quantization.compute != "bfloat16":
         return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from decompft.adapters.formats import FORMAT_SPECS
 from decompft.adapters.spec import AdapterConfig, spec_of
@@ -12,9 +11,8 @@ from decompft.adapters.specs.base import count
 from decompft.launcher.models import LinearShape, ModelShape, adapted_linears, trained_modules, trained_rows
 from decompft.launcher.plan import Device
 from decompft.launcher.recipe import Recipe
+from decompft.launcher.recompute import Recompute
 from decompft.launcher.strategies import STRATEGIES, Strategy, StrategySpec
-
-Recompute = Literal["none", "full"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -73,7 +73,13 @@ def test_what_is_added_reaches_deepspeed(tmp_path):
         engine.start()
         recipe = made.recipe
         built = build(
-            recipe.model, recipe.quantization, recipe.adapter, engine, seed=0, model_dir=None, recompute=False
+            recipe.model,
+            recipe.quantization,
+            recipe.adapter,
+            engine,
+            seed=0,
+            model_dir=None,
+            recompute="none",
         )
         optimizer = make_optimizer(built.model.model, built.trained, recipe.train, engine)
         engine.prepare_training(built.model, optimizer, list(built.trained.values()))

@@ -28,7 +28,7 @@ def built(
         ModelSection(config=fields, weights="random"),
         QuantizationSection(**{**FP8, **quantization}),
         AdapterSection(method=method, rank=4, alpha=8.0, targets=targets),
-        Engine(torch.device("cpu"), timeout_s=60), seed=0, model_dir=None, recompute=False,
+        Engine(torch.device("cpu"), timeout_s=60), seed=0, model_dir=None, recompute="none",
     )  # fmt: skip
 
 

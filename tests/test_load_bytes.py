@@ -100,7 +100,7 @@ folder = Path(sys.argv[1])
 torch.ops.bitsandbytes.quantize_4bit(torch.ones(64, 64), 64, "nf4", torch.uint8)
 made = build(
     ModelSection(id=str(folder)), QuantizationSection(format="nf4", compute="bfloat16"), None,
-    Engine(torch.device("cpu"), timeout_s=60), seed=0, model_dir=folder, recompute=False, base_hash="0" * 64,
+    Engine(torch.device("cpu"), timeout_s=60), seed=0, model_dir=folder, recompute="none", base_hash="0" * 64,
 )
 stored = sum(p.numel() * p.element_size() for p in made.model.parameters())
 print(made.loaded.peak_anonymous_bytes - stored)

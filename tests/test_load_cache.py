@@ -70,7 +70,7 @@ def small_chunks(monkeypatch):
 def loaded(folder, quantization=NF4, *, engine=None, base_hash=None, progress=lambda done, total: None):
     return build(
         ModelSection(id=str(folder)), quantization, MAP, engine or Engine(CPU, timeout_s=60), seed=0,
-        model_dir=folder, recompute=False, base_hash=base_hash or identity(folder)["sha256"], progress=progress,
+        model_dir=folder, recompute="none", base_hash=base_hash or identity(folder)["sha256"], progress=progress,
     )  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def test_nothing_is_kept_unasked(original, quantization):
 def test_random_weights_are_not_kept():
     made = build(
         ModelSection(config=FAMILIES["llama"], weights="random"), NF4, MAP, Engine(CPU, timeout_s=60), seed=0,
-        model_dir=None, recompute=False, base_hash="0" * 64,
+        model_dir=None, recompute="none", base_hash="0" * 64,
     )  # fmt: skip
     assert not cache_dir().exists() and made.loaded.line() == ""
 

@@ -72,7 +72,7 @@ def adapter_of(folder, **sections):
     recipe, prepared = run.read_plan().recipe, Prepared.read(run.path)
     built = build(
         recipe.model, recipe.quantization, recipe.adapter, Engine(torch.device("cpu"), timeout_s=1),
-        seed=0, model_dir=prepared.model_dir, recompute=False,
+        seed=0, model_dir=prepared.model_dir, recompute="none",
     )  # fmt: skip
     targets = trained_targets(built.model.model)
     moved = torch.Generator().manual_seed(1)

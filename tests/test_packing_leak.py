@@ -15,16 +15,21 @@ from decompft.launcher.worker.data.rows import Row
 
 LENGTHS = (9, 1, 13, 2, 7)  # a lone token has position 0 before and after it
 LORA = AdapterSection(method="lora", rank=4, alpha=8.0)
-MODES = {"eval": (False, False), "train": (True, False), "train-recompute": (True, True)}
+MODES = {
+    "eval": (False, "none"),
+    "train": (True, "none"),
+    "train-selective": (True, "selective"),
+    "train-full": (True, "full"),
+}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def models(request, tmp_path_factory):
-    """recompute or not -> the family's model."""
+    """mode of recomputation -> the family's model."""
     folder, _ = saved(tmp_path_factory.mktemp(request.param), FAMILIES[request.param])
     return {
         recompute: built(section(folder), PLAIN, LORA, recompute=recompute).model
-        for recompute in (False, True)
+        for recompute in ("none", "selective", "full")
     }
 
 

@@ -18,6 +18,7 @@ from decompft.launcher import planner
 from decompft.launcher.errors import PlanError
 from decompft.launcher.machine import Machine
 from decompft.launcher.plan import Plan
+from decompft.launcher.recipe import Recipe
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -71,7 +72,7 @@ def test_one_rank_is_single() -> None:
     [
         (LLAMA_7B, 80, "ddp", "none", False),
         (LLAMA_7B, 9, "ddp", "full", False),
-        (LLAMA_70B, 80, "ddp", "full", False),
+        (LLAMA_70B, 80, "ddp", "selective", False),
         (LLAMA_70B, 24, "fsdp", "full", False),
         (LLAMA_70B, 10, "fsdp", "full", True),
     ],
@@ -94,9 +95,41 @@ def test_micro_batch_is_the_largest_that_fits() -> None:
         make(machine, train={"micro_batch_size": larger, "recompute": "none"})
 
 
-def test_full_recomputation_only_when_needed() -> None:
-    roomy, tight = (make(gpus(1, gib), train={"micro_batch_size": 4}) for gib in (80, 24))
-    assert (roomy.recompute, tight.recompute) == ("none", "full")
+def test_only_as_much_recomputation_as_needed() -> None:
+    found = [make(gpus(1, gib), train={"micro_batch_size": 4}).recompute for gib in (80, 24, 12, 8)]
+    assert found == ["none", "selective", "full", "offloaded"]
+    with pytest.raises(PlanError, match="memory: single with recomputation at micro batch 4"):
+        make(
+            Machine(host_memory_bytes=GIB), train={"micro_batch_size": 4}
+        )  # not from the host: it is the host
+
+
+def test_what_gathers_for_each_micro_batch_takes_more_rows_instead_of_selective() -> None:
+    away = {"parallel": {"strategy": "fsdp", "cpu_offload": True}}
+    free = make(gpus(2, 24), LLAMA_70B, **away)
+    assert (free.recompute, free.batch.micro_size) == ("full", 4)
+    assert make(gpus(2, 24), LLAMA_70B, **away, train={"micro_batch_size": 1}).recompute == "selective"
+
+
+def test_a_block_that_selective_does_not_know_is_recomputed_whole_in_words() -> None:
+    found = recipe({"model_type": "bert"}, data={"sequence_length": 512}, train={"recompute": "selective"})
+    raw = found.model_dump(mode="json")
+    raw["data"]["packing"] = False
+    raw["model"]["task"], raw["data"]["train"][0]["format"] = "sequence-classification", "classification"
+    plan = planner.make(Recipe.model_validate(raw), machine=gpus(1, 80))
+    assert plan.recompute == "full"
+    assert any("does not know the blocks of bert" in w for w in plan.warnings)
+
+
+def test_inputs_of_layers_on_the_host_are_forecast_there() -> None:
+    full, away = (
+        make(gpus(1, 80), train={"micro_batch_size": 4, "recompute": m}) for m in ("full", "offloaded")
+    )
+    inputs = 4 * 2048 * 4096 * 2
+    assert full.forecast.total_bytes - away.forecast.total_bytes == (32 - 3) * inputs
+    assert away.forecast.host_total_bytes - full.forecast.host_total_bytes == 32 * inputs
+    on_cpu = make(CPU, TINY, train={"recompute": "offloaded"})
+    assert any("saves nothing on a CPU" in w for w in on_cpu.warnings)
 
 
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp"])
@@ -164,6 +197,12 @@ def test_batch_law_holds_exactly(size: int, num_gpus: int) -> None:
             gpus(1, 24),
             LLAMA_7B,
             {**ALONE, "train": {"micro_batch_size": 4, "recompute": "none"}},
+            "train.recompute: selective",
+        ),
+        (
+            gpus(1, 12),
+            LLAMA_7B,
+            {**ALONE, "train": {"micro_batch_size": 4, "recompute": "selective"}},
             "train.recompute: full",
         ),
         (
@@ -220,14 +259,14 @@ def with_change(sections: dict[str, Any], hint: str) -> dict[str, Any]:
     "machine, model, sections, said",
     [
         (
-            gpus(2, 16),
+            gpus(2, 16, host_gib=56),
             LLAMA_70B,
             {"train": {"micro_batch_size": 4, "recompute": "none"}},
             "these together fit: train.recompute: full, train.micro_batch_size: 1 (",
         ),
         # auto's last rung offloads, for which the node is too small; two ranks need no offload
         (
-            gpus(1, 40, host_gib=30),
+            gpus(1, 39, host_gib=30),
             LLAMA_70B,
             {"train": {"micro_batch_size": 1}},
             "2 ranks fit, with parallel.strategy: fsdp (",
@@ -343,10 +382,10 @@ def test_several_nodes_cut_inside_a_node_before_across() -> None:
     parallel = {"nodes": 2, "gpus_per_node": 4, "gpu_memory_gib": 24.0}
     inside = make(CPU, LLAMA_70B, parallel=parallel, train={"micro_batch_size": 1})
     assert (inside.strategy, inside.shard_size, inside.recompute) == ("hsdp", 4, "full")
-    assert "ddp with recomputation would need" in inside.strategy_reason
-    across = make(CPU, LLAMA_70B, parallel=parallel | {"gpu_memory_gib": 17.0}, train={"micro_batch_size": 1})
+    assert "hsdp with selective recomputation would need" in inside.strategy_reason
+    across = make(CPU, LLAMA_70B, parallel=parallel | {"gpu_memory_gib": 15.0}, train={"micro_batch_size": 1})
     assert (across.strategy, across.shard_size) == ("fsdp", 8)
-    assert "hsdp with recomputation would need" in across.strategy_reason
+    assert "would need" in across.strategy_reason
     one_a_node = parallel | {"nodes": 4, "gpus_per_node": 1}
     assert make(CPU, LLAMA_70B, parallel=one_a_node, train={"micro_batch_size": 1}).strategy == "fsdp"
 
@@ -355,10 +394,10 @@ def test_one_gpu_offloads_only_where_nothing_else_fits() -> None:
     plan = make(gpus(1, 20), LLAMA_70B, train={"micro_batch_size": 1})
     assert (plan.strategy, plan.cpu_offload, plan.world.size) == ("fsdp", True, 1)
     assert any("host memory, which is slow" in w for w in plan.warnings)
-    assert "single with recomputation would need" in plan.strategy_reason
-    roomy = make(gpus(1, 80), LLAMA_70B, train={"micro_batch_size": 1, "recompute": "full"})
+    assert "single with recomputation from the host would need" in plan.strategy_reason
+    roomy = make(gpus(1, 80), LLAMA_70B, train={"micro_batch_size": 1, "recompute": "offloaded"})
     barely = make(gpus(1, roomy.forecast.total_bytes * 1.01 / GIB), LLAMA_70B, train={"micro_batch_size": 1})
-    assert (barely.strategy, barely.recompute, barely.cpu_offload) == ("single", "full", False)
+    assert (barely.strategy, barely.recompute, barely.cpu_offload) == ("single", "offloaded", False)
 
 
 def test_auto_never_takes_deepspeed() -> None:

@@ -139,6 +139,7 @@ def test_an_unwritable_place_is_the_users_error(tmp_path: Path) -> None:
         {"train": {"max_steps": 20}},
         {"train": {"stop_after_steps": 5}},
         {"train": {"micro_batch_size": 2}},
+        {"train": {"recompute": "selective"}},
     ],
     ids=str,
 )

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from decompft.launcher.errors import AdapterError
 from decompft.launcher.models import trained_modules
 from decompft.launcher.recipe import AdapterSection, QuantizationSection, Recipe
+from decompft.launcher.recompute import MODES
 from decompft.launcher.worker.data.batches import collate
 from decompft.launcher.worker.restore import load_adapter
 
@@ -48,7 +49,7 @@ def plain_gradients(plain, names):
     return {n: plain.get_parameter(n).grad for n in names}
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", MODES)
 def test_gradients_are_those_of_plain_autograd(checkpoint, recompute):
     name, folder, plain = checkpoint
     found = built(section(folder), PLAIN, adapter(*CASES[name]), recompute=recompute)

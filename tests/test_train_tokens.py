@@ -47,7 +47,7 @@ def adapter(**fields):
 def with_rows(folder, compute="float32", task="causal-lm", **fields):
     return build(
         section(folder, task=task), QuantizationSection(format="none", compute=compute), adapter(**fields),
-        single(), seed=0, model_dir=folder, recompute=False, tokens=TOKENS,
+        single(), seed=0, model_dir=folder, recompute="none", tokens=TOKENS,
     )  # fmt: skip
 
 
@@ -218,7 +218,7 @@ def test_a_model_with_fewer_rows_than_the_tokenizer_had_is_refused(tmp_path):
     far = (TrainedToken(text="a", id=125, is_added=True),)
     one = AdapterSection(method="lora", train_tokens=["a"])
     with pytest.raises(AdapterError, match="the model has 120 rows"):
-        build(section(folder), PLAIN, one, single(), seed=0, model_dir=folder, recompute=False, tokens=far)
+        build(section(folder), PLAIN, one, single(), seed=0, model_dir=folder, recompute="none", tokens=far)
     with pytest.raises(AdapterError, match="ids of these tokens are not known"):
         built(section(folder), PLAIN, one)
 
@@ -274,7 +274,7 @@ def built_of(run):
     recipe, prepared = run.read_plan().recipe, Prepared.read(run.path)
     return build(
         recipe.model, recipe.quantization, recipe.adapter, single(), seed=recipe.train.seed,
-        model_dir=prepared.model_dir, recompute=False, tokens=prepared.tokens,
+        model_dir=prepared.model_dir, recompute="none", tokens=prepared.tokens,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from decompft.launcher.recipe import AdapterSection, ModelSection, QuantizationSection
+from decompft.launcher.recompute import Recompute
 from decompft.launcher.worker.build import Built, build
 from decompft.launcher.worker.data.rows import Row
 from decompft.launcher.worker.engines.base import Engine
@@ -92,7 +93,7 @@ def built(
     adapter: AdapterSection | None = None,
     *,
     engine: Engine | None = None,
-    recompute: bool = False,
+    recompute: Recompute = "none",
     seed: int = 0,
 ) -> Built:
     """Our build of a checkpoint, or of random weights."""

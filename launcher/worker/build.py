@@ -23,6 +23,7 @@ from decompft.launcher.errors import AdapterError
 from decompft.launcher.layers import layer_configs
 from decompft.launcher.quantized_checkpoint import is_quantized, stored_in
 from decompft.launcher.recipe import AdapterSection, ModelSection, QuantizationSection
+from decompft.launcher.recompute import Recompute
 from decompft.launcher.tensor_names import find_key
 from decompft.launcher.worker.base_weights import BaseWeights
 from decompft.launcher.worker.chosen_kernels import choose_kernels
@@ -39,6 +40,7 @@ from decompft.launcher.worker.model import (
 )  # fmt: skip
 from decompft.launcher.worker.packed_cache import packed_cache_dir
 from decompft.launcher.worker.quantized_source import BitsAndBytesSource
+from decompft.launcher.worker.recompute import set_recompute
 from decompft.launcher.worker.spectrum_cache import spectra_dir
 from decompft.launcher.worker.tensors import RandomSource, SafetensorsSource, TensorSource
 from decompft.launcher.worker.token_rows import wrap_tokens
@@ -81,7 +83,7 @@ def build(
     *,
     seed: int,
     model_dir: Path | None,
-    recompute: bool,
+    recompute: Recompute,
     tokens: Sequence[TrainedToken] = (),
     base_hash: str | None = None,
     known: Callable[[str], Tensor] | None = None,
@@ -94,7 +96,7 @@ def build(
         adapter: None for the bare frozen base.
         seed: of the adapter's start, of new tensors, and of random weights.
         model_dir: folder of the checkpoint; None for a model made from config.
-        recompute: activation checkpointing of every block.
+        recompute: what each block computes again in the backward pass.
         tokens: those of `adapter.train_tokens`.
         base_hash: sha256 of the checkpoint's `identity`, under which quantized rows are kept; None keeps none.
         known: an adapter tensor by its name, where the adapters exist already: none is started anew.
@@ -110,11 +112,7 @@ def build(
     kernels = choose_kernels(
         hf, section, outline.quantization, engine, dtype=DTYPES[outline.quantization.activations]
     )
-    if recompute:
-        # the state of random numbers cannot be read while a CUDA graph is recorded, and nothing draws without dropout
-        drops = any(a.config.dropout for _, a in adapters(hf))
-        how = {"use_reentrant": False, "preserve_rng_state": drops}
-        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+    set_recompute(hf, blocks(hf), recompute)
     model = LossModel(hf, section.task)
     engine.shard(model, blocks(hf))
     engine.materialize(model)

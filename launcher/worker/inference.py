@@ -109,7 +109,7 @@ def load(
     found = open_adapter(folder, base=base, say=say)
     built = build(
         found.model, _unrounded(found.quantization, say), found.adapter if use_adapter else None, engine,
-        seed=found.seed, model_dir=found.model_dir, recompute=False, base_hash=found.base_hash,
+        seed=found.seed, model_dir=found.model_dir, recompute="none", base_hash=found.base_hash,
         known=found.tensor, progress=progress, tokens=found.tokens if use_adapter else (),
     )  # fmt: skip
     if use_adapter:
@@ -204,7 +204,9 @@ def _bare(base: str | None, engine: Engine, progress: Progress, say: Callable[[s
     whole = QuantizationSection(format="none", compute=compute)
     if model_dir is not None and (stored := stored_format(read_config_json(model_dir))):
         whole = whole.model_copy(update={"format": stored})
-    built = build(model, whole, None, engine, seed=0, model_dir=model_dir, recompute=False, progress=progress)
+    built = build(
+        model, whole, None, engine, seed=0, model_dir=model_dir, recompute="none", progress=progress
+    )
     return Loaded(
         model=built.model.eval(),
         tokenizer=load_tokenizer(model, model_dir),

@@ -1,0 +1,47 @@
+"""What of a block is computed again in the backward pass: the modes, and the pieces of each family's block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+# fastest and largest first
+Recompute = Literal["none", "selective", "full", "offloaded"]
+MODES: tuple[Recompute, ...] = ("none", "selective", "full", "offloaded")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pieces:
+    """The modules of a block that `selective` runs again, by their names in the block."""
+
+    norms: tuple[str, ...]  # only their inputs are kept; some are absent from some configs
+    last: str  # the linear that ends the MLP: all before it is run again, it is not
+    mlp: str = "mlp"
+
+
+_LLAMA = Pieces(norms=("input_layernorm", "post_attention_layernorm"), last="down_proj")
+_FOUR_NORMS = (*_LLAMA.norms, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+_QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+_PIECES: dict[str, Pieces] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": Pieces(norms=(*_LLAMA.norms, *_QK_NORMS), last="down_proj"),
+    "gemma": _LLAMA,
+    "gemma2": Pieces(norms=_FOUR_NORMS, last="down_proj"),
+    "gemma3_text": Pieces(norms=(*_FOUR_NORMS, *_QK_NORMS), last="down_proj"),
+    "phi": Pieces(norms=("input_layernorm", "self_attn.q_layernorm", "self_attn.k_layernorm"), last="fc2"),
+    "phi3": _LLAMA,
+    "gpt2": Pieces(norms=("ln_1", "ln_2"), last="c_proj"),
+}
+
+
+def pieces_of(model_type: str) -> Pieces | None:
+    """The pieces of a family's block; None where `selective` does not know it."""
+    return _PIECES.get(model_type)
+
+
+def runs_again(linear: str, pieces: Pieces) -> bool:
+    """Whether `selective` computes a linear's product twice: those of the MLP but its last."""
+    above, _, name = linear.rpartition(".")
+    return above.rpartition(".")[2] == pieces.mlp and name != pieces.last

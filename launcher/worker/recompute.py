@@ -1,0 +1,38 @@
+"""Set a mode of recomputation on a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from decompft.adapters.inject import adapters
+from decompft.launcher.recompute import Recompute, pieces_of
+from decompft.launcher.worker.forget import forget
+from decompft.launcher.worker.host_inputs import checkpoint_on_host
+
+
+def set_recompute(hf: Any, blocks: list[nn.Module], mode: Recompute) -> None:
+    """Before anything is sharded, after kernels are chosen.
+
+    Args:
+        hf: the transformers model.
+        blocks: its repeated layers.
+    """
+    if mode == "none":
+        return
+    if mode == "selective":
+        pieces = pieces_of(hf.config.model_type)
+        assert pieces is not None, f"the plan takes full for {hf.config.model_type}"
+        for block in blocks:
+            forget(block, pieces)
+        return
+    # the state of random numbers cannot be read while a CUDA graph is recorded, and nothing draws without dropout
+    drops = any(a.config.dropout for _, a in adapters(hf))
+    how = {"use_reentrant": False, "preserve_rng_state": drops}
+    hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+    if mode == "offloaded":
+        on_host = checkpoint_on_host()
+        for module in hf.modules():
+            if hasattr(module, "_gradient_checkpointing_func"):
+                module._gradient_checkpointing_func = on_host

@@ -1,0 +1,203 @@
+"""Recomputation changes no number, and keeps what its mode says."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from planning import CPU, recipe
+from tiny_models import FAMILIES, NF4, PLAIN, built, row, saved, section
+from torch.profiler import ProfilerActivity, profile
+
+from decompft.adapters.base import Adapter
+from decompft.launcher.planner import make as make_plan
+from decompft.launcher.recipe import AdapterSection, ModelSection, QuantizationSection
+from decompft.launcher.recompute import MODES, pieces_of
+from decompft.launcher.worker.data.batches import collate
+from decompft.launcher.worker.host_inputs import HostInputs
+from decompft.launcher.worker.model import blocks
+
+AGAIN = [mode for mode in MODES if mode != "none"]
+LORA = AdapterSection(method="lora", rank=4, alpha=8.0)
+BF16 = QuantizationSection(format="nf4", compute="bfloat16")
+METHODS = {
+    "lora": LORA,
+    "map": AdapterSection(method="map", rank=4, alpha=8.0),
+    "dora": AdapterSection(method="dora", rank=4, alpha=8.0),
+    "liera": AdapterSection(method="liera", rank=4, alpha=8.0),
+    "ia3": AdapterSection(method="ia3"),
+    "lora-dropout": AdapterSection(method="lora", rank=4, alpha=8.0, dropout=0.3),
+    "norms-too": AdapterSection(method="lora", rank=4, alpha=8.0, train_modules=["*norm*"]),
+}
+
+
+def batch():
+    return collate([row((9, 1, 13)), row((20,), seed=1)], pad_id=0)
+
+
+def gradients(model: ModelSection, quantization, adapter, mode, *, passes: int = 2):
+    """Losses and summed gradients of two micro batches, from a start that has slopes everywhere."""
+    found = built(model, quantization, adapter, recompute=mode)
+    moved = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in found.trained.values():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=moved)
+    found.model.train()
+    torch.manual_seed(5)
+    losses = []
+    for _ in range(passes):
+        loss = found.model(batch())
+        loss.backward()
+        losses.append(loss.item())
+    # the numbers drawn after it are the same, too
+    losses.append(torch.rand(()).item())
+    return losses, {n: p.grad for n, p in found.trained.items()}
+
+
+def assert_equal(one, other) -> None:
+    assert one[0] == other[0]
+    for name, grad in one[1].items():
+        assert torch.equal(grad, other[1][name]), name
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return section(saved(tmp_path_factory.mktemp("llama"), FAMILIES["llama"])[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_family_has_other_numbers(tmp_path, family) -> None:
+    model = section(saved(tmp_path, FAMILIES[family])[0])
+    plain = gradients(model, PLAIN, LORA, "none")
+    for mode in AGAIN:
+        assert_equal(plain, gradients(model, PLAIN, LORA, mode))
+
+
+@pytest.mark.parametrize("compute", [NF4, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_no_method_has_other_numbers(llama, method, compute) -> None:
+    plain = gradients(llama, compute, METHODS[method], "none")
+    for mode in AGAIN:
+        assert_equal(plain, gradients(llama, compute, METHODS[method], mode))
+
+
+# --- what is kept ---
+
+
+def sized(family: str, layers: int) -> dict:
+    fields = {**FAMILIES[family], "n_layer" if family == "gpt2" else "num_hidden_layers": layers}
+    return fields
+
+
+def kept(family: str, layers: int, mode, compute: str) -> int:
+    """Bytes that a forward pass of 64 tokens leaves in memory, by what torch's allocator reports."""
+    quantization = QuantizationSection(format="none", compute=compute)
+    source = ModelSection(config=sized(family, layers), weights="random")
+    model = built(source, quantization, LORA, recompute=mode).model.train()
+    one = collate([row((64,))], pad_id=0)
+    model(one).backward()  # what is made once, gradients and buffers among it
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as told:
+        loss = model(one)
+    assert loss.requires_grad
+    return sum(event.self_cpu_memory_usage for event in told.key_averages())
+
+
+def forecast_activations(family: str, layers: int, mode, compute: str) -> int:
+    data = {"sequence_length": 64, "packing": True}
+    train = {"global_batch_size": 1, "micro_batch_size": 1, "recompute": mode}
+    asked = recipe(
+        sized(family, layers), data=data, train=train, quantization={"format": "none", "compute": compute},
+        adapter={"method": "lora", "rank": 4, "alpha": 8.0},
+    )  # fmt: skip
+    (term,) = [t for t in make_plan(asked, machine=CPU).forecast.terms if t.name == "activations"]
+    return term.num_bytes
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "gemma", "qwen3", "gpt2"])
+def test_a_layer_keeps_what_the_forecast_says(family, compute) -> None:
+    found, expected = {}, {}
+    for mode in ("none", "selective", "full"):
+        # of two layers more: embeddings, head and loss fall out
+        found[mode], expected[mode] = (
+            count(family, 4, mode, compute) - count(family, 2, mode, compute)
+            for count in (kept, forecast_activations)
+        )
+    # a layer norm's means and deviations, float32, and torch's checkpoint of the generator's state
+    assert found["selective"] == pytest.approx(expected["selective"], abs=2 * 64 * 16)
+    assert found["full"] - expected["full"] in range(0, 2 * 6000)
+    assert found["none"] > found["selective"] > found["full"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("method", ["lora", "lora-dropout", "dora"])
+def test_a_step_leaves_nothing_behind(llama, method, mode) -> None:
+    model = built(llama, PLAIN, METHODS[method], recompute=mode).model.train()
+    model(batch()).backward()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as told:
+        model(batch()).backward()
+    assert sum(event.self_cpu_memory_usage for event in told.key_averages()) == 0
+
+
+def test_selective_runs_the_front_of_the_mlp_again_and_nothing_else(llama) -> None:
+    hf = built(llama, PLAIN, LORA, recompute="selective").model.train()
+    runs: Counter[str] = Counter()
+    for name, module in hf.named_modules():
+        if name.endswith("_proj"):
+            module.register_forward_hook(lambda *_, name=name: runs.update([name.rpartition(".")[2]]))
+    hf(batch()).backward()
+    layers = FAMILIES["llama"]["num_hidden_layers"]
+    once = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"), layers)
+    assert runs == once | {"gate_proj": 2 * layers, "up_proj": 2 * layers}
+
+
+def test_a_graph_may_be_walked_twice(llama) -> None:
+    found = built(llama, PLAIN, LORA, recompute="selective")
+    loss = found.model.train()(batch())
+    loss.backward(retain_graph=True)
+    once = {n: p.grad.clone() for n, p in found.trained.items()}
+    loss.backward()
+    assert all(torch.equal(p.grad, 2 * once[n]) for n, p in found.trained.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_pieces_are_modules_of_the_family(tmp_path, family) -> None:
+    """All but norms that only some configs have are there, and the last linear ends the MLP."""
+    hf = built(section(saved(tmp_path, FAMILIES[family])[0]), PLAIN, LORA).model.model
+    pieces = pieces_of(hf.config.model_type)
+    for block in blocks(hf):
+        assert all(name in dict(block.named_modules()) for name in pieces.norms)
+        linears = [n for n, m in block.get_submodule(pieces.mlp).named_children() if isinstance(m, Adapter)]
+        assert pieces.last in linears and len(linears) > 1
+
+
+# --- inputs on the host ---
+
+
+def test_buffers_on_the_host_are_used_again_and_grow() -> None:
+    host = HostInputs()
+    small, large = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(3, 4)
+    for step in range(3):
+        away = [host.put(small + i + step) for i in range(3)]
+        for i in reversed(range(3)):
+            assert torch.equal(host.get(away[i]), small + i + step)
+        assert len(host._free) == 3
+    assert torch.equal(host.get(host.put(large)), large)
+    assert [raw.nbytes for raw in host._free] == [large.nbytes]
+
+
+def test_an_input_is_got_once() -> None:
+    host = HostInputs()
+    away = host.put(torch.ones(2))
+    host.get(away)
+    with pytest.raises(AssertionError, match="asked for twice"):
+        host.get(away)
+
+
+def test_a_graph_that_is_dropped_takes_its_inputs_with_it(llama) -> None:
+    model = built(llama, PLAIN, LORA, recompute="offloaded").model.train()
+    model(batch())
+    loss = model(batch())
+    loss.backward()  # gets its own, not those of the pass before
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
