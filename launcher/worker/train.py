@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 
+from decompft.adapters.copies import round_factors
 from decompft.adapters.inject import adapters
 from decompft.launcher.errors import CheckpointError, RunFailed
 from decompft.launcher.outcome import Outcome
 from decompft.launcher.plan import Plan
 from decompft.launcher.runs import RunDir
-from decompft.launcher.worker.build import Built
+from decompft.launcher.worker.build import DTYPES, Built
 from decompft.launcher.worker.checkpoint import Checkpoint
 from decompft.launcher.worker.data.ahead import Ahead
 from decompft.launcher.worker.data.batches import collate
@@ -95,6 +96,7 @@ def train(
     for _, adapter in layers:
         adapter.penalty_share = 1 / (batch_law.accumulation * engine.world_size)
     optimizer = engine.prepare_training(model, optimizer, parameters)
+    rounded = round_factors(model.model, DTYPES[recipe.quantization.compute])
     phases = Phases(built, optimizer, engine, total_steps=total, seed=recipe.train.seed, say=metrics.message)
     to_prove = steps_to_prove(built)
     at = Progress()
@@ -186,6 +188,7 @@ def train(
         for _, adapter in layers:
             adapter.on_step(at.step)
         set_learning_rate(optimizer, factor(at.step))
+        rounded.refresh()  # nothing writes to trained tensors from here to the last micro batch's end
         loss_sum = torch.zeros((), device=engine.device)
         num_tokens = 0
         for index, batch in enumerate(step.micro_batches):
@@ -197,6 +200,7 @@ def train(
                 pulse.at("backward")
                 engine.backward(loss)
             loss_sum += loss.detach()
+        rounded.drop()
         pulse.at("reducing")
         engine.reduce_gradients()
         if at.step in to_prove:
