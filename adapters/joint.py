@@ -17,12 +17,15 @@ from decompft.adapters.base import Adapter
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.frozen.linear import Member, frozen_linears
 
+_HELD = "_decompft_joints"  # attribute of a module whose children are joined
+
 
 class Joint:
     """The members of one node, and their outputs between the first call and the last."""
 
     def __init__(self, holder: nn.Module, members: Sequence[Adapter | FrozenLinear]) -> None:
         self.members = tuple(members)
+        self._holder = holder
         self._is_running = False
         self._outputs: dict[int, Tensor] = {}  # id of a member that has not been called yet -> its y
         self._x: tuple[Tensor, int, bool] | None = None
@@ -32,6 +35,8 @@ class Joint:
         )
         for member in self.members:
             member.joint = self
+        # found there also when the members were exchanged for others
+        holder.__dict__.setdefault(_HELD, []).append(self)
 
     def output(self, member: nn.Module, x: Tensor) -> Tensor | None:
         """y of `member`; None where it has to compute alone."""
@@ -53,6 +58,7 @@ class Joint:
 
     def part(self) -> None:
         """From now on each computes alone."""
+        self._holder.__dict__[_HELD].remove(self)
         for hook in self._hooks:
             hook.remove()
         for member in self.members:
@@ -91,14 +97,13 @@ def join(model: nn.Module, groups: Sequence[tuple[str, ...]]) -> int:
 
 def part(model: nn.Module) -> None:
     """Undo `join`."""
-    for joint in joints(model):
+    for joint in list(joints(model)):
         joint.part()
 
 
 def joints(model: nn.Module) -> Iterator[Joint]:
     """Those of a model, in its order."""
-    found = {id(j): j for m in model.modules() if (j := getattr(m, "joint", None)) is not None}
-    return iter(found.values())
+    return (joint for module in model.modules() for joint in module.__dict__.get(_HELD, ()))
 
 
 def _can_join(module: Any) -> bool:

@@ -128,6 +128,7 @@ def test_members_of_different_ranks():
                 parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(rank))
         model.set_submodule(name, other)
     join(model, [NAMES])
+    assert len(model._forward_hooks) == 1  # those of the first joint are gone
     model = model.double()
     assert nodes(model(inputs())) == 1
     assert_same(model, inputs(), rtol=1e-12, atol=1e-12)

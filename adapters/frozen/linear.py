@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from decompft.adapters.frozen.base import FrozenLinear
-from decompft.adapters.frozen.thin import add_thin, thin_back
+from decompft.adapters.frozen.thin import add_thin, thin_back, wide
 from decompft.adapters.kernels.columns import dot, dot_columns, dot_columns_and_scale_, times_columns
 
 # what a row's scale of exactly 0 is taken for: its slope is found by a division
@@ -315,8 +315,7 @@ def _finished(
         if up is not None and f.up is not None:
             row -= torch.linalg.vecdot(up, f.up)
         row /= f.row
-    wide = torch.promote_types(g_TO.dtype, torch.float32)
-    bias = None if f.bias is None else g_TO.sum(0, dtype=wide)
+    bias = None if f.bias is None else g_TO.sum(0, dtype=wide(g_TO.dtype))
     return Factors(up=up, down=down, q=q, row=row, col=col, bias=bias)  # type: ignore[arg-type]
 
 

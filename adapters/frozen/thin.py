@@ -136,9 +136,14 @@ def _gradients(
     for g_TO, hq_TR, piece, shape in zip(g_TOs, hq_TK.split(widths, 1), others, shapes, strict=True):
         if g_TO is not None:
             torch.mm(g_TO.T, hq_TR, out=piece.view(shape))
-    first, *others = flat.to(torch.promote_types(flat.dtype, torch.float32)).split(sizes)
+    first, *others = flat.to(wide(flat.dtype)).split(sizes)
     d_downs = first.view(-1, d_TI.shape[1]).split(widths)
     return [(piece.view(shape), d) for piece, shape, d in zip(others, shapes, d_downs, strict=True)]
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float32 or better, in which gradients of factors leave."""
+    return dtype if dtype.itemsize > 2 else torch.float32
 
 
 def _thin(factors: Sequence[Factors]) -> tuple[list[int], list[Factors], list[Tensor], list[Tensor]]:
@@ -166,10 +171,10 @@ def _scales(thin: Sequence[Factors], widths: list[int]) -> tuple[float, Tensor |
     if len(qs) == 1:
         assert isinstance(first, Tensor)
         return 1.0, first
-    like = next(q for q in qs if isinstance(q, Tensor)) if any(isinstance(q, Tensor) for q in qs) else None
+    like = next((q for q in qs if isinstance(q, Tensor)), None)
     if like is None:
-        like = torch.empty(0, dtype=torch.promote_types(_down(thin[0]).dtype, torch.float32),
-                           device=_down(thin[0]).device)  # fmt: skip
+        down = _down(thin[0])
+        like = torch.empty(0, dtype=wide(down.dtype), device=down.device)
     columns = [
         q.expand(width) if isinstance(q, Tensor) else like.new_full((width,), q)
         for q, width in zip(qs, widths, strict=True)
