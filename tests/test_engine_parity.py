@@ -22,6 +22,13 @@ def reverse_micro_batches() -> None:
     feed.PreparedTrain.step = reversed_step
 
 
+def linears_alone() -> None:
+    """In a forked rank: no linears are one node, as under ZeRO-3 (launcher/worker/joining.py)."""
+    from decompft.launcher.worker import build
+
+    build.join_linears = lambda *_: 0
+
+
 def curve(folder, name, *, patch=None, **sections):
     run = make_run(folder, name, **sections)
     run_ranks(run, patch=patch)
@@ -38,7 +45,11 @@ def largest_difference(a, b):
     ("method", "compute"), [("lora", "float32"), ("map", "float32"), ("map", "bfloat16")]
 )
 def test_every_engine_repeats_singles_losses(tmp_path, method, compute):
-    """Within three times what the order of addition alone does to single, and never above the cap."""
+    """Within three times what the order of addition alone does to single, and never above the cap.
+
+    In bfloat16 a linear alone rounds its share of dx, which joined linears do once: ZeRO-3 is held to a single that
+    does as it does, and that to the joined one.
+    """
     cap = {"float32": 1e-4, "bfloat16": 1e-2}[compute]
     common = {
         "adapter": {"method": method, "rank": 4, "alpha": 8.0},
@@ -48,9 +59,12 @@ def test_every_engine_repeats_singles_losses(tmp_path, method, compute):
     single = curve(tmp_path, "single", **common)
     reordered = curve(tmp_path, "reordered", patch=reverse_micro_batches, **common)
     tolerance = min(3 * largest_difference(single, reordered), cap)
+    alone = curve(tmp_path, "alone", patch=linears_alone, **common)
+    assert largest_difference(single, alone) <= cap
     for name in [n for n in WORLDS if n != "single"]:
         found = curve(tmp_path, name, parallel=WORLDS[name], **common)
-        assert largest_difference(single, found) <= tolerance, (name, single, found)
+        expected = alone if name == "zero3" else single
+        assert largest_difference(expected, found) <= tolerance, (name, expected, found)
     assert single[-1] < single[0]
 
 
@@ -62,7 +76,7 @@ def test_three_ranks_repeat_singles_losses_in_bfloat16(tmp_path, strategy):
         "quantization": {"format": "nf4", "compute": "bfloat16"},
         "train": {"max_steps": STEPS, "learning_rate": 0.01, "global_batch_size": 12, "micro_batch_size": 1},
     }
-    single = curve(tmp_path, "single", **common)
+    single = curve(tmp_path, "single", patch=linears_alone if strategy == "zero3" else None, **common)
     reordered = curve(tmp_path, "reordered", patch=reverse_micro_batches, **common)
     found = curve(tmp_path, strategy, parallel={"strategy": strategy, "gpus_per_node": 3}, **common)
     assert largest_difference(single, found) <= 3 * largest_difference(single, reordered)

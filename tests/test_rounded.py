@@ -6,13 +6,14 @@ from collections import Counter
 
 import pytest
 import torch
-from test_adapter_contract import IN, OWN_FORWARD, VARIANTS
-from test_joint import holder, results
+from test_adapter_contract import IN, OUT, OWN_FORWARD, VARIANTS
+from test_joint import Holder, holder, member, results
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from decompft.adapters.copies import round_factors
 from decompft.adapters.frozen.rounded import copy_of, stacked_copy_of
+from decompft.adapters.spec import spec_of
 
 BF16 = torch.bfloat16
 
@@ -131,6 +132,24 @@ def test_a_backward_pass_after_the_next_refresh_is_refused():
     rounded.refresh()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in OWN_FORWARD])
+def test_a_spec_says_what_has_copies(variant):
+    model = holder("lora", variant, None)
+    found = round_factors(model, BF16)
+    own = model.k
+    count = sum(p.numel() for p in own.parameters(recurse=False) if hasattr(p, "rounded"))
+    assert count == spec_of(own.config).num_rounded(OUT, IN, own.config)
+    others = sum(p.numel() for p in model.q.parameters(recurse=False))
+    assert found.flat.numel() == count + others
+
+
+def test_a_method_with_a_forward_of_its_own_has_none():
+    model = Holder(member("lora"), member("liera"), None)
+    assert round_factors(model, BF16).flat.numel() == sum(
+        p.numel() for p in model.q.parameters(recurse=False)
+    )
 
 
 def test_a_float32_model_has_none():
