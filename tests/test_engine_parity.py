@@ -22,6 +22,43 @@ def reverse_micro_batches() -> None:
     feed.PreparedTrain.step = reversed_step
 
 
+def last_bits_differ(seed):
+    """In a forked rank: gradients off by a part in 2 ** 24 or so, as another order of addition leaves them."""
+
+    def patch() -> None:
+        import torch
+
+        from decompft.launcher.worker.engines.base import Engine
+
+        draw, parameters = torch.Generator().manual_seed(seed), []
+        prepare = Engine.prepare_training
+
+        def remembering(self, model, optimizer, trained):
+            parameters.extend(trained)
+            return prepare(self, model, optimizer, trained)
+
+        def jitter(self):
+            for parameter in parameters:
+                parameter.grad.mul_(1 + 2**-24 * torch.randn(parameter.grad.shape, generator=draw))
+
+        Engine.prepare_training, Engine.reduce_gradients = remembering, jitter
+
+    return patch
+
+
+def what_addition_does(folder, single, **sections):
+    """The largest difference of single to itself under other orders of addition.
+
+    In bfloat16 one order is not enough: most change nothing but the last bit of a loss, until one turns the rounding
+    of a factor, and the curve from there on; which ones do is luck.
+    """
+    patches = {"reversed": reverse_micro_batches}
+    if sections["quantization"]["compute"] == "bfloat16":
+        patches |= {f"bits-{seed}": last_bits_differ(seed) for seed in range(1, 5)}
+    curves = [curve(folder, name, patch=patch, **sections) for name, patch in patches.items()]
+    return max(largest_difference(single, found) for found in curves)
+
+
 def linears_alone() -> None:
     """In a forked rank: no linears are one node, as under ZeRO-3 (launcher/worker/joining.py)."""
     from decompft.launcher.worker import build
@@ -57,8 +94,7 @@ def test_every_engine_repeats_singles_losses(tmp_path, method, compute):
         "train": {"max_steps": STEPS, "learning_rate": 0.01, "global_batch_size": 4, "micro_batch_size": 1},
     }
     single = curve(tmp_path, "single", **common)
-    reordered = curve(tmp_path, "reordered", patch=reverse_micro_batches, **common)
-    tolerance = min(3 * largest_difference(single, reordered), cap)
+    tolerance = min(3 * what_addition_does(tmp_path, single, **common), cap)
     alone = curve(tmp_path, "alone", patch=linears_alone, **common)
     assert largest_difference(single, alone) <= cap
     for name in [n for n in WORLDS if n != "single"]:
@@ -77,9 +113,9 @@ def test_three_ranks_repeat_singles_losses_in_bfloat16(tmp_path, strategy):
         "train": {"max_steps": STEPS, "learning_rate": 0.01, "global_batch_size": 12, "micro_batch_size": 1},
     }
     single = curve(tmp_path, "single", patch=linears_alone if strategy == "zero3" else None, **common)
-    reordered = curve(tmp_path, "reordered", patch=reverse_micro_batches, **common)
+    noise = what_addition_does(tmp_path, single, **common)
     found = curve(tmp_path, strategy, parallel={"strategy": strategy, "gpus_per_node": 3}, **common)
-    assert largest_difference(single, found) <= 3 * largest_difference(single, reordered)
+    assert largest_difference(single, found) <= min(3 * noise, 1e-2)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
