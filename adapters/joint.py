@@ -16,6 +16,7 @@ from torch import Tensor, is_grad_enabled, nn
 from decompft.adapters.base import Adapter
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.frozen.linear import Member, frozen_linears
+from decompft.adapters.spec import spec_of
 
 _HELD = "_decompft_joints"  # attribute of a module whose children are joined
 
@@ -78,7 +79,8 @@ class Joint:
 def join(model: nn.Module, groups: Sequence[tuple[str, ...]]) -> int:
     """Let members of a group that are children of one module compute together; returns how many groups there are.
 
-    A child that is no frozen linear, or whose adapter has a forward pass of its own (LieRA), stays alone.
+    A child stays alone that is no frozen linear, or whose adapter has a forward pass of its own (LieRA) or no thin
+    factors (svdiff).
 
     Args:
         groups: names of children, e.g. ("q_proj", "k_proj", "v_proj").
@@ -107,9 +109,12 @@ def joints(model: nn.Module) -> Iterator[Joint]:
 
 
 def _can_join(module: Any) -> bool:
-    return isinstance(module, FrozenLinear) or (
-        isinstance(module, Adapter) and type(module).forward is Adapter.forward
-    )
+    if not isinstance(module, Adapter):
+        return isinstance(module, FrozenLinear)
+    out, in_, config = module.base.out_features, module.base.in_features, module.config
+    # factors of the whole spectrum (svdiff) are as large as a weight: stacked they would be three
+    is_thin = spec_of(config).num_columns(out, in_, config) < min(out, in_)
+    return is_thin and type(module).forward is Adapter.forward
 
 
 def _base(module: Any) -> FrozenLinear:

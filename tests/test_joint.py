@@ -29,7 +29,8 @@ from decompft.launcher.worker.data.batches import collate
 from decompft.launcher.worker.joining import GROUPS
 
 NAMES = ("q", "k", "v")
-JOINABLE = [v for v in VARIANTS if v not in OWN_FORWARD]
+WIDE = ("svdiff", "svft")  # of all directions: their factors are no thinner than the weight
+JOINABLE = [v for v in VARIANTS if v not in OWN_FORWARD and v not in WIDE]
 
 
 class Holder(nn.Module):
@@ -53,7 +54,7 @@ def member(variant, base_name="dense-fp32", seed=0, **kwargs):
 
 def holder(*variants, base_name="dense-fp32", joined=True, **kwargs):
     made = Holder(*(member(v, base_name, seed, **kwargs) for seed, v in enumerate(variants)))
-    assert join(made, [NAMES]) == 1
+    assert join(made, [NAMES]) == (0 if any(v in WIDE for v in variants) else 1)
     return made
 
 

@@ -136,7 +136,7 @@ def test_a_backward_pass_after_the_next_refresh_is_refused():
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in OWN_FORWARD])
 def test_a_spec_says_what_has_copies(variant):
-    model = holder("lora", variant, None)
+    model = Holder(member("lora"), member(variant), member(None))
     found = round_factors(model, BF16)
     own = model.k
     count = sum(p.numel() for p in own.parameters(recurse=False) if hasattr(p, "rounded"))
@@ -146,7 +146,7 @@ def test_a_spec_says_what_has_copies(variant):
 
 
 def test_a_method_with_a_forward_of_its_own_has_none():
-    model = Holder(member("lora"), member("liera"), None)
+    model = Holder(member("lora"), member("liera"), member(None))
     assert round_factors(model, BF16).flat.numel() == sum(
         p.numel() for p in model.q.parameters(recurse=False)
     )
