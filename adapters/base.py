@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from torch.nn import functional as F
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.frozen.linear import Factors, frozen_linear
 from decompft.adapters.spec import ADAPTER_SPECS, AdapterConfig
+
+if TYPE_CHECKING:
+    from decompft.adapters.joint import Joint
 
 # facts of the base that a method's spec asks for -> a number, a vector, or what `facts_of` returned
 Facts = Mapping[str, float | Tensor]
@@ -47,6 +51,7 @@ class Adapter(nn.Module):
     pulls_through_weight = False  # and so is `pull_back`
     uses_products = True  # W x is its base's `product`; False: it multiplies with a W that it has changed
     note_has_slope = False  # and what it returns has a gradient, which `pull_back` carries on
+    joint: Joint | None = None  # the linears that it may compute with
 
     def __init__(self, base: FrozenLinear, config: AdapterConfig) -> None:
         super().__init__()
@@ -236,6 +241,8 @@ class Adapter(nn.Module):
     # -- the layer ----------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.joint is not None and (y := self.joint.output(self, x)) is not None:
+            return y
         dropped = None
         if self.config.dropout and self.training and self.is_thin:
             dropped = F.dropout(x, self.config.dropout)

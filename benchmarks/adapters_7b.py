@@ -32,12 +32,15 @@ from torch import Tensor, nn  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from trial import Trial, prepare, random_batch  # noqa: E402
 
+from decompft.adapters.copies import round_factors  # noqa: E402
 from decompft.adapters.inject import adapters, make_adapter  # noqa: E402
 from decompft.adapters.spec import ADAPTER_SPECS, AdapterConfig  # noqa: E402
 from decompft.launcher.planner import make  # noqa: E402
 from decompft.launcher.recipe import AdapterSection  # noqa: E402
 from decompft.launcher.source import load  # noqa: E402
+from decompft.launcher.worker.build import DTYPES  # noqa: E402
 from decompft.launcher.worker.engines.choose import make_engine  # noqa: E402
+from decompft.launcher.worker.joining import join_linears  # noqa: E402
 from decompft.launcher.worker.liger import keep_outputs  # noqa: E402
 from decompft.launcher.worker.optimizer import clip_gradients, make_optimizer  # noqa: E402
 
@@ -134,6 +137,7 @@ class Bench:
             new.penalty_share = 1.0
             fill(new)
             self.model.set_submodule(name, new)
+        join_linears(self.model.model, self.engine)
         keep_outputs(ADAPTER_SPECS[case.method].keeps_output(config))
         self.model.train()
         gc.collect()
@@ -154,12 +158,15 @@ class Bench:
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         optimizer = make_optimizer(self.model, trained, recipe.train, self.engine)
         batch = random_batch(micro, length).to(self.engine.device)
+        rounded = round_factors(self.model.model, DTYPES[recipe.quantization.compute])
 
         def step(number: int) -> float:
             for _, adapter in layers:
                 adapter.on_step(LATE + number)
+            rounded.refresh()
             loss = self.engine.forward(self.model, batch) / batch.num_targets
             self.engine.backward(loss)
+            rounded.drop()
             clip_gradients(layers, trained, self.engine, recipe.train.max_grad_norm)
             optimizer.step()
             self.engine.zero_gradients(list(trained.values()))

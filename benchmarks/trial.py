@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decompft.adapters.copies import round_factors
+from decompft.adapters.frozen.rounded import Rounded
 from decompft.launcher.plan import Plan
-from decompft.launcher.worker.build import Built, build
+from decompft.launcher.worker.build import DTYPES, Built, build
 from decompft.launcher.worker.data.batches import Batch, collate
 from decompft.launcher.worker.data.rows import Row
 from decompft.launcher.worker.engines.base import Engine
@@ -22,13 +24,15 @@ class Trial:
     built: Built
     optimizer: torch.optim.Optimizer
     batch: Batch
+    rounded: Rounded
 
     @property
     def parameters(self) -> list[Any]:
         return list(self.built.trained.values())
 
     def forward(self) -> Tensor:
-        """The batch's mean loss a token, over the ranks: their sum is the step's."""
+        """The batch's mean loss a token, over the ranks: their sum is the step's. A step is one such pass."""
+        self.rounded.refresh()
         loss = self.engine.forward(self.built.model, self.batch)
         return loss / self.batch.num_targets / self.engine.world_size
 
@@ -44,7 +48,8 @@ def prepare(plan: Plan, engine: Engine) -> Trial:
     optimizer = engine.prepare_training(built.model, optimizer, list(built.trained.values()))
     batch = random_batch(plan.batch.micro_size, length).to(engine.device)
     built.model.train()
-    return Trial(engine=engine, built=built, optimizer=optimizer, batch=batch)
+    rounded = round_factors(built.model.model, DTYPES[recipe.quantization.compute])
+    return Trial(engine=engine, built=built, optimizer=optimizer, batch=batch, rounded=rounded)
 
 
 def random_batch(rows: int, length: int) -> Batch:

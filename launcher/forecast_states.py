@@ -49,6 +49,7 @@ def states(work: Workload, layout: Layout) -> list[Term]:
         ("embeddings, head, norms, biases", base.rest, q.activations, whole),
         ("adapter", work.num_adapter_params * TRAINED_BYTES, "float32", whole),
         ("adapter's fixed part", fixed * TRAINED_BYTES, "float32, on each rank", 1),
+        ("rounded factors", _rounded(work, layout), f"copies in {q.compute}, made once a step", 1),
         ("modules trained whole", work.num_module_params * TRAINED_BYTES, "float32", whole),
         ("rows of tokens", work.num_token_params * TRAINED_BYTES, "float32", whole),
         ("gradients", trained * TRAINED_BYTES, "float32, reduced in place", grads),
@@ -60,6 +61,14 @@ def states(work: Workload, layout: Layout) -> list[Term]:
         for name, size, text, n in sizes
         if size
     ]
+
+
+def _rounded(work: Workload, layout: Layout) -> int:
+    """Copies of thin factors in the compute dtype, where a rank has the factors whole."""
+    e = compute_bytes(work.recipe)
+    if e >= TRAINED_BYTES or layout.spec.shards_base:
+        return 0
+    return e * sum(spec_of(config).num_rounded(out, in_, config) for _, out, in_, config in work.adapted)
 
 
 def gathered(work: Workload, layout: Layout) -> list[Term]:

@@ -16,10 +16,12 @@ import adapters_7b  # noqa: E402
 from dense_tensors import dense_tensors  # noqa: E402
 from scoreboard_cases import cases  # noqa: E402
 
+from decompft.adapters.base import Adapter  # noqa: E402
 from decompft.adapters.frozen.fourbit import Nf4Linear  # noqa: E402
 from decompft.adapters.inject import make_adapter  # noqa: E402
+from decompft.adapters.joint import join  # noqa: E402
 from decompft.adapters.lora import LoraLinear  # noqa: E402
-from decompft.adapters.spec import AdapterConfig  # noqa: E402
+from decompft.adapters.spec import AdapterConfig, spec_of  # noqa: E402
 from decompft.launcher.recipe import AdapterSection  # noqa: E402
 
 # the first two hold dense factors, as they are; liera works on tiles, and a layer this small is one
@@ -30,12 +32,12 @@ MODEL = {
 }  # fmt: skip
 
 
-def layer(kind=None, method="lora", options=None):
+def layer(kind=None, method="lora", options=None, rank=16):
     base = Nf4Linear(128, 256, block_size=64, double_quant=True, bias_dtype=None)
     for name, tensor in zip(base.storage_names(), base.pack(torch.randn(256, 128)), strict=True):
         setattr(base, name, torch.nn.Parameter(tensor, requires_grad=False))
     typed = AdapterSection(method=method, options=options or {}).typed_options()
-    config = AdapterConfig(method=method, rank=16, alpha=32.0, dropout=0.0, options=typed)
+    config = AdapterConfig(method=method, rank=rank, alpha=32.0, dropout=0.0, options=typed)
     made = make_adapter(base, config) if kind is None else kind(base, config)
     adapters_7b.fill(made)
     return made
@@ -89,3 +91,30 @@ def test_methods_are_timed_beside_lora_of_the_same_run(tmp_path):
     assert not [row for row in rows if "error" in row]
     assert len([row for row in rows if row["case"] == "lora"]) == 4  # first and last, two micro batches
     assert all(row["step_over_lora"] > 0 for row in rows)
+
+
+class Three(torch.nn.Module):
+    """Three joined layers of one x."""
+
+    def __init__(self, *members):
+        super().__init__()
+        self.q, self.k, self.v = members
+        join(self, [("q", "k", "v")])
+
+    @property
+    def base(self):
+        return self.q.base
+
+    def forward(self, x):
+        return self.q(x) + self.k(x) + self.v(x)
+
+
+@pytest.mark.parametrize("case", [c for c in cases() if c.name not in MANY], ids=lambda c: c.name)
+def test_joined_layers_hold_one_weight_at_a_time(case):
+    # of rank 4: the thin gradients of all three are one array, which shall stay thin in a layer as small as this
+    members = [layer(method=case.method, options=case.options, rank=4) for _ in range(3)]
+    for made in members:
+        made.on_step(adapters_7b.LATE)
+    is_thin = spec_of(made.config).num_columns(256, 128, made.config) <= 16
+    if is_thin and type(made).forward is Adapter.forward:
+        assert dense_tensors(Three(*members), torch.bfloat16).alive <= 1

@@ -35,17 +35,54 @@ def reorder(order: str) -> Callable[[], None]:
     return patch
 
 
+def last_bits_differ(seed):
+    """In a forked rank: gradients off by a part in 2 ** 24 or so, as another order of addition leaves them."""
+
+    def patch() -> None:
+        import torch
+
+        from decompft.launcher.worker.engines.base import Engine
+
+        draw, parameters = torch.Generator().manual_seed(seed), []
+        prepare = Engine.prepare_training
+
+        def remembering(self, model, optimizer, trained):
+            parameters.extend(trained)
+            return prepare(self, model, optimizer, trained)
+
+        def jitter(self):
+            for parameter in parameters:
+                parameter.grad.mul_(1 + 2**-24 * torch.randn(parameter.grad.shape, generator=draw))
+
+        Engine.prepare_training, Engine.reduce_gradients = remembering, jitter
+
+    return patch
+
+
+def what_addition_does(folder, single, **sections):
+    """The largest difference of single to itself under other orders of addition.
+
+    In bfloat16 one order is not enough: most change nothing but the last bit of a loss, until one turns the rounding
+    of a factor, and the curve from there on; which ones do is luck.
+    """
+    patches = {order: reorder(order) for order in ORDERS}
+    if sections["quantization"]["compute"] == "bfloat16":
+        patches |= {f"bits-{seed}": last_bits_differ(seed) for seed in (1, 2)}
+    curves = [curve(folder, name, patch=patch, **sections) for name, patch in patches.items()]
+    return max(largest_difference(single, found) for found in curves)
+
+
+def linears_alone() -> None:
+    """In a forked rank: no linears are one node, as under ZeRO-3 (launcher/worker/joining.py)."""
+    from decompft.launcher.worker import build
+
+    build.join_linears = lambda *_: 0
+
+
 def curve(folder, name, *, patch=None, **sections):
     run = make_run(folder, name, **sections)
     run_ranks(run, patch=patch)
     return losses(run)
-
-
-def largest_by_order(folder, single, **sections):
-    """What the order of addition alone does to a curve; one order may by luck round as `single` does throughout."""
-    return max(
-        largest_difference(single, curve(folder, order, patch=reorder(order), **sections)) for order in ORDERS
-    )
 
 
 def largest_difference(a, b):
@@ -58,7 +95,11 @@ def largest_difference(a, b):
     ("method", "compute"), [("lora", "float32"), ("map", "float32"), ("map", "bfloat16")]
 )
 def test_every_engine_repeats_singles_losses(tmp_path, method, compute):
-    """Within three times what the order of addition alone does to single, and never above the cap."""
+    """Within three times what the order of addition alone does to single, and never above the cap.
+
+    In bfloat16 a linear alone rounds its share of dx, which joined linears do once: ZeRO-3 is held to a single that
+    does as it does, and that to the joined one.
+    """
     cap = {"float32": 1e-4, "bfloat16": 1e-2}[compute]
     common = {
         "adapter": {"method": method, "rank": 4, "alpha": 8.0},
@@ -66,10 +107,13 @@ def test_every_engine_repeats_singles_losses(tmp_path, method, compute):
         "train": {"max_steps": STEPS, "learning_rate": 0.01, "global_batch_size": 4, "micro_batch_size": 1},
     }
     single = curve(tmp_path, "single", **common)
-    tolerance = min(3 * largest_by_order(tmp_path, single, **common), cap)
+    tolerance = min(3 * what_addition_does(tmp_path, single, **common), cap)
+    alone = curve(tmp_path, "alone", patch=linears_alone, **common)
+    assert largest_difference(single, alone) <= cap
     for name in [n for n in WORLDS if n != "single"]:
         found = curve(tmp_path, name, parallel=WORLDS[name], **common)
-        assert largest_difference(single, found) <= tolerance, (name, single, found)
+        expected = alone if name == "zero3" else single
+        assert largest_difference(expected, found) <= tolerance, (name, expected, found)
     assert single[-1] < single[0]
 
 
@@ -81,10 +125,13 @@ def test_three_ranks_repeat_singles_losses_in_bfloat16(tmp_path):
         "train": {"max_steps": STEPS, "learning_rate": 0.01, "global_batch_size": 12, "micro_batch_size": 1},
     }
     single = curve(tmp_path, "single", **common)
-    tolerance = 3 * largest_by_order(tmp_path, single, **common)
-    for strategy in ("zero2", "zero3"):
+    tolerance = min(3 * what_addition_does(tmp_path, single, **common), 1e-2)
+    for strategy, expected in (
+        ("zero2", single),
+        ("zero3", curve(tmp_path, "alone", patch=linears_alone, **common)),
+    ):
         found = curve(tmp_path, strategy, parallel={"strategy": strategy, "gpus_per_node": 3}, **common)
-        assert largest_difference(single, found) <= tolerance, strategy
+        assert largest_difference(expected, found) <= tolerance, strategy
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "zero3"])

@@ -46,7 +46,12 @@ def forecast_of(row: dict[str, Any]) -> Plan:
 
 
 def error_of(row: dict[str, Any]) -> float:
-    return forecast_of(row).forecast.total_bytes / (row["peak_gib"] * GIB) - 1
+    return without_rounded(forecast_of(row).forecast) / (row["peak_gib"] * GIB) - 1
+
+
+def without_rounded(found: Forecast) -> int:
+    """The rows were measured before there were copies of thin factors in the compute dtype."""
+    return found.total_bytes - sum(t.num_bytes for t in found.terms if t.name == "rounded factors")
 
 
 def test_there_are_rows_of_the_main_strategies() -> None:

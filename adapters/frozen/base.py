@@ -6,13 +6,16 @@ rows, so that sharding, slicing and checkpoints work on dimension 0 and never kn
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from decompft.adapters.kernels.changed import Change
 from decompft.adapters.kernels.fp8 import Rows, quantize_rows
+
+if TYPE_CHECKING:
+    from decompft.adapters.joint import Joint
 
 
 class Products(Protocol):
@@ -46,6 +49,7 @@ class FrozenLinear(nn.Module):
 
     # whether something may write over an output before its backward pass: then it is not kept by reference
     output_is_overwritten = False
+    joint: Joint | None = None  # the linears that it may compute with
 
     def __init__(self, in_features: int, out_features: int, *, bias_dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -92,6 +96,8 @@ class FrozenLinear(nn.Module):
     ) -> Tensor:
         """x (tokens, in) -> scale W x (tokens, out) in x's dtype, in memory of its own; not seen by autograd.
 
+        The members of one autograd node are given the same x_TI, the very object, one after the other.
+
         Args:
             scale: (1,), or None for 1; (out, 1) where the format `folds` and without `weight`.
             weight: W unpacked already, in x's dtype.
@@ -110,16 +116,24 @@ class FrozenLinear(nn.Module):
         return y_TO if scale is None else y_TO.mul_(scale)
 
     def product_back(
-        self, g_TO: Tensor, storage: tuple[Tensor, ...], scale: Tensor | None, weight: Tensor | None = None
+        self,
+        g_TO: Tensor,
+        storage: tuple[Tensor, ...],
+        scale: Tensor | None,
+        weight: Tensor | None = None,
+        into_TI: Tensor | None = None,
     ) -> Tensor:
         """g (tokens, out) -> g (scale W) (tokens, in), the backward pass of `product`; arguments as there.
 
         Args:
             weight: W unpacked already, in g's dtype; then `scale` is None.
+            into_TI: what the product is added to, in place and returned; default memory of its own.
         """
         if self.products is not None:
-            return self.products.backward(self, g_TO, storage, scale, weight)
-        return g_TO @ (self.unpack(storage, g_TO.dtype, scale) if weight is None else weight)
+            found = self.products.backward(self, g_TO, storage, scale, weight)
+            return found if into_TI is None else into_TI.add_(found)
+        weight = self.unpack(storage, g_TO.dtype, scale) if weight is None else weight
+        return g_TO @ weight if into_TI is None else into_TI.addmm_(g_TO, weight)
 
     def fp8_rows(self, storage: tuple[Tensor, ...], weight: Tensor | None = None) -> Rows:
         """W (out, in) in e4m3 with a scale an output row.
@@ -147,6 +161,8 @@ class FrozenLinear(nn.Module):
         # here and not at the top: linear.py needs this class
         from decompft.adapters.frozen.linear import frozen_linear
 
+        if self.joint is not None and (y := self.joint.output(self, x)) is not None:
+            return y
         return frozen_linear(x, self)
 
     def extra_repr(self) -> str:

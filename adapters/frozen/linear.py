@@ -1,13 +1,16 @@
-"""One autograd node for a frozen linear and all that an adapter adds to it.
+"""One autograd node for the frozen linears that read one x, and all that their adapters add to them.
 
-y = row * (W (col * x)) + q up h + bias + added,    h = down x_d, or relu(down x_d)
+y_m = row_m * (W_m (col_m * x)) + q_m up_m h_m + bias_m + added_m,    h_m = down_m x_d, or relu(down_m x_d)
 
-Shapes, with the tokens of all leading dimensions as T: x, x_d (T, in), W (out, in), y (T, out), and `Factors`.
-x_d is x, or x after dropout. The factors are functions of the adapter's trained tensors (`Thin`); they are
-computed inside, and their gradients carried back to those tensors, because what costs is the number of
-launches and of autograd nodes, of which a model has one per linear layer.
+Shapes, with the tokens of all leading dimensions as T: x, x_d (T, in), W (out, in), y (T, out), `Factors`, and K, the
+sum of the members' ranks. x_d is x, or x after dropout; then there is one member. The factors are functions of the
+adapter's trained tensors (`Thin`); they are computed inside, and their gradients carried back to those tensors, because
+what costs is the number of launches and of autograd nodes. Members are what decompft.adapters.joint puts together (q, k
+and v; gate and up), else one linear alone. Of several, the downs are one matrix (K, in): x is read once for all h, once
+for all gradients of the downs, and the thin branches are added to dx by one product. The weights stay apart: one is
+dequantized, used and freed before the next.
 
-Saved for backward: x, x_d, h (T, k), the trained tensors, and the packed weight, which is dequantized again. No
+Saved for backward: x, x_d, h (T, K), the trained tensors, and the packed weight, which is dequantized again. No
 gradient of W is made. A format may round x inside its product (int8 with an outlier threshold): the backward pass is
 that of the dequantized weight all the same. Gradients of the scales need no further pass over the weight:
 - a scalar `row`: d row = <dy, W x> = <W^T dy, x>, and W^T dy is computed for dx anyway; d q = <up^T dy, h>; `col`
@@ -22,13 +25,15 @@ Scales multiply in float32: rounded to bfloat16, a scale would bend its whole ro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from decompft.adapters.frozen.base import FrozenLinear
+from decompft.adapters.frozen.thin import add_thin, thin_back, wide
 from decompft.adapters.kernels.columns import dot, dot_columns, dot_columns_and_scale_, times_columns
 
 # what a row's scale of exactly 0 is taken for: its slope is found by a division
@@ -73,6 +78,15 @@ class Thin(Protocol):
     ) -> Grads: ...
 
 
+class Member(NamedTuple):
+    """One linear of a node."""
+
+    base: FrozenLinear
+    thin: Thin | None = None  # None for the bare base
+    trained: tuple[Tensor, ...] = ()  # what `thin` makes its factors of, float32
+    fixed: tuple[Tensor, ...] = ()  # its buffers
+
+
 def frozen_linear(
     x: Tensor,
     base: FrozenLinear,
@@ -82,115 +96,183 @@ def frozen_linear(
     trained: tuple[Tensor, ...] = (),
     fixed: tuple[Tensor, ...] = (),
 ) -> Tensor:
-    """x (..., in) -> y (..., out) as in the module docstring.
+    """x (..., in) -> y (..., out) as in the module docstring, of one linear.
 
     Args:
         dropped: x after dropout, for the thin branch only; default x itself.
-        thin: None for the bare base.
-        trained: what `thin` makes its factors of, float32.
-        fixed: its buffers.
+        thin, trained, fixed: see `Member`.
     """
-    storage = base.storage()
-    counts = (len(trained), len(fixed), len(storage))
-    return _FrozenLinear.apply(x, dropped, base, thin, counts, *trained, *fixed, *storage)
+    return frozen_linears(x, (Member(base, thin, trained, fixed),), dropped=dropped)[0]
 
 
-class _FrozenLinear(torch.autograd.Function):
+def frozen_linears(
+    x: Tensor, members: Sequence[Member], *, dropped: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """x (..., in) -> y (..., out) of each member; `dropped` with one member only."""
+    assert dropped is None or len(members) == 1, "each member would have a mask of its own"
+    parts, tensors = [], []
+    for base, thin, trained, fixed in members:
+        own = (trained, fixed, base.storage())
+        parts.append(_Part(base, thin, tuple(map(len, own))))
+        tensors += [t for group in own for t in group]
+    found: tuple[Tensor, ...] = _FrozenLinears.apply(x, dropped, tuple(parts), *tensors)
+    return found
+
+
+class _Part(NamedTuple):
+    """A member without its tensors, and how many it has of each kind."""
+
+    base: FrozenLinear
+    thin: Thin | None
+    counts: tuple[int, ...]  # trained, fixed, storage
+
+
+class _FrozenLinears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        dropped: Tensor | None,
-        base: FrozenLinear,
-        thin: Thin | None,
-        counts: tuple[int, int, int],
-        *tensors: Tensor,
-    ) -> Tensor:
-        trained, fixed, storage = _split(tensors, counts)
-        x_TI = x.reshape(-1, base.in_features)
-        weight: Tensor | None = None
-        noted: tuple[Tensor, ...] = ()
-        if thin is not None and thin.reads_weight:
-            weight = base.unpack(storage, x.dtype)
-            noted = thin.note(trained, fixed, weight)
-        f = Factors() if thin is None else thin.factors(trained, (*fixed, *noted))
-        if f.col is not None:
-            x_TI = times_columns(x_TI, f.col)
-        row, kept_TO = f.row, None
-        is_vector = row is not None and (row.numel() > 1 or base.out_features == 1)
-        folds = is_vector and base.folds(storage)
-        if row is not None and folds:
-            row = row.masked_fill(row == 0, _NEARLY_ZERO)
-            weight = None  # freed before the scaled one is made: one at a time
-            y_TO = base.product(x_TI, storage, row.view(-1, 1))
-        elif row is not None and is_vector:
-            kept_TO = base.product(x_TI, storage, None, weight)
-            y_TO = times_columns(kept_TO, row)
-        else:
-            y_TO = base.product(x_TI, storage, row, weight)
-        h_TR = None
-        if f.up is not None and f.down is not None:
-            d_TI = (x if dropped is None else dropped).reshape(-1, base.in_features)
-            h_TR = d_TI @ f.down.to(x.dtype).T
-            if f.relu:
-                h_TR.relu_()
-            hq_TR = h_TR if isinstance(f.q, float) and f.q == 1.0 else (h_TR * f.q).to(x.dtype)
-            y_TO.addmm_(hq_TR, f.up.to(x.dtype).T)
-        biases = [b for b in (base.bias, f.bias) if b is not None]
-        if folds:  # by reference where nothing else writes to it
-            kept_TO = y_TO.clone() if biases or base.output_is_overwritten else y_TO
-        for bias in biases:
-            y_TO += bias.to(x.dtype)
-        q, ctx.q = (f.q, 1.0) if isinstance(f.q, Tensor) else (None, f.q)
-        found = (f.up, f.down, q, row, f.col, f.bias)
-        ctx.save_for_backward(x, dropped, h_TR, kept_TO, *found, *trained, *fixed, *storage, *noted, *f.keep)
-        ctx.base, ctx.thin, ctx.relu, ctx.folds = base, thin, f.relu, folds
-        ctx.counts = (*counts, len(noted), len(f.keep))
-        return y_TO.view(*x.shape[:-1], base.out_features)
+        ctx: Any, x: Tensor, dropped: Tensor | None, parts: tuple[_Part, ...], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        x_TI = x.reshape(-1, x.shape[-1])
+        own = list(_split_each(tensors, [part.counts for part in parts]))
+        passes = [_through_base(x_TI, p, *groups) for p, groups in zip(parts, own, strict=True)]
+        d_TI = x_TI if dropped is None else dropped.reshape(x_TI.shape)
+        ctx.set_materialize_grads(False)
+        ys = [p.y_TO for p in passes]
+        thin = add_thin(d_TI, [p.f for p in passes], ys)
+        saved: list[Tensor | None] = [x, dropped, *thin.tensors()]
+        ctx.scale, ctx.counts, ctx.facts = thin.scale, [], []
+        for part, found, (trained, fixed, storage) in zip(parts, passes, own, strict=True):
+            f, kept_TO = found.f, _add_biases(part.base, found)
+            q, number = (f.q, 1.0) if isinstance(f.q, Tensor) else (None, f.q)
+            groups = (
+                (kept_TO, f.up, f.down, q, f.row, f.col, f.bias),
+                trained,
+                fixed,
+                storage,
+                found.noted,
+                f.keep,
+            )
+            ctx.counts.append(tuple(map(len, groups)))
+            ctx.facts.append((part.base, part.thin, number, f.relu, found.folds))
+            saved += [t for group in groups for t in group]
+        ctx.num_thin = len(thin.tensors())
+        ctx.save_for_backward(*saved)
+        return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Grads:
-        (dy,) = grads
-        x, dropped, h_TR, kept_TO, up, down, q, row, col, bias, *rest = ctx.saved_tensors
-        trained, fixed, storage, noted, keep = _split(rest, ctx.counts)
-        base: FrozenLinear = ctx.base
-        thin: Thin | None = ctx.thin
-        q = ctx.q if q is None else q
-        f = Factors(up=up, down=down, q=q, row=row, col=col, bias=bias, relu=ctx.relu, keep=keep)
-        g_TO = dy.reshape(-1, base.out_features)
-        needs_dx = ctx.needs_input_grad[0]
-        pulls = thin is not None and thin.pulls_through_weight
-        dx, weight, row, col = _through_base(g_TO, x, base, storage, f, kept_TO, ctx.folds, needs_dx, pulls)
-        d_trained: Grads = ()
-        dd = None
-        if thin is not None:
-            up, down, q, dd = _through_thin(g_TO, x, dropped, h_TR, f, dx, ctx.needs_input_grad[1])
-            if ctx.folds and row is not None and f.row is not None:
-                if up is not None and f.up is not None:
-                    row -= torch.linalg.vecdot(up, f.up)
-                row /= f.row
-            bias = None if f.bias is None else g_TO.sum(0, dtype=torch.float32)
-            found = Factors(up=up, down=down, q=q, row=row, col=col, bias=bias)  # type: ignore[arg-type]
-            d_trained = thin.pull_back(trained, (*fixed, *noted), f, found, weight)
-        d_x = dx.view(x.shape) if needs_dx and dx is not None else None
-        d_dropped = None if dd is None or dropped is None else dd.view(dropped.shape)
-        return (d_x, d_dropped, None, None, None, *d_trained, *[None] * (ctx.counts[1] + ctx.counts[2]))
+    def backward(ctx: Any, *dys: Tensor | None) -> Any:
+        x, dropped, *rest = ctx.saved_tensors
+        thin_tensors, rest = rest[: ctx.num_thin], rest[ctx.num_thin :]
+        needs_dx, needs_dropped = ctx.needs_input_grad[:2]
+        x_TI = x.reshape(-1, x.shape[-1])
+        d_TI = x_TI if dropped is None else dropped.reshape(x_TI.shape)
+        gs = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
+        own = list(_split_each(rest, ctx.counts))
+        factors = [_factors(*facts[2:4], *groups) for facts, groups in zip(ctx.facts, own, strict=True)]
+        thin = thin_back(gs, d_TI, factors, thin_tensors, ctx.scale)
+        dx: Tensor | None = None
+        d_tensors: list[Tensor | None] = []
+        for k, (base, adapter, _, _, folds) in enumerate(ctx.facts):
+            (kept_TO, *_), trained, fixed, storage, noted, _ = own[k]
+            d_trained: Grads = (None,) * len(trained)
+            if (g_TO := gs[k]) is not None:
+                f, pulls = factors[k], adapter is not None and adapter.pulls_through_weight
+                found = _back_through_base(g_TO, x_TI, base, storage, f, kept_TO, folds, pulls, needs_dx, dx)
+                dx, weight, row, col = found
+                if adapter is not None:
+                    grads = _finished(g_TO, f, folds, thin.grads[k], row, col)
+                    d_trained = adapter.pull_back(trained, (*fixed, *noted), f, grads, weight)
+                del found, weight  # one dense weight at a time
+            d_tensors += (*d_trained, *[None] * (len(fixed) + len(storage)))
+        dd_TI = None
+        if dropped is None:
+            thin.add_to(dx)
+        elif needs_dropped:
+            dd_TI = thin.slope()
+        d_dropped = None if dd_TI is None else dd_TI.view(dropped.shape)
+        return (None if dx is None else dx.view(x.shape), d_dropped, None, *d_tensors)
+
+
+@dataclass(slots=True)
+class _Pass:
+    """What a member's base has made."""
+
+    f: Factors
+    y_TO: Tensor
+    kept_TO: Tensor | None
+    folds: bool  # a row's scale was multiplied into the weight
+    noted: tuple[Tensor, ...]
 
 
 def _through_base(
+    x_TI: Tensor,
+    part: _Part,
+    trained: tuple[Tensor, ...],
+    fixed: tuple[Tensor, ...],
+    storage: tuple[Tensor, ...],
+) -> _Pass:
+    """The factors, and y without thin branch and bias."""
+    base, thin = part.base, part.thin
+    weight: Tensor | None = None
+    noted: tuple[Tensor, ...] = ()
+    if thin is not None and thin.reads_weight:
+        weight = base.unpack(storage, x_TI.dtype)
+        noted = thin.note(trained, fixed, weight)
+    f = Factors() if thin is None else thin.factors(trained, (*fixed, *noted))
+    if f.col is not None:
+        x_TI = times_columns(x_TI, f.col)
+    row, kept_TO = f.row, None
+    is_vector = row is not None and (row.numel() > 1 or base.out_features == 1)
+    folds = is_vector and base.folds(storage)
+    if row is not None and folds:
+        row = row.masked_fill(row == 0, _NEARLY_ZERO)
+        f = replace(f, row=row)
+        weight = None  # freed before the scaled one is made: one at a time
+        y_TO = base.product(x_TI, storage, row.view(-1, 1))
+    elif row is not None and is_vector:
+        kept_TO = base.product(x_TI, storage, None, weight)
+        y_TO = times_columns(kept_TO, row)
+    else:
+        y_TO = base.product(x_TI, storage, row, weight)
+    return _Pass(f, y_TO, kept_TO, folds, noted)
+
+
+def _add_biases(base: FrozenLinear, found: _Pass) -> Tensor | None:
+    """Add them to y in place; returns what is kept for the slope of a row's scale."""
+    biases = [b for b in (base.bias, found.f.bias) if b is not None]
+    kept_TO = found.kept_TO
+    if found.folds:  # by reference where nothing else writes to it
+        kept_TO = found.y_TO.clone() if biases or base.output_is_overwritten else found.y_TO
+    for bias in biases:
+        found.y_TO += bias.to(found.y_TO.dtype)
+    return kept_TO
+
+
+def _factors(number: float, relu: bool, own: tuple[Any, ...], *groups: tuple[Tensor, ...]) -> Factors:
+    """As they were in the forward pass."""
+    _, up, down, q, row, col, bias = own
+    q = number if q is None else q
+    return Factors(up=up, down=down, q=q, row=row, col=col, bias=bias, relu=relu, keep=groups[-1])
+
+
+def _back_through_base(
     g_TO: Tensor,
-    x: Tensor,
+    x_TI: Tensor,
     base: FrozenLinear,
     storage: tuple[Tensor, ...],
     f: Factors,
     kept_TO: Tensor | None,
     folds: bool,
-    needs_dx: bool,
     pulls: bool,
+    needs_dx: bool,
+    dx_TI: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dx (T, in) of the base's product, the weight if it was asked for, and the gradients of row and col.
+    """dx (T, in) with this base's product added, the weight if it was asked for, and the gradients of row and col.
 
-    Where the row's scale is folded into the weight, its gradient is still to be finished: see the module docstring.
+    Where the row's scale is folded into the weight, its gradient is still to be finished: see `_finished`.
+
+    Args:
+        dx_TI: what the members before this one made, written over; None for the first.
     """
     row = col = scale = None
     if kept_TO is not None and f.row is not None:
@@ -201,56 +283,50 @@ def _through_base(
             scale = f.row.view(-1, 1)
     elif f.row is not None:
         scale = f.row
-    if not (needs_dx or f.col is not None or pulls or (scale is not None and kept_TO is None)):
+    is_scalar = scale is not None and kept_TO is None
+    if not (needs_dx or f.col is not None or pulls or is_scalar):
         return None, None, row, col
     assert not pulls or scale is None, (
         "pull_back wants the bare weight: its method's row is a vector, or None"
     )
     weight = base.unpack(storage, g_TO.dtype) if pulls else None
-    dx_TI = base.product_back(g_TO, storage, scale, weight)
+    if f.col is None and not is_scalar:
+        dx_TI = base.product_back(g_TO, storage, scale, weight, dx_TI) if needs_dx else None
+        return dx_TI, weight, row, col
+    # the product alone has these slopes, and is added to the others' afterwards
+    own_TI = base.product_back(g_TO, storage, scale, weight)
     if f.col is not None:
-        col = dot_columns_and_scale_(x.reshape(-1, base.in_features), dx_TI, f.col)
-    if scale is not None and kept_TO is None:
-        # products summed in float32. dx holds row W^T dy: at row == 0 exactly the quotient is NaN and stops the
+        col = dot_columns_and_scale_(x_TI, own_TI, f.col)
+    if scale is not None and is_scalar:
+        # products summed in float32. own holds row W^T dy: at row == 0 exactly the quotient is NaN and stops the
         # run, in words
-        row = (dot(x.reshape(-1, base.in_features), dx_TI) / scale).reshape(1)
-    return dx_TI, weight, row, col
+        row = (dot(x_TI, own_TI) / scale).reshape(1)
+    if not needs_dx:
+        return None, weight, row, col
+    return own_TI if dx_TI is None else dx_TI.add_(own_TI), weight, row, col
 
 
-def _through_thin(
-    g_TO: Tensor,
-    x: Tensor,
-    dropped: Tensor | None,
-    h_TR: Tensor | None,
-    f: Factors,
-    dx_TI: Tensor | None,
-    needs_dropped: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of up, down, q and x_d; that of x_d is added to dx where it is x itself."""
-    if h_TR is None or f.up is None or f.down is None:
-        return None, None, None, None
-    dtype = g_TO.dtype
-    d = x if dropped is None else dropped
-    d_TI = d.reshape(-1, f.down.shape[1])
-    gu_TR = g_TO @ f.up.to(dtype)
-    is_one = isinstance(f.q, float) and f.q == 1.0
-    gq_TR = gu_TR if is_one else (gu_TR * f.q).to(dtype)
-    if f.relu:
-        gq_TR = gq_TR * (h_TR > 0)
-    hq_TR = h_TR if is_one else (h_TR * f.q).to(dtype)
-    down, up = (gq_TR.T @ d_TI).float(), (g_TO.T @ hq_TR).float()
-    q = torch.sum(gu_TR * h_TR, dtype=torch.float32).reshape(1) if isinstance(f.q, Tensor) else None
-    dd_TI = None
-    if dropped is not None:
-        dd_TI = gq_TR @ f.down.to(dtype) if needs_dropped else None
-    elif dx_TI is not None:
-        dx_TI.addmm_(gq_TR, f.down.to(dtype))
-    return up, down, q, dd_TI
+def _finished(
+    g_TO: Tensor, f: Factors, folds: bool, thin: Grads, row: Tensor | None, col: Tensor | None
+) -> Factors:
+    """The gradients of all factors."""
+    up, down, q = thin
+    if folds and row is not None and f.row is not None:
+        if up is not None and f.up is not None:
+            row -= torch.linalg.vecdot(up, f.up)
+        row /= f.row
+    bias = None if f.bias is None else g_TO.sum(0, dtype=wide(g_TO.dtype))
+    return Factors(up=up, down=down, q=q, row=row, col=col, bias=bias)  # type: ignore[arg-type]
 
 
-def _split(tensors: Any, counts: tuple[int, ...]) -> tuple[tuple[Tensor, ...], ...]:
-    parts, at = [], 0
-    for count in counts:
-        parts.append(tuple(tensors[at : at + count]))
-        at += count
-    return tuple(parts)
+def _split_each(
+    tensors: Sequence[Any], counts: Sequence[tuple[int, ...]]
+) -> Iterator[tuple[tuple[Any, ...], ...]]:
+    """A flat sequence -> for each member a tuple for each kind of its tensors."""
+    at = 0
+    for own in counts:
+        groups = []
+        for count in own:
+            groups.append(tuple(tensors[at : at + count]))
+            at += count
+        yield tuple(groups)

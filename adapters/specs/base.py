@@ -63,6 +63,9 @@ class AdapterSpec:
     needs: Callable[[AdapterConfig], tuple[str, ...]] = _none
     # trained tensors whose gradient is exactly 0 at step 1
     zero_grad_at_start: Callable[[AdapterConfig], tuple[str, ...]] = _none
+    # trained tensors that are `Factors.up` or `down` as they are: where a rank has them whole, copies of them in the
+    # compute dtype lie beside (decompft.adapters.copies)
+    thin_factors: Callable[[AdapterConfig], tuple[str, ...]] = _none
     # columns of `Factors.up`, for the forecast: what a token's thin product keeps
     num_columns: Callable[[int, int, AdapterConfig], int] = lambda out, in_, config: config.rank
     # a trained scale a row: a layer's unscaled output is kept for the backward pass
@@ -76,6 +79,11 @@ class AdapterSpec:
     def num_params(self, out: int, in_: int, config: AdapterConfig) -> int:
         """Trained numbers of one layer."""
         return count(self.tensors(out, in_, config))
+
+    def num_rounded(self, out: int, in_: int, config: AdapterConfig) -> int:
+        """Numbers of one layer's `thin_factors`."""
+        shapes = self.tensors(out, in_, config)
+        return count({name: shapes[name] for name in self.thin_factors(config)})
 
 
 def count(shapes: Shapes) -> int:

@@ -84,6 +84,7 @@ SPECS = (
         impl="decompft.adapters.trilora:TriloraLinear",
         options=TriloraOptions,
         tensors=_trilora,
+        thin_factors=names("A"),
         zero_grad_at_start=names("A", "B"),
     ),
     AdapterSpec(
@@ -93,6 +94,7 @@ SPECS = (
         impl="decompft.adapters.flora:FloraLinear",
         options=FloraOptions,
         tensors=_mixed,
+        thin_factors=names("A"),
         zero_grad_at_start=names("A", "B"),
     ),
     AdapterSpec(
@@ -102,6 +104,7 @@ SPECS = (
         impl="decompft.adapters.moslora:MosloraLinear",
         options=MosloraOptions,
         tensors=_mixed,
+        thin_factors=names("A"),
         zero_grad_at_start=names("A", "M"),
     ),
     AdapterSpec(
@@ -132,6 +135,7 @@ SPECS = (
         impl="decompft.adapters.parallel:ParallelLinear",
         options=NoOptions,
         tensors=low_rank,
+        thin_factors=names("A", "B"),
         zero_grad_at_start=names("A"),
         mergeable=False,
     ),

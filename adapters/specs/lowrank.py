@@ -14,6 +14,7 @@ from decompft.adapters.specs.base import (
     Shapes,
     doc,
     low_rank,
+    names,
 )
 
 
@@ -57,6 +58,7 @@ SPECS = (
         impl="decompft.adapters.lora:make_lora",
         options=LoraOptions,
         tensors=low_rank,
+        thin_factors=names("A", "B"),
         buffers=_loftq_fixed,
         needs=lambda config: ("full_weight",) if config.options.init == "loftq" else (),
         zero_grad_at_start=lambda config: ("A",) if config.options.init == "kaiming" else (),

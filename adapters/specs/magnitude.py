@@ -83,6 +83,7 @@ SPECS = (
         options=MapOptions,
         # shape (1,), not (): FSDP2 shards dimension 0 and refuses scalars
         tensors=_with("tensors", {"a": (1,), "b": (1,)}),
+        thin_factors=lambda config: _inner(config, "thin_factors"),
         buffers=_with("buffers", {"base_norm": (1,)}),
         needs=lambda config: ("frobenius_norm", *_inner(config, "needs")),
         # D is 0: its magnitude b has no slope either

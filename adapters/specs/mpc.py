@@ -49,6 +49,7 @@ def _spec(name: str, title: str) -> AdapterSpec:
         impl="decompft.adapters.mpc:make",
         options=MpcOptions,
         tensors=shapes("tensors"),
+        thin_factors=names("thin_factors"),
         buffers=shapes("buffers"),
         derived=shapes("derived"),
         needs=names("needs"),

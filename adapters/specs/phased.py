@@ -151,6 +151,7 @@ SPECS = (
         impl="decompft.adapters.adalora:AdaLoraLinear",
         options=AdaLoraOptions,
         tensors=_adalora,
+        thin_factors=names("B"),
         # 1 for directions that may train; phase 1 once the last allocation is made
         buffers=lambda out, in_, config: {"mask": (config.rank,), "phase": (1,)},
         zero_grad_at_start=names("A", "B"),
@@ -163,6 +164,7 @@ SPECS = (
         impl="decompft.adapters.flexlora:FlexLoraLinear",
         options=FlexLoraOptions,
         tensors=_flexlora,
+        thin_factors=names("B"),
         buffers=lambda out, in_, config: {"mask": (max_rank(config),)},
         num_columns=lambda out, in_, config: max_rank(config),
         zero_grad_at_start=names("A", "B"),

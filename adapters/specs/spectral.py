@@ -132,6 +132,7 @@ def _split(name: str, title: str, source: str, impl: str) -> AdapterSpec:
         impl=f"decompft.adapters.split:{impl}",
         options=SplitOptions,
         tensors=low_rank,
+        thin_factors=lambda config: () if config.options.base == "exact" else ("A", "B"),
         buffers=_split_fixed,
         needs=names("full_weight"),
         num_columns=lambda out, in_, config: config.rank * (2 if config.options.base == "exact" else 1),

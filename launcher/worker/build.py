@@ -28,6 +28,7 @@ from decompft.launcher.tensor_names import find_key
 from decompft.launcher.worker.base_weights import BaseWeights
 from decompft.launcher.worker.chosen_kernels import choose_kernels
 from decompft.launcher.worker.engines.base import Engine, full_shape
+from decompft.launcher.worker.joining import join_linears
 from decompft.launcher.worker.load import Progress, load_base
 from decompft.launcher.worker.loaded import Loaded
 from decompft.launcher.worker.model import (
@@ -127,6 +128,7 @@ def build(
         factor_progress=factor_progress,
     )  # fmt: skip
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers())), "a tensor was left on meta"
+    join_linears(hf, engine)
     trained = {n: p for n, p in hf.named_parameters() if p.requires_grad}
     buffers = _buffers(hf)
     assert set(trained) == _expected(hf, outline.whole), "what trains is not what was injected"

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from decompft.adapters.base import Adapter
+from decompft.adapters.joint import running
 from decompft.launcher.recompute import Pieces
 
 _Function = Callable[[Tensor], Tensor]
@@ -92,7 +93,8 @@ def _split_mlp(mlp: nn.Module, last: str, passes: list[_Pass]) -> _Function:
         taken = mlp._modules[last]
         mlp._modules[last] = same
         try:
-            return original(x)
+            with running(mlp):  # the second time nobody calls the MLP
+                return original(x)
         finally:
             mlp._modules[last] = taken
 

@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 
+from decompft.adapters.copies import round_factors
 from decompft.adapters.inject import adapters
 from decompft.launcher.errors import CheckpointError, RunFailed
 from decompft.launcher.outcome import Outcome
 from decompft.launcher.plan import Plan
 from decompft.launcher.runs import RunDir
-from decompft.launcher.worker.build import Built
+from decompft.launcher.worker.build import DTYPES, Built
 from decompft.launcher.worker.checkpoint import Checkpoint
 from decompft.launcher.worker.data.ahead import Ahead
 from decompft.launcher.worker.data.batches import collate
@@ -96,6 +97,7 @@ def train(
     for _, adapter in layers:
         adapter.penalty_share = 1 / (batch_law.accumulation * engine.world_size)
     optimizer = engine.prepare_training(model, optimizer, parameters)
+    rounded = round_factors(model.model, DTYPES[recipe.quantization.compute])
     phases = Phases(built, optimizer, engine, total_steps=total, seed=recipe.train.seed, say=metrics.message)
     to_prove = steps_to_prove(built)
     at = Progress()
@@ -188,8 +190,9 @@ def train(
         step = ahead.step(at.step)
         for _, adapter in layers:
             adapter.on_step(at.step)
-        passes.begin_step()
         set_learning_rate(optimizer, factor(at.step))
+        rounded.refresh()  # nothing writes to trained tensors from here to the last micro batch's end
+        passes.begin_step()
         loss_sum = torch.zeros((), device=engine.device)
         num_tokens = 0
         for index, batch in enumerate(step.micro_batches):
@@ -197,6 +200,7 @@ def train(
             seed_step(recipe.train.seed, at.step, index, engine.rank)
             with engine.accumulate(last=index == len(step.micro_batches) - 1):
                 loss_sum += passes.run(batch, max(step.num_targets_global, 1))
+        rounded.drop()
         pulse.at("reducing")
         engine.reduce_gradients()
         if at.step in to_prove:

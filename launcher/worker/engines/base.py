@@ -27,6 +27,7 @@ class Engine:
     """
 
     needs_group = False  # a process group even of one rank
+    gathers_by_module = False  # a module's parameters are there while that module runs, and no longer
 
     def __init__(self, device: torch.device, *, timeout_s: float) -> None:
         self.device = device

@@ -18,6 +18,8 @@ class Zero3Engine(ZeroEngine):
     meta, and each parameter is given empty memory, cut, and freed again before the next one.
     """
 
+    gathers_by_module = True
+
     def materialize(self, model: nn.Module) -> None:
         import deepspeed
 

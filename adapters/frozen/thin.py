@@ -1,0 +1,203 @@
+"""The thin branches of the members of one autograd node: y_m += q_m up_m h_m, h_m = down_m x_d, for all m at once.
+
+Shapes: T tokens, I in, O out of a member, R its rank, K the sum of the members' ranks. Of h and of what comes back
+through the ups there is one array (T, K) each, of which a member has columns; the downs are stacked to (K, I).
+
+Numbers are rounded where the formula of one linear says so: h, q h and what comes back to it are in the compute dtype,
+scales multiply in float32 or better, and gradients of factors leave in float32 or better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from decompft.adapters.frozen.rounded import copy_of, stacked_copy_of
+from decompft.adapters.kernels.columns import dot_columns, times_columns
+
+if TYPE_CHECKING:
+    from decompft.adapters.frozen.linear import Factors
+
+
+class Added(NamedTuple):
+    """What `add_thin` leaves for `thin_back`."""
+
+    scale: float  # q where it is one number for all members; h is scaled already
+    h_TK: Tensor | None = None  # None where no member has a thin branch
+    scale_K: Tensor | None = None  # q of each column; (1,) of one member; None where it is `scale`
+    down_KI: Tensor | None = None  # in the compute dtype, where it need not be made again
+    ups: tuple[Tensor | None, ...] = ()  # likewise
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return () if self.h_TK is None else (self.h_TK, self.scale_K, self.down_KI, *self.ups)
+
+
+class Back:
+    """Gradients of the factors, and the slope of x_d, which is a product that nobody may need."""
+
+    def __init__(self, num_members: int) -> None:
+        # up (O, R), down (R, I) and q (1,) of each member
+        self.grads: list[tuple[Tensor | None, Tensor | None, Tensor | None]] = [(None,) * 3] * num_members
+        self.gq_TK: Tensor | None = None
+        self.down_KI: Tensor | None = None
+
+    def add_to(self, dx_TI: Tensor | None) -> None:
+        """dx += the slope, in place."""
+        if dx_TI is not None and self.gq_TK is not None and self.down_KI is not None:
+            dx_TI.addmm_(self.gq_TK, self.down_KI)
+
+    def slope(self) -> Tensor | None:
+        return None if self.gq_TK is None or self.down_KI is None else self.gq_TK @ self.down_KI
+
+
+def add_thin(d_TI: Tensor, factors: Sequence[Factors], ys: Sequence[Tensor]) -> Added:
+    """Add the thin branch of each member that has one to its y (T, O), in place."""
+    places, thin, downs, ups = _thin(factors)
+    if not places:
+        return Added(1.0)
+    dtype = d_TI.dtype
+    down_copy = stacked_copy_of(downs, dtype)
+    up_copies = tuple(copy_of(up, dtype) for up in ups)
+    h_TK = d_TI @ (_stacked(downs, dtype) if down_copy is None else down_copy).T
+    widths = [len(down) for down in downs]
+    for f, h_TR in zip(thin, h_TK.split(widths, 1), strict=True):
+        if f.relu:
+            h_TR.relu_()
+    scale, scale_K = _scales(thin, widths)
+    if scale != 1.0:
+        h_TK.mul_(scale)
+    hq_TK = h_TK if scale_K is None else _times(h_TK, scale_K)
+    for place, up, copy, hq_TR in zip(places, ups, up_copies, hq_TK.split(widths, 1), strict=True):
+        ys[place].addmm_(hq_TR, (up.to(dtype) if copy is None else copy).T)
+    return Added(scale, h_TK, scale_K, down_copy, up_copies)
+
+
+def thin_back(
+    gs: Sequence[Tensor | None],
+    d_TI: Tensor,
+    factors: Sequence[Factors],
+    tensors: Sequence[Tensor | None],
+    scale: float,
+) -> Back:
+    """The backward pass of `add_thin`.
+
+    Args:
+        gs: the gradient (T, O) of each member's y; None where y was not used.
+        factors: those of the forward pass.
+        tensors: `Added.tensors` of the forward pass.
+        scale: `Added.scale`.
+    """
+    back = Back(len(gs))
+    places, thin, downs, ups = _thin(factors)
+    places = [p for p in places if gs[p] is not None] and places
+    if not places:
+        return back
+    h_TK, scale_K, down_copy, *up_copies = tensors
+    assert h_TK is not None
+    dtype, widths = d_TI.dtype, [len(down) for down in downs]
+    g_TOs, h_TRs = [gs[p] for p in places], h_TK.split(widths, 1)
+    gu_TK = torch.empty_like(h_TK)
+    for f, g_TO, up, copy, h_TR, gu_TR in zip(
+        thin, g_TOs, ups, up_copies, h_TRs, gu_TK.split(widths, 1), strict=True
+    ):
+        if g_TO is None:
+            gu_TR.zero_()
+            continue
+        torch.mm(g_TO, up.to(dtype) if copy is None else copy, out=gu_TR)
+        if f.relu:  # h is 0 where it was cut, scaled or not
+            gu_TR.mul_(h_TR != 0)
+    d_qs: Sequence[Tensor | None] = [None] * len(places)
+    if scale_K is None:
+        gq_TK, hq_TK = (gu_TK if scale == 1.0 else gu_TK.mul_(scale)), h_TK
+    else:
+        d_qs = _sums(dot_columns(gu_TK, h_TK), widths)
+        gq_TK, hq_TK = _times(gu_TK, scale_K), _times(h_TK, scale_K)
+    found = _gradients(g_TOs, d_TI, gq_TK, hq_TK, widths)
+    for place, g_TO, f, d_q, (d_up, d_down) in zip(places, g_TOs, thin, d_qs, found, strict=True):
+        if g_TO is not None:
+            back.grads[place] = d_up, d_down, d_q if isinstance(f.q, Tensor) else None
+    back.gq_TK = gq_TK
+    back.down_KI = _stacked(downs, dtype) if down_copy is None else down_copy
+    return back
+
+
+def _gradients(
+    g_TOs: Sequence[Tensor | None], d_TI: Tensor, gq_TK: Tensor, hq_TK: Tensor, widths: list[int]
+) -> list[tuple[Tensor, Tensor]]:
+    """Of each member's up and down: pieces of one flat array, which is cast by one launch."""
+    shapes = [(0 if g is None else g.shape[1], w) for g, w in zip(g_TOs, widths, strict=True)]
+    sizes = [gq_TK.shape[1] * d_TI.shape[1], *(o * r for o, r in shapes)]
+    flat = torch.empty(sum(sizes), dtype=d_TI.dtype, device=d_TI.device)
+    first, *others = flat.split(sizes)
+    torch.mm(gq_TK.T, d_TI, out=first.view(-1, d_TI.shape[1]))
+    for g_TO, hq_TR, piece, shape in zip(g_TOs, hq_TK.split(widths, 1), others, shapes, strict=True):
+        if g_TO is not None:
+            torch.mm(g_TO.T, hq_TR, out=piece.view(shape))
+    first, *others = flat.to(wide(flat.dtype)).split(sizes)
+    d_downs = first.view(-1, d_TI.shape[1]).split(widths)
+    return [(piece.view(shape), d) for piece, shape, d in zip(others, shapes, d_downs, strict=True)]
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float32 or better, in which gradients of factors leave."""
+    return dtype if dtype.itemsize > 2 else torch.float32
+
+
+def _thin(factors: Sequence[Factors]) -> tuple[list[int], list[Factors], list[Tensor], list[Tensor]]:
+    """The members that have a thin branch: places, factors, downs and ups."""
+    places, thin, downs, ups = [], [], [], []
+    for place, f in enumerate(factors):
+        if f.up is not None and f.down is not None:
+            places.append(place)
+            thin.append(f)
+            downs.append(f.down)
+            ups.append(f.up)
+    return places, thin, downs, ups
+
+
+def _stacked(downs: list[Tensor], dtype: torch.dtype) -> Tensor:
+    return (downs[0] if len(downs) == 1 else torch.cat(downs)).to(dtype)
+
+
+def _scales(thin: Sequence[Factors], widths: list[int]) -> tuple[float, Tensor | None]:
+    """One number for all columns, or 1 and a tensor: (K,), or (1,) of one member."""
+    qs = [f.q for f in thin]
+    first = qs[0]
+    if isinstance(first, float) and all(isinstance(q, float) and q == first for q in qs):
+        return first, None
+    if len(qs) == 1:
+        assert isinstance(first, Tensor)
+        return 1.0, first
+    like = next((q for q in qs if isinstance(q, Tensor)), None)
+    if like is None:
+        down = _down(thin[0])
+        like = torch.empty(0, dtype=wide(down.dtype), device=down.device)
+    columns = [
+        q.expand(width) if isinstance(q, Tensor) else like.new_full((width,), q)
+        for q, width in zip(qs, widths, strict=True)
+    ]
+    return 1.0, torch.cat(columns)
+
+
+def _down(f: Factors) -> Tensor:
+    assert f.down is not None
+    return f.down
+
+
+def _times(a_TK: Tensor, scale: Tensor) -> Tensor:
+    """a * scale, rounded once to a's dtype; scale (K,) or (1,)."""
+    if scale.numel() == a_TK.shape[1]:
+        return times_columns(a_TK, scale)
+    if a_TK.dtype == scale.dtype:
+        return a_TK * scale
+    return torch.mul(a_TK, scale, out=torch.empty_like(a_TK))
+
+
+def _sums(of_K: Tensor, widths: list[int]) -> Sequence[Tensor]:
+    """The sum over each member's columns, (1,) each."""
+    if len(set(widths)) == 1:
+        return of_K.view(len(widths), -1).sum(1).split(1)
+    return [part.sum().reshape(1) for part in of_K.split(widths)]
