@@ -37,7 +37,8 @@ prints on a machine without GPUs. `parallel.gpu_memory_gib` and `parallel.gpus_p
 beside, and starts slower; the strategies are there for those whose cluster is built around it.
 
 The forecast's constants were fitted to measurements of one and two H200s; `tests/test_forecast_measured.py` compares
-each run. What was never measured (hsdp, offload, several nodes) is arithmetic.
+each run. What was never measured (hsdp, offload, several nodes) is arithmetic. The time of a step is said where the GPU
+was measured; `--gpu H200` plans for such GPUs ([scaling](scaling.md)).
 """
 
 
