@@ -144,6 +144,7 @@ def main() -> None:
     done = {row["name"] for row in rows if "error" not in row}
     if "links" not in done and (not args.only or "ranks" in args.only):
         rows.append({"name": "links", "note": args.note, "device": args.device, **measure_links(args.device)})
+        args.out.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
     for cell in cells(setting):
         if cell.name in done or (args.only and cell.sweep not in args.only):
             continue

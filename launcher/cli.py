@@ -107,6 +107,10 @@ def _plan(args: argparse.Namespace) -> int:
             "this is the plan of the recipe without its sweep; `decompft launch --dry-run` shows each task's"
         )
     plan = planner.make(recipe, machine=machine)
+    if args.network is not None and plan.time is None:
+        warn(
+            "--network says nothing here: no speed was measured for this device, so that no time is forecast"
+        )
     if args.json:
         from decompft.launcher.plan import to_json
 

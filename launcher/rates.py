@@ -20,7 +20,7 @@ class Rates:
     """One kind of device with the host that feeds it."""
 
     name: str
-    flops: float  # FLOP/s of needed work (4 a weight and token, and causal attention) while busy with LoRA
+    flops: float  # FLOP/s of needed work (simulator.flops) while busy with LoRA
     launch_s: float = 0.0  # host: a kernel's launch, with autograd's share of it
     gather_s: float = 0.0  # host: fsdp's gathering of a tensor, whatever its size
     zero_hook_s: float = 0.0  # host: ZeRO-1 and 2's hook of a trained tensor, a micro batch
@@ -31,8 +31,8 @@ class Rates:
 
 H200 = Rates(
     name="H200",
-    # LoRA, 8 rows: 0.9014 s busy for 16,384 tokens of 28.0 GFLOP (adapters_7b.json, mean of three)
-    flops=16_384 * 28.0e9 / 0.9014,
+    # LoRA, 8 rows: 0.9014 s busy for 16,384 tokens of 28.2 GFLOP (adapters_7b.json, mean of three)
+    flops=16_384 * 28.2e9 / 0.9014,
     # MAP, 4 rows: 16,230 launches in 523 ms (docs/speed.md; on a slower host of the same kind in 775)
     launch_s=523e-3 / 16_230,
     gather_s=0.1e-3,

@@ -33,8 +33,10 @@ def planned_machine(recipe: Recipe, gpu: str | None, network_gbit_per_s: float |
     """This machine, or with `gpu` a node of such GPUs: as many as parallel.gpus_per_node says, else eight.
 
     Raises:
-        UserError: nothing was measured on that GPU.
+        UserError: nothing was measured on that GPU, or the network is none.
     """
+    if network_gbit_per_s is not None and network_gbit_per_s <= 0:
+        raise UserError(f"--network: {network_gbit_per_s:g} Gbit/s carry nothing", "e.g. --network 400")
     if gpu is None:
         return replace(detect(), network_gbit_per_s=network_gbit_per_s)
     if gpu not in GPU_MEMORY_GIB:

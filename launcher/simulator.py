@@ -90,11 +90,17 @@ def simulate(
 
 
 def flops(work: Workload, tokens: int) -> tuple[float, float]:
-    """(forward, backward) FLOPs of so many tokens: 2 a weight each way; causal attention is half of 2 products, 4."""
+    """(forward, backward) FLOPs of so many tokens.
+
+    2 a frozen weight each way; 2 a number of an adapter forward and 4 backward, which is what low-rank factors take;
+    causal attention is half of 2 products forward, of 4 backward.
+    """
     shape = work.shape
     weights = sum(shape.count(x) * x.num_weights for x in shape.linears) + shape.head.num_weights
     attention = work.recipe.data.sequence_length * shape.num_heads * shape.head_dim * shape.num_layers
-    return tokens * (2.0 * weights + 2.0 * attention), tokens * (2.0 * weights + 4.0 * attention)
+    adapters = work.num_adapter_params
+    forward = 2.0 * weights + 2.0 * adapters + 2.0 * attention
+    return tokens * forward, tokens * (2.0 * weights + 4.0 * adapters + 4.0 * attention)
 
 
 def _micro(

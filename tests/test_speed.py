@@ -79,6 +79,7 @@ def test_a_slower_network_makes_the_table_slower() -> None:
     [
         (lambda: parse_counts("8,x"), "list of numbers"),
         (lambda: planned_machine(recipe(), "A100", None), "not measured"),
+        (lambda: planned_machine(recipe(), "H200", 0.0), "carry nothing"),
         (lambda: scale(recipe(), planned_machine(recipe(), "H200", None), [12]), "whole nodes"),
         (lambda: scale(recipe(), Machine(num_cores=2), [8]), "no speed was measured"),
     ],
@@ -94,3 +95,11 @@ def test_verb_prints_time_and_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "llama7b_map", "--gpu", "H200", "--network", "400", "--scale", "8,1024"]) == 0
     told = capsys.readouterr().out
     assert "1,024" in told and "400 Gbit/s" in told
+
+
+def test_a_network_that_is_not_used_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DECOMPFT_DEVICE", "cpu")
+    assert main(["plan", "tiny_map", "--network", "400"]) == 0
+    assert "--network says nothing here" in capsys.readouterr().err

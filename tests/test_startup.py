@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import make_run, run_ranks
 
 from decompft.launcher.json_lines import read_lines
 from decompft.launcher.processes import process_age_s
 from decompft.launcher.runs import RunDir
+from decompft.launcher.worker.engines.base import Engine
 from decompft.launcher.worker.startup import Startup, launcher_phases, startup_line
+from decompft.launcher.worker.warmup import warm_up
 
 
 class Told:
@@ -59,6 +62,19 @@ def test_a_run_that_nothing_launched_begins_with_its_process(tmp_path: Path) -> 
 
 def test_short_phases_are_not_in_the_line() -> None:
     assert startup_line({"imports": 2.0, "data": 0.01}) == "first step after 2.0 s: imports 2.0"
+
+
+@pytest.mark.gpu
+def test_warm_up_leaves_workspaces_and_no_more() -> None:
+    device = torch.device("cuda", 0)
+    before = torch.cuda.memory_allocated(device)
+    warm_up(Engine(device, timeout_s=60))
+    assert torch.cuda.memory_allocated(device) - before < 128 << 20  # cuBLAS's own
+
+
+def test_warm_up_does_nothing_on_a_cpu() -> None:
+    warm_up(Engine(torch.device("cpu"), timeout_s=60))
+    assert not torch.cuda.is_initialized()
 
 
 @pytest.mark.dist

@@ -1,7 +1,8 @@
 """What a GPU's libraries allocate or compile at their first use, used once before the base fills the memory.
 
 cuBLAS makes its handle and workspace at the first product, NCCL its channels at the first collective: late, either may
-find no memory, in the middle of a step. Not run on a GPU yet.
+find no memory, in the middle of a step. The project's Triton kernels are compiled; none is autotuned. Not run on a GPU
+yet.
 """
 
 from __future__ import annotations
