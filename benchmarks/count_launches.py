@@ -78,13 +78,13 @@ def _count(method: str, row: str, recompute: str, num_blocks: int) -> dict[str, 
     }  # fmt: skip
 
 
-def _built(method: str, recompute: str, num_blocks: int) -> Built:
+def _built(method: str, recompute: Any, num_blocks: int) -> Built:
     torch.manual_seed(0)
     built = build(
         ModelSection(config={**MODEL, "num_hidden_layers": num_blocks}, weights="random"),
         QuantizationSection(format="none", compute="bfloat16"),
         AdapterSection(method=method, rank=16, alpha=32.0),
-        Engine(torch.device("cpu"), timeout_s=60), seed=0, model_dir=None, recompute=recompute == "full",
+        Engine(torch.device("cpu"), timeout_s=60), seed=0, model_dir=None, recompute=recompute,
     )  # fmt: skip
     built.model.train()
     return built

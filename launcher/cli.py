@@ -95,14 +95,22 @@ def _launch(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from decompft.launcher import planner
+    from decompft.launcher import planner, scale
 
     _, recipe = _recipe(args, strict=False)
+    machine = scale.planned_machine(recipe, args.gpu, args.network)
+    if args.scale is not None:
+        scale.show(scale.scale(recipe, machine, scale.parse_counts(args.scale)), recipe, machine)
+        return EXIT_DONE
     if recipe.sweep is not None:
         warn(
             "this is the plan of the recipe without its sweep; `decompft launch --dry-run` shows each task's"
         )
-    plan = planner.make(recipe)
+    plan = planner.make(recipe, machine=machine)
+    if args.network is not None and plan.time is None:
+        warn(
+            "--network says nothing here: no speed was measured for this device, so that no time is forecast"
+        )
     if args.json:
         from decompft.launcher.plan import to_json
 
@@ -289,8 +297,13 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_argument("--dry-run", action="store_true", help="say what would happen, write nothing")
     launch.set_defaults(run=_launch)
 
-    plan = verb("plan", "show what would run, and the memory forecast per rank", recipe=True)
+    plan = verb("plan", "show what would run, the memory forecast per rank, and the time", recipe=True)
     plan.add_argument("--json", action="store_true", help="print plan.json")
+    plan.add_argument(
+        "--gpu", metavar="NAME", help="plan for nodes of this GPU, e.g. H200, and not for this machine"
+    )
+    plan.add_argument("--network", type=float, metavar="GBIT", help="of a node, Gbit/s; default: 400 a GPU")
+    plan.add_argument("--scale", metavar="N,N", help="a table of more GPUs, e.g. 8,64,1024")
     plan.set_defaults(run=_plan)
 
     sbatch = verb("sbatch", "print a Slurm job script that runs a recipe", recipe=True)

@@ -33,23 +33,3 @@ CUDA_PROCESS_BYTES = int(1.8 * GIB)
 NCCL_HOST_BYTES = int(0.4 * GIB)
 # what importing DeepSpeed adds
 DEEPSPEED_PROCESS_BYTES = int(0.05 * GIB)
-
-# Effective FLOP/s of needed work (4 a weight and token, plus attention; 28.0 GFLOP a token of
-# Llama-2-7B's shape): MAP's tokens/s on one H200, benchmarks/results/single_gpu.json; LoRA's are 1.1 x
-EFFECTIVE_FLOPS = {("H200", "none"): 15_516 * 28.0e9, ("H200", "full"): 11_128 * 28.0e9}
-# Not measured. Selective: of what full adds to a token's time, the part of a block's weights that it
-# multiplies by again (gate and up: 44.6 % of Llama-2-7B's). Offloaded: full, and 3 % for its copies.
-ESTIMATED_FLOPS = {
-    ("H200", "selective"): 28.0e9 / (1 / 15_516 + 0.446 * (1 / 11_128 - 1 / 15_516)),
-    ("H200", "offloaded"): 0.97 * 11_128 * 28.0e9,
-}
-# the share of it a GPU that two reached at micro batch 4 (matrix.json); larger ones come closer to 1
-PARALLEL_SHARE: dict[Strategy, float] = {
-    "single": 1.0,
-    "ddp": 0.98,
-    "fsdp": 0.72,
-    "zero2": 0.86,
-    "zero3": 0.42,
-}
-# smaller models do not fill the card, and the figures above say nothing of them
-MIN_KNOWN_HIDDEN = 2048

@@ -6,6 +6,7 @@ import errno
 import os
 import shlex
 import subprocess
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from decompft.launcher.job import base_env, free_port, make_job, prepare_argv
 from decompft.launcher.machine import detect
 from decompft.launcher.outcome import Outcome
 from decompft.launcher.plan import Forecast, Plan
+from decompft.launcher.processes import process_age_s
 from decompft.launcher.refusals import absent_deepspeed
 from decompft.launcher.resume import Start, choose_start
 from decompft.launcher.runs import RunDir
@@ -84,7 +86,9 @@ def launch(
             if begin.is_new and begin.checkpoint is not None:
                 begin.run.write_origin(begin.checkpoint)
             begin.run.record(recipe_text=recipe_text, plan=plan)
+            planned_s, began = process_age_s(), time.monotonic()
             code = prepare(plan, begin.run, interrupts=interrupts, lock=lock, say=say)
+            took = {"plan_s": round(planned_s, 3), "prepare_s": round(time.monotonic() - began, 3)}
             if code != 0 and begin.is_new:
                 begin.run.forget()
             if code in (EXIT_USER, EXIT_FAILED, EXIT_AGAIN):  # the reason is on the terminal already
@@ -92,7 +96,7 @@ def launch(
             if code != 0:
                 message = f"{path}: preparing model and data {describe_exit(code)}"
                 raise RunFailed(message, "its output above says why")
-            incarnation, outcome = _run_ranks(plan, begin, interrupts=interrupts, lock=lock, say=say)
+            incarnation, outcome = _run_ranks(plan, begin, took, interrupts=interrupts, lock=lock, say=say)
     except OSError as error:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = "free some space, or choose another place with --run-dir DIR" if is_full else ""
@@ -172,14 +176,20 @@ def _refuse_absent_gpus(plan: Plan) -> None:
 
 
 def _run_ranks(
-    plan: Plan, begin: Start, *, interrupts: Interrupts, lock: int, say: Say
+    plan: Plan, begin: Start, took: dict[str, float], *, interrupts: Interrupts, lock: int, say: Say
 ) -> tuple[int, Outcome]:
+    """
+    Args:
+        took: seconds of what came before, for the `start` event.
+    """
     run = begin.run
     for _ in range(_PORT_TRIES):
         incarnation = run.next_incarnation()
         job = make_job(plan, run.path, incarnation=incarnation, resume=begin.checkpoint, port=free_port())
         resumed = None if begin.checkpoint is None else str(begin.checkpoint)
-        run.append_event("start", incarnation=incarnation, world_size=plan.world.size, checkpoint=resumed)
+        run.append_event(
+            "start", incarnation=incarnation, world_size=plan.world.size, checkpoint=resumed, **took
+        )
         try:
             outcome = supervise(job, run, incarnation, interrupts=interrupts, say=say, lock=lock)
         except PortTaken:

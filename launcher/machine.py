@@ -27,6 +27,9 @@ class Machine:
     num_cores: int = 1  # that this process may use
     host_memory_bytes: int | None = None  # the cgroup's limit where there is one
     is_cpu_forced: bool = False  # DECOMPFT_DEVICE=cpu
+    network_gbit_per_s: float | None = (
+        None  # of this node, for the time forecast; None: the usual one of its GPUs
+    )
 
     @property
     def device(self) -> Device:

@@ -72,6 +72,26 @@ class Forecast(Frozen):
         return sum(t.num_bytes for t in self.host_terms)
 
 
+class TimeTerm(Frozen):
+    """One named part of the time of a step."""
+
+    name: str
+    seconds: float
+    note: str = ""
+
+
+class StepTime(Frozen):
+    """The time forecast of an optimizer step, by what it goes to."""
+
+    device: str  # whose measured rates it was made with
+    terms: tuple[TimeTerm, ...]
+    limit: str  # what more of would make it faster
+
+    @property
+    def seconds(self) -> float:
+        return sum(t.seconds for t in self.terms)
+
+
 class Plan(Frozen):
     """Everything a run needs to know, with nothing left open."""
 
@@ -100,6 +120,8 @@ class Plan(Frozen):
     checkpoint_bytes: int = 0  # of one checkpoint on disk
     steps_per_epoch: float | None = None  # None where it is known only once the data is tokenized
     seconds_per_step: float | None = None  # None when no speed is known for this device
+    time: StepTime | None = None  # the same, by what it goes to
+    save_pause_s: float = 0.0  # what a save adds to the steps around it
     warnings: tuple[str, ...] = ()
 
 

@@ -10,6 +10,7 @@ from decompft.adapters.spec import has_rank
 from decompft.launcher.fit import gib
 from decompft.launcher.plan import Plan, Term
 from decompft.launcher.recipe import Recipe
+from decompft.launcher.speed import run_seconds, tokens_per_s_and_gpu
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,10 +77,34 @@ def _decisions(plan: Plan) -> list[tuple[str, str]]:
         ("checkpoint", f"{gib(plan.checkpoint_bytes)} each, {recipe.checkpoint.keep} kept"),
         ("epoch", f"{plan.steps_per_epoch:,.1f} steps" if plan.steps_per_epoch
                   else "as many steps as tokenizing will tell"),
-        ("time", f"about {plan.seconds_per_step:.2f} s a step" if plan.seconds_per_step
-                 else "unknown: no speed was measured for this device"),
+        *_times(plan),
     ]  # fmt: skip
     return [(key, value) for key, value in rows if value]
+
+
+def _times(plan: Plan) -> list[tuple[str, str]]:
+    """A step, the run, and where the time goes; an estimate, and it says so."""
+    time, speed = plan.time, tokens_per_s_and_gpu(plan)
+    if time is None or speed is None:
+        return [("time", "unknown: no speed was measured for this device")]
+    rows = [
+        ("time", f"about {time.seconds:.2f} s a step, {speed:,.0f} tokens/s a GPU: simulated from what "
+                 f"{time.device}s were measured to do"),
+        ("of it", ", ".join(f"{t.name} {t.seconds / time.seconds:.1%}" for t in time.terms)
+                  + f"; the limit: {time.limit}"),
+    ]  # fmt: skip
+    run = run_seconds(plan)
+    if run is not None:
+        steps, seconds, saves = run
+        rows.append(
+            ("run", f"{steps:,} steps in about {_hours(seconds + saves)}, {_hours(saves)} of it for saves; evaluations "
+                    "and the start come on top")
+        )  # fmt: skip
+    return rows
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
 
 
 def _methods(recipe: Recipe) -> str:

@@ -33,7 +33,7 @@ from decompft.launcher.refusals import (
     refuse_strategy,
     refuse_world,
 )
-from decompft.launcher.speed import known_speed, time_forecast
+from decompft.launcher.speed import save_pause_s, step_time
 from decompft.launcher.strategies import STRATEGIES, Strategy
 from decompft.launcher.workload import Layout, Workload
 
@@ -107,8 +107,11 @@ def make(recipe: Recipe, *, machine: Machine | None = None) -> Plan:
         steps_per_epoch=steps_per_epoch(recipe),
         warnings=(*fitted.warnings, *warnings, *_warnings(shape, recipe, budget, work, layout)),
     )
-    speed = known_speed(work, layout, machine.gpu_name)
-    return plan.model_copy(update={"seconds_per_step": time_forecast(plan, speed)}) if speed else plan
+    time = step_time(work, layout, world, batch.accumulation, machine)
+    if time is None:
+        return plan
+    known = {"seconds_per_step": time.seconds, "time": time, "save_pause_s": save_pause_s(work)}
+    return plan.model_copy(update=known)
 
 
 def show(plan: Plan) -> None:

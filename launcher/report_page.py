@@ -119,11 +119,24 @@ def _cards(seen: Seen, verdict: Verdict) -> str:
         (f"peak memory, {origin}", size(peak), f"forecast {size(forecast)}{off}"),
         ("time running", duration(_busy_s(seen)), _starts(seen)),
         ("pause of a save, median", duration(statistics.median(stalls) if stalls else None), ""),
+        ("to the first step", *_startup(seen)),
     ]
     cells = (
         f"<div><small>{text(a)}</small><b>{text(b)}</b><small>{text(c)}</small></div>" for a, b, c in cards
     )
     return f'<section class="cards">{"".join(cells)}</section>'
+
+
+def _startup(seen: Seen) -> tuple[str, str]:
+    """How long the newest start took to its first step, and its three longest phases."""
+    events = seen.events_of("startup")
+    if not events:
+        return "-", ""
+    told = events[-1].details.get("phases")
+    phases = told.items() if isinstance(told, dict) else ()
+    known = [(name, s) for name, s in phases if isinstance(s, int | float) and math.isfinite(s) and s > 0]
+    longest = sorted(known, key=lambda pair: -pair[1])[:3]
+    return duration(events[-1].number("seconds")), ", ".join(f"{name} {duration(s)}" for name, s in longest)
 
 
 def _eval_words(best: tuple[int, float], first: float | None) -> str:

@@ -40,6 +40,7 @@ beside, and starts slower; the strategies are there for those whose cluster is b
 
 The forecast's constants were fitted to measurements of one and two H200s; `tests/test_forecast_measured.py` compares
 each run. What was never measured (selective and offloaded recomputation, hsdp, offload, several nodes) is arithmetic.
+The time of a step is said where the GPU was measured; `--gpu H200` plans for such GPUs ([scaling](scaling.md)).
 """
 
 

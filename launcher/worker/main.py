@@ -21,6 +21,7 @@ from decompft.launcher.runs import RunDir
 from decompft.launcher.worker.emergency import Emergency
 from decompft.launcher.worker.loaded import Loaded, size_text
 from decompft.launcher.worker.pulse import Pulse
+from decompft.launcher.worker.startup import Startup, imported, without_collecting
 from decompft.launcher.worker.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Rank:
     rank: int
     stream: TextIO  # what a person sees of this rank
     pulse: Pulse = field(default_factory=Pulse)
+    startup: Startup = field(default_factory=Startup)
     emergency: Emergency | None = None  # where nobody asks this process to stop: a benchmark
 
 
@@ -96,6 +98,7 @@ def run_rank(this: Rank) -> Outcome:
     """Build and train on this rank."""
     plan = this.run.read_plan()
     # torch and transformers: seconds of import, and only now is it known that the plan can be read
+    without_collecting()
     import torch
 
     from decompft.adapters.inject import remarks
@@ -109,7 +112,10 @@ def run_rank(this: Rank) -> Outcome:
     from decompft.launcher.worker.report import peak_memory
     from decompft.launcher.worker.state import whole_tensors
     from decompft.launcher.worker.train import train
+    from decompft.launcher.worker.warmup import warm_up
 
+    imported()
+    this.startup.done("imports")
     began = time.perf_counter()
     recipe = plan.recipe
     prepared = Prepared.read(this.run.path)
@@ -125,6 +131,7 @@ def run_rank(this: Rank) -> Outcome:
             f"the plan is for {plan.world.size} ranks, {engine.world_size} were started", "launch again"
         )
     engine.start()
+    this.startup.done("group")
     if recipe.train.deterministic:
         torch.use_deterministic_algorithms(True)
         # a help in search of bugs, at the price of writing all new memory
@@ -136,6 +143,9 @@ def run_rank(this: Rank) -> Outcome:
     if resume is not None:
         _same_base(resume.state["base"], prepared.identity, this.resume)
         _same_data(resume, prepared, this)
+    this.startup.done("data")
+    warm_up(engine)
+    this.startup.done("warm-up")
     this.pulse.at("loading")
     built = build(
         recipe.model, recipe.quantization, recipe.adapter, engine, seed=recipe.train.seed,
@@ -144,6 +154,7 @@ def run_rank(this: Rank) -> Outcome:
         known=None if resume is None else lambda name: resume.read(name, "param"),
         factor_progress=_loading(this, "factors of weights"),
     )  # fmt: skip
+    this.startup.done("base")
     with Metrics(
         this.run.path, rank=engine.rank, incarnation=this.incarnation, logging=recipe.logging,
         start_step=0 if resume is None else resume.step,
@@ -161,7 +172,7 @@ def run_rank(this: Rank) -> Outcome:
         outcome = train(
             plan, built, engine, data, held_out, this.run, incarnation=this.incarnation,
             resume=resume, metrics=metrics, adapter_json=adapter_json, data_key=prepared.data_key,
-            pulse=this.pulse, emergency=emergency,
+            pulse=this.pulse, emergency=emergency, startup=this.startup,
         )  # fmt: skip
         peak = peak_memory(plan, engine)
         metrics.message(peak.line())

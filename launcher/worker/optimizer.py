@@ -13,6 +13,7 @@ from decompft.adapters.inject import adapters
 from decompft.adapters.token_rows import token_rows
 from decompft.launcher.recipe import TrainSection
 from decompft.launcher.worker.engines.base import Engine, full_shape
+from decompft.launcher.worker.schedule import factor_of
 
 
 def make_optimizer(
@@ -51,14 +52,10 @@ def make_optimizer(
 def schedule(
     optimizer: torch.optim.Optimizer, train: TrainSection, total_steps: int
 ) -> Callable[[int], float]:
-    """Step (from 0) -> factor of the learning rate: transformers' schedules as pure functions."""
-    from transformers import get_scheduler
-
-    scheduler = get_scheduler(train.schedule, optimizer, train.warmup_steps, total_steps)
-    factor: Callable[[int], float] = scheduler.lr_lambdas[0]
-    for group in optimizer.param_groups:  # the scheduler has set step 0's rate already
-        group["lr"] = group["initial_lr"]
-    return factor
+    """Step (from 0) -> factor of the learning rate; each group keeps its own rate as `initial_lr`."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return factor_of(train, total_steps)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

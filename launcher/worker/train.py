@@ -35,6 +35,7 @@ from decompft.launcher.worker.recorded import make_passes
 from decompft.launcher.worker.report import peak_bytes
 from decompft.launcher.worker.retention import Retention
 from decompft.launcher.worker.saver import Held, Saver
+from decompft.launcher.worker.startup import Startup
 from decompft.launcher.worker.state import restore, slices
 
 
@@ -82,6 +83,7 @@ def train(
     data_key: str | None,
     pulse: Pulse,
     emergency: Emergency,
+    startup: Startup,
 ) -> Outcome:
     """Train to the last step, or to an orderly stop.
 
@@ -172,6 +174,7 @@ def train(
         patience = recipe.train.early_stop_evals
         return patience is not None and at.evals_without_gain >= patience
 
+    startup.done("optimizer")
     pulse.at("data", at.step)
     emergency.arm(saver)
     if (at.step == 0 or at.eval_due) and evaluation() and at.step < total:
@@ -181,6 +184,7 @@ def train(
         micro=batch_law.micro_size, accumulation=batch_law.accumulation, pad_multiple=passes.pad_multiple,
         moved=lambda: pulse.at("data"),
     )  # fmt: skip
+    startup.done("evaluation")
     model.train()
     gc.collect()
     gc.freeze()  # what was built stays: no collection during training need look at it again
@@ -188,6 +192,7 @@ def train(
         began = time.perf_counter()
         pulse.at("data", at.step)
         step = ahead.step(at.step)
+        startup.done("first data")
         for _, adapter in layers:
             adapter.on_step(at.step)
         set_learning_rate(optimizer, factor(at.step))
@@ -237,6 +242,8 @@ def train(
                 samples=zlib.crc32(repr(step.sample_ids).encode()),
             ) if is_logged else None  # fmt: skip
             pulse.at("logging", at.step)
+        startup.done("first step")
+        startup.tell(metrics, run, incarnation=incarnation, step=at.step)
         if row is not None:
             metrics.step(row)
         stopped = stops > 0 or at.step == stop_after
