@@ -158,7 +158,7 @@ class Bench:
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         optimizer = make_optimizer(self.model, trained, recipe.train, self.engine)
         batch = random_batch(micro, length).to(self.engine.device)
-        rounded = round_factors(self.model.model, DTYPES[recipe.quantization.compute])
+        rounded = round_factors(self.model.model, DTYPES[recipe.quantization.activations])
 
         def step(number: int) -> float:
             for _, adapter in layers:

@@ -48,7 +48,7 @@ def prepare(plan: Plan, engine: Engine) -> Trial:
     optimizer = engine.prepare_training(built.model, optimizer, list(built.trained.values()))
     batch = random_batch(plan.batch.micro_size, length).to(engine.device)
     built.model.train()
-    rounded = round_factors(built.model.model, DTYPES[recipe.quantization.compute])
+    rounded = round_factors(built.model.model, DTYPES[recipe.quantization.activations])
     return Trial(engine=engine, built=built, optimizer=optimizer, batch=batch, rounded=rounded)
 
 

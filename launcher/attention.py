@@ -61,7 +61,7 @@ def refuse_attention(recipe: Recipe, config: Mapping[str, Any], *, head_dim: int
         )
     reason = None
     if wanted == "varlen":
-        compute = recipe.quantization.compute
+        compute = recipe.quantization.activations
         reason = varlen_refusal(config, head_dim=head_dim, compute=compute, device=device)
     if reason is not None:
         raise PlanError(f"model.attention: varlen cannot run: {reason}", "use model.attention: auto")

@@ -49,7 +49,7 @@ def states(work: Workload, layout: Layout) -> list[Term]:
         ("embeddings, head, norms, biases", base.rest, q.activations, whole),
         ("adapter", work.num_adapter_params * TRAINED_BYTES, "float32", whole),
         ("adapter's fixed part", fixed * TRAINED_BYTES, "float32, on each rank", 1),
-        ("rounded factors", _rounded(work, layout), f"copies in {q.compute}, made once a step", 1),
+        ("rounded factors", _rounded(work, layout), f"copies in {q.activations}, made once a step", 1),
         ("modules trained whole", work.num_module_params * TRAINED_BYTES, "float32", whole),
         ("rows of tokens", work.num_token_params * TRAINED_BYTES, "float32", whole),
         ("gradients", trained * TRAINED_BYTES, "float32, reduced in place", grads),

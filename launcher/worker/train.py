@@ -99,7 +99,7 @@ def train(
     for _, adapter in layers:
         adapter.penalty_share = 1 / (batch_law.accumulation * engine.world_size)
     optimizer = engine.prepare_training(model, optimizer, parameters)
-    rounded = round_factors(model.model, DTYPES[recipe.quantization.compute])
+    rounded = round_factors(model.model, DTYPES[recipe.quantization.activations])
     phases = Phases(built, optimizer, engine, total_steps=total, seed=recipe.train.seed, say=metrics.message)
     to_prove = steps_to_prove(built)
     at = Progress()
