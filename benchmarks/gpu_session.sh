@@ -4,11 +4,11 @@
 #                                of them can end early does so, so many minutes after this
 #   go                           what call 2 carried (.carry/2) completes the model that the scoreboard trains
 #   wait SECONDS                 look after them for so long, or until all have ended; results go to $OUT
-# Parts, in this order; each has the GPUs to itself but the first two, which share them:
+# Parts, run in the order given; each has the GPUs to itself but drills and scoreboard, which share them:
 #   drills       kill, preempt and resume of a 7B shape over two GPUs, with kernels that add in a fixed order
 #   scoreboard   its missing cells, SHARE of them at once on each GPU (default 14)
 #   methods      every method's step beside LoRA's at 7B
-#   tests        pytest -m gpu
+#   tests        pytest -m gpu, for TESTS_S seconds at most (default 300)
 #   rows         gpu_7b.py with ROWS (its options) and the peers beside it
 # benchmarks/gpu_pack.sh, run before on the other machine, makes both folders. Give all calls at once: the machine is taken
 # back half a minute after the last. A session of its own (setsid) lets the work go on between calls.
@@ -47,7 +47,8 @@ methods() {
   wait
 }
 tests() { # only files with such tests: others want packages that are not there
-  timeout "$(left)" python3 -m pytest -q -m gpu -p no:cacheprovider $(grep -l "mark.gpu" tests/test_*.py)
+  # shellcheck disable=SC2046 # several words
+  timeout "${TESTS_S:-300}" python3 -m pytest -q -m gpu -p no:cacheprovider $(grep -l "mark.gpu" tests/test_*.py)
 }
 rows() {
   local peers=()

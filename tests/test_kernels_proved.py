@@ -64,6 +64,12 @@ def test_a_kernel_that_fails_is_not_used_and_said_once(
     assert record.getMessage() == f"kernel fake (bfloat16 on cpu) is not used: {words}; its twin runs instead"
 
 
+def test_all_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(proved.SWITCH, "0")
+    fake = Fake()
+    assert fake.proved().reason(CPU, torch.float32) == "DECOMPFT_TRITON=0" and fake.runs == 0
+
+
 def test_another_shape_or_dtype_is_wrong() -> None:
     with pytest.raises(proved.WrongKernelError, match=r"it makes \(2,\) float32, not \(3,\) float32"):
         close_to(torch.ones(2), torch.ones(3), 1.0)

@@ -8,6 +8,7 @@ makes of it. Nothing is proved while a CUDA graph is being captured or code trac
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+SWITCH = "DECOMPFT_TRITON"  # 0: no kernel of ours runs, to find out whether one is at fault
 
 # each has a `PROVED`
 _MODULES = ("columns", "dequantize", "norm", "rows", "changed", "fp8")
@@ -65,6 +68,8 @@ class Proved:
         )
 
     def _prove(self, device: torch.device, dtype: torch.dtype) -> str:
+        if os.environ.get(SWITCH) == "0":
+            return f"{SWITCH}=0"
         try:
             with torch.no_grad():
                 self.example(device, dtype)
