@@ -1,11 +1,11 @@
-"""Tokens/s and peak memory of one training step, Llama-2-7B's shape, ours beside PEFT + Liger.
+"""Tokens/s and peak memory of training steps at 7B's shape (and 8B's, 70B's), ours beside PEFT + Liger.
 
-    python benchmarks/gpu_7b.py --gpus 1 --out benchmarks/results/single_gpu.json
+    python benchmarks/gpu_7b.py --gpus 1 --peers PEERS.PY --out benchmarks/results/single_gpu.json
     python benchmarks/gpu_7b.py --gpus 2 --out benchmarks/results/multi_gpu.json
 
-Each case is a process of its own, ours through `launch` as a user starts it. A figure is the
-median of 20 steps after 5. The peer is ../shared/gpu/peers.py, timed in the same call. With `--compute both`
-each case runs in bfloat16 and in fp8, and the fp8 row says how far its losses are from the other's.
+The runs are those of speed_cases.py, each in a process of its own, ours through `launch` as a user starts it. A figure
+is the median of 20 steps after 5. The peer is ../shared/gpu/peers.py, timed in the same call. A second start skips what
+is in --out; fp8 rows say how far their losses are from the same case's in bfloat16.
 """
 
 from __future__ import annotations
@@ -23,72 +23,89 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from speed_cases import RECIPE, Case, cases
+
 ROOT = Path(__file__).resolve().parent.parent
-RECIPE = ROOT / "benchmarks" / "llama7b_shape.yaml"
 WORK = ROOT / ".bench"
 WARM_UP, STEPS = 5, 20
+BFLOAT16_FLOPS = 989e12  # an H200's, dense
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--compute", choices=("bfloat16", "fp8", "both"), default="bfloat16")
+    parser.add_argument("--only", nargs="*", default=[""], help="cases whose name contains one of these")
+    parser.add_argument("--part", default="0/1", help="K/N: every N-th case from the K-th on")
+    parser.add_argument("--override", nargs="*", default=[], help="KEY=VALUE of the recipe, for trials")
     parser.add_argument("--peers", type=Path, help="peers.py of the benchmark machine")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     WORK.mkdir(exist_ok=True)
     write_text(WORK / "random.jsonl", num_records=(WARM_UP + STEPS) * 8)
-    computes = ("bfloat16", "fp8") if args.compute == "both" else (args.compute,)
-    rows = [run_ours(n, o) for n, o in in_each(computes, cases(args.gpus)) if args.only in n]
-    compare_losses(rows)
-    if args.peers is not None and args.gpus == 1:
-        rows += [run_peer(args.peers, case) for case in ("nf4-liger", "nf4-liger-gc") if args.only in case]
-    for row in rows:
+    write_text(WORK / "random4096.jsonl", num_records=(WARM_UP + STEPS) * 4, length=4096)
+    first, step = map(int, args.part.split("/"))
+    chosen = [c for c in cases(args.gpus) if any(o in c.name for o in args.only)][first::step]
+    rows: list[dict[str, Any]] = json.loads(args.out.read_text()) if args.out.exists() else []
+    peers = [] if args.peers is None else sorted({c.peer for c in chosen} - {""})
+    for case in (*peers, *chosen):
+        if isinstance(case, Case):
+            overrides = [*case.overrides, *args.override]
+            asked = command(case.recipe, overrides)
+        else:
+            asked = peer_command(case)
+        if any(row.get("command") == asked and "error" not in row for row in rows):
+            continue
+        if isinstance(case, Case):
+            row = beside_targets(run_ours(case.name, overrides, recipe=case.recipe), case, rows)
+        else:
+            row = run_peer(args.peers, case)
+        rows = [r for r in rows if r.get("command") != asked] + [row | {"command": asked}]
         print(json.dumps({k: v for k, v in row.items() if k not in ("losses", "command")}), flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
+    print(table(rows))
 
 
-def cases(gpus: int) -> list[tuple[str, list[str]]]:
-    """(name, overrides); with two GPUs the same global batch on every strategy, so that losses compare."""
-    if gpus == 1:
-        return [
-            (f"{method}-{recompute}", [f"adapter.method={method}", f"train.recompute={recompute}"])
-            for method in ("map", "lora")
-            for recompute in ("none", "selective", "full", "offloaded")
-        ]
-    common = ["adapter.method=map", "train.global_batch_size=8"]
-    ddp = [*common, "parallel.strategy=ddp", f"parallel.gpus_per_node={gpus}"]
-    fsdp = [*common, "parallel.strategy=fsdp", f"parallel.gpus_per_node={gpus}"]
-    return [
-        ("map-single", [*common, "parallel.strategy=single", "parallel.gpus_per_node=1"]),
-        ("map-ddp", ddp),
-        ("map-fsdp", fsdp),
-        ("map-fsdp-full", [*fsdp, "train.recompute=full"]),
+def beside_targets(row: dict[str, Any], case: Case, others: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """With its ratios to the targets, to the peer's row, and for fp8 to the losses in bfloat16."""
+    if "error" in row:
+        return row
+    speed = row["tokens_per_s"] / row["ranks"]
+    if case.tokens_per_s is not None:
+        row["over_target"] = round(speed / case.tokens_per_s, 3)
+    if case.peak_gib is not None and row["peak_in_tensors_gib"] is not None:
+        row["memory_over_target"] = round(row["peak_in_tensors_gib"] / case.peak_gib, 3)
+    if case.flops_share is not None:
+        row["flops_share"] = round(speed * row["flops_per_token"] / BFLOAT16_FLOPS, 3)
+        row["over_target"] = round(row["flops_share"] / case.flops_share, 3)
+    for other in others:
+        if case.peer and other.get("case") == case.peer and "error" not in other:
+            row["over_peer"] = round(speed / other["tokens_per_s"], 3)
+        if other.get("case") == case.name.replace("-fp8", "-bfloat16") != case.name and "losses" in other:
+            pairs = zip(row["losses"], other["losses"], strict=True)
+            row["loss_apart"] = max(abs(one - before) / before for one, before in pairs)
+    return row
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: ratios over 1 are faster, or larger."""
+    lines = [
+        "| case | tokens/s a GPU | over target | over peer | GiB in tensors | over target |",
+        "| --- " * 6 + "|",
     ]
-
-
-def in_each(computes: Sequence[str], known: list[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
-    """Each case in each compute, one after the other."""
-    return [
-        (
-            name if compute == "bfloat16" else f"{name}-{compute}",
-            [*overrides, f"quantization.compute={compute}"],
-        )
-        for name, overrides in known
-        for compute in computes
-    ]
-
-
-def compare_losses(rows: list[dict[str, Any]]) -> None:
-    """`loss_apart` of fp8 rows: the largest relative difference from the same case, weights and data in bfloat16."""
-    of = {row["case"]: row["losses"] for row in rows if "losses" in row}
     for row in rows:
-        beside = of.get(row["case"].removesuffix("-fp8"))
-        if "losses" in row and row["compute"] == "fp8" and beside:
-            pairs = zip(row["losses"], beside, strict=True)
-            row["loss_apart"] = max(abs(one - other) / other for one, other in pairs)
+        if "error" in row:
+            lines.append(f"| {row['case']} | failed | | | | |")
+            continue
+        speed = row["tokens_per_s"] / row.get("ranks", 1)
+        target, peer, memory_target = (
+            row.get(k, "") for k in ("over_target", "over_peer", "memory_over_target")
+        )
+        peak = row["peak_in_tensors_gib"] or row["peak_gib"]
+        lines.append(f"| {row['case']} | {speed:,.0f} | {target} | {peer} | {peak:.1f} | {memory_target} |")
+    return "\n".join(lines)
 
 
 def run_ours(
@@ -123,20 +140,32 @@ def run_ours(
         "micro_batch": plan["batch"]["micro_size"], "accumulation": plan["batch"]["accumulation"],
         "sequence_length": asked["data"]["sequence_length"], "losses": losses, "ok": losses[-1] < losses[0],
         "tokens_per_s": round(statistics.median(r["tokens_per_s"] for r in rows[warm_up:])),
+        "flops_per_token": flops_per_token(plan),
         **memory(events["memory"]), "load": events["load"] | {"cache_dir": None}, "wall_s": round(wall, 1),
         "command": command(recipe, overrides),
     }  # fmt: skip
 
 
+def flops_per_token(plan: dict[str, Any]) -> float:
+    """Needed: 4 a weight, of a causal attention 6 a pair of tokens and width (half of them are masked)."""
+    config, length = plan["recipe"]["model"]["config"], plan["recipe"]["data"]["sequence_length"]
+    hidden, inner, layers = (config[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    keys = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
+    weights = layers * (2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * inner)
+    return float(4 * (weights + hidden * config["vocab_size"]) + 6 * length * hidden * layers)
+
+
 def memory(peak: dict[str, Any]) -> dict[str, Any]:
-    """Of the event that a run leaves, or of a PeakMemory: GiB, measured beside forecast; GPUs only."""
-    gib = 2**30
+    """Of the event that a run leaves, or of a PeakMemory: GiB, measured beside forecast; on a CPU no tensors' part."""
+
+    def gib(name: str) -> float | None:
+        return None if peak[name] is None else round(peak[name] / 2**30, 3)
+
     return {
-        "peak_gib": round(peak["measured"] / gib, 3), "forecast_gib": round(peak["forecast"] / gib, 3),
+        "peak_gib": gib("measured"), "forecast_gib": gib("forecast"),
         "forecast_error_percent": round(100 * (peak["forecast"] / peak["measured"] - 1), 1),
-        "peak_in_tensors_gib": round(peak["allocated"] / gib, 3),
-        "forecast_in_tensors_gib": round(peak["allocated_forecast"] / gib, 3),
-        "host_gib": round(peak["host"] / gib, 3), "host_forecast_gib": round(peak["host_forecast"] / gib, 3),
+        "peak_in_tensors_gib": gib("allocated"), "forecast_in_tensors_gib": gib("allocated_forecast"),
+        "host_gib": gib("host"), "host_forecast_gib": gib("host_forecast"),
     }  # fmt: skip
 
 
@@ -154,16 +183,20 @@ def run_peer(script: Path, case: str) -> dict[str, Any]:
         "stack": "peft", "case": case, "adapter": "lora", "quantization": "nf4+dq", "compute": "bfloat16",
         "recompute": "full" if "gc" in case else "none", "strategy": "single", "ranks": 1, "micro_batch": 4,
         "sequence_length": 2048, "tokens_per_s": row["tok_s"], "peak_in_tensors_gib": row["peak_GiB"],
-        "command": f"python peers.py --case {case} --bs 4 --steps {WARM_UP + STEPS}",
+        "command": peer_command(case),
     }  # fmt: skip
 
 
-def write_text(path: Path, *, num_records: int) -> None:
-    """Records that fill a row of the byte tokenizer: 2,047 letters and the end token."""
+def peer_command(case: str) -> str:
+    return f"python peers.py --case {case} --bs 4 --steps {WARM_UP + STEPS}"
+
+
+def write_text(path: Path, *, num_records: int, length: int = 2048) -> None:
+    """Records that fill a row of the byte tokenizer: letters and the end token."""
     draw = random.Random(0)
     with path.open("w") as file:
         for _ in range(num_records):
-            text = "".join(draw.choices(string.ascii_lowercase + " ", k=2047))
+            text = "".join(draw.choices(string.ascii_lowercase + " ", k=length - 1))
             file.write(json.dumps({"text": text}) + "\n")
 
 

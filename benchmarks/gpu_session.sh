@@ -9,9 +9,11 @@
 #   scoreboard   its missing cells, SHARE of them at once on each GPU (default 14)
 #   methods      every method's step beside LoRA's at 7B
 #   tests        pytest -m gpu, for TESTS_S seconds at most (default 300)
-#   rows         gpu_7b.py with ROWS (its options) and the peers beside it
+#   rows         the table of speed on one GPU, a part of it on each, the peers beside it; ROWS: names, default all
+#   pair         that on two; PAIR: names
 # benchmarks/gpu_pack.sh, run before on the other machine, makes both folders. Give all calls at once: the machine is taken
 # back half a minute after the last. A session of its own (setsid) lets the work go on between calls.
+# E.g. for what is missing of scoreboard and drills, then the kernels: begin 2 27 drills scoreboard tests rows
 set -euo pipefail
 work=$PWD/.bench/session; mkdir -p "$work"
 after() { while [ ! -e "$work/$1.done" ]; do sleep 0.5; done; }
@@ -24,9 +26,7 @@ minutes() { python3 -c "print($(left) / 60)"; }
 drills() { # at once: each loads the model half a dozen times
   local kind
   for kind in kill preempt resume; do
-    mkdir -p "$work/$kind"
-    # a folder of its own for runs and data; reached under the same names
-    (cp -r benchmarks "$work/$kind/" && cd "$work/$kind" && timeout "$(left)" python3 benchmarks/gpu_resume.py --gpus 2 \
+    (own "$kind" && timeout "$(left)" python3 benchmarks/gpu_resume.py --gpus 2 \
       --strategies --drills $kind --override train.recompute=full train.deterministic=true --out "$work/drill-$kind.json") &
   done
   wait
@@ -50,12 +50,20 @@ tests() { # only files with such tests: others want packages that are not there
   # shellcheck disable=SC2046 # several words
   timeout "${TESTS_S:-300}" python3 -m pytest -q -m gpu -p no:cacheprovider $(grep -l "mark.gpu" tests/test_*.py)
 }
-rows() {
-  local peers=()
-  [ ! -e .gpu-site/bench/peers.py ] || peers=(--peers .gpu-site/bench/peers.py)
-  # shellcheck disable=SC2086 # several words
-  timeout "$(left)" python3 benchmarks/gpu_7b.py ${ROWS:-} "${peers[@]}" --out "$work/rows.json"
+own() { # a folder of its own for runs and data, which the recipes reach under the same names
+  mkdir -p "$work/$1"; cp -r benchmarks "$work/$1/"; cd "$work/$1"
 }
+rows() {
+  local k peers=()
+  [ ! -e .gpu-site/bench/peers.py ] || peers=(--peers "$PWD/.gpu-site/bench/peers.py")
+  for k in $(seq 0 $((gpus - 1))); do
+    # shellcheck disable=SC2086 # several words
+    (own "rows-$k" && CUDA_VISIBLE_DEVICES=$k timeout "$(left)" python3 benchmarks/gpu_7b.py --part "$k/$gpus" \
+      ${ROWS:+--only $ROWS} "${peers[@]}" --out "$work/rows-$k.json") &
+  done
+  wait
+}
+pair() { timeout "$(left)" python3 benchmarks/gpu_7b.py --gpus 2 ${PAIR:+--only $PAIR} --out "$work/pair.json"; }
 
 case ${1:?begin, go or wait} in
 begin)
@@ -71,7 +79,7 @@ begin)
   export DECOMPFT_CACHE=$work/cache OMP_NUM_THREADS=4 gpus work
   python3 -c 'import bitsandbytes, liger_kernel, torch, decompft.launcher.planner; print(torch.__version__, torch.cuda.device_count())'
   part() { "$1" >"$work/$1.log" 2>&1 || echo "exit code $?" >>"$work/$1.log"; touch "$work/$1.done"; }
-  export -f after left minutes drills scoreboard methods tests rows part
+  export -f after left minutes own drills scoreboard methods tests rows pair part
   setsid bash -c '
     for name in "$@"; do
       case $name in drills | scoreboard) part "$name" & ;; *) wait; part "$name" ;; esac
@@ -96,5 +104,9 @@ wait)
 esac
 # what there is so far; eight files at most come back
 cat "$work"/7b-*.jsonl >"$OUT/adapters_7b.jsonl" 2>/dev/null || true
-for name in all rows drill-kill drill-preempt drill-resume; do cp "$work/$name.json" "$OUT/" 2>/dev/null || true; done
+for name in all pair; do cp "$work/$name.json" "$OUT/" 2>/dev/null || true; done
+for kind in rows drill; do # lists
+  python3 -c 'import json, sys; print(json.dumps([r for p in sys.argv[1:] for r in json.load(open(p))], indent=1))' \
+    $(ls "$work/$kind"-*.json 2>/dev/null) >"$OUT/$kind.json" || true
+done
 tar cJf "$OUT/logs.tar.xz" -C "$work" $(cd "$work" && ls -d ./*.log logs tree/.bench/*.json 2>/dev/null) 2>/dev/null || true

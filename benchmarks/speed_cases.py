@@ -1,0 +1,101 @@
+"""Which runs make the table of speed, and what each is meant to reach: tokens/s a GPU, GiB in tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+RECIPE = HERE / "llama7b_shape.yaml"
+RECIPE_8B = HERE / "llama8b_shape.yaml"
+RECIPE_70B = HERE / "llama70b_shape.yaml"
+
+# of LoRA and MAP at 7B, nf4: recompute -> (bfloat16, fp8) tokens/s, GiB
+_TARGETS = {
+    "none": ((20_000, 27_000), 34.0),
+    "selective": ((18_500, 24_500), 20.0),
+    "full": ((13_500, 19_000), 7.5),
+    "offloaded": ((13_095, 18_430), 6.0),  # 3 % under full
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A run of a recipe through `launch`."""
+
+    name: str
+    overrides: tuple[str, ...]
+    recipe: Path = RECIPE
+    tokens_per_s: float | None = None  # target, a GPU
+    peak_gib: float | None = None  # target
+    flops_share: float | None = None  # target: needed FLOPs over the card's 989 TFLOP/s in bfloat16
+    peer: str = ""  # of peers.py: the same work
+
+
+def cases(gpus: int) -> tuple[Case, ...]:
+    return _single() if gpus == 1 else _pair()
+
+
+def _single() -> tuple[Case, ...]:
+    """As a user would set it, and with passes recorded, where the host is the limit; the most telling first."""
+    found = []
+    for recompute, ((bfloat16, fp8), gib) in _TARGETS.items():
+        peer = {"none": "nf4-liger", "full": "nf4-liger-gc"}.get(recompute, "")
+        for method in ("lora", "map"):
+            for compute, target in (("bfloat16", bfloat16), ("fp8", fp8)):
+                for graph in (False, True) if recompute != "offloaded" else (False,):
+                    found.append(
+                        Case(
+                            name="-".join((method, recompute, compute, *["graph"] * graph)),
+                            overrides=(
+                                f"adapter.method={method}", f"train.recompute={recompute}",
+                                f"quantization.compute={compute}", f"train.cuda_graph={str(graph).lower()}",
+                            ),
+                            tokens_per_s=target, peak_gib=gib, peer=peer,
+                        )
+                    )  # fmt: skip
+    found.sort(key=lambda case: "selective" in case.name or "offloaded" in case.name)
+    for method, target, gib in (("dora", 19_000, 36.0), ("liera", None, None)):
+        for graph in (False, True):
+            found.append(
+                Case(
+                    name="-".join((method, "none", "bfloat16", *["graph"] * graph)),
+                    overrides=(
+                        f"adapter.method={method}", "train.recompute=none", f"train.cuda_graph={str(graph).lower()}",
+                    ),
+                    tokens_per_s=target, peak_gib=gib,
+                )
+            )  # fmt: skip
+    for rows in (2, 4):
+        batch = (f"train.micro_batch_size={rows}", f"train.global_batch_size={rows}")
+        found.append(
+            Case(name=f"8b-lora-none-{rows}-rows", overrides=batch, recipe=RECIPE_8B, flops_share=0.55)
+        )
+    return tuple(found)
+
+
+def _pair() -> tuple[Case, ...]:
+    """Two GPUs with the same global batch on every strategy, so that losses compare; then 70B."""
+    common = ("adapter.method=map", "train.global_batch_size=8")
+    ddp = (*common, "parallel.strategy=ddp", "parallel.gpus_per_node=2")
+    fsdp = (*common, "parallel.strategy=fsdp", "parallel.gpus_per_node=2")
+    known = {
+        "map-single": (*common, "parallel.strategy=single", "parallel.gpus_per_node=1"),
+        "map-ddp": ddp,
+        "map-ddp-graph": (*ddp, "train.cuda_graph=true"),
+        "map-fsdp": fsdp,
+        "map-fsdp-full": (*fsdp, "train.recompute=full"),
+    }
+    small = tuple(Case(name=name, overrides=overrides) for name, overrides in known.items())
+    large = tuple(
+        Case(
+            name=f"70b-map-fsdp-full-{compute}",
+            overrides=(
+                f"quantization.compute={compute}", "train.micro_batch_size=2", "train.global_batch_size=4",
+                "train.max_steps=8",
+            ),
+            recipe=RECIPE_70B, tokens_per_s=target, peak_gib=60.0,
+        )
+        for compute, target in (("bfloat16", 1_450), ("fp8", 2_100))
+    )  # fmt: skip
+    return (*small, *large)
