@@ -18,7 +18,6 @@ from decompft.launcher import planner
 from decompft.launcher.errors import PlanError
 from decompft.launcher.machine import Machine
 from decompft.launcher.plan import Plan
-from decompft.launcher.recipe import Recipe
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -93,32 +92,6 @@ def test_micro_batch_is_the_largest_that_fits() -> None:
     larger = plan.batch.micro_size * 2
     with pytest.raises(PlanError, match="needs"):
         make(machine, train={"micro_batch_size": larger, "recompute": "none"})
-
-
-def test_only_as_much_recomputation_as_needed() -> None:
-    found = [make(gpus(1, gib), train={"micro_batch_size": 4}).recompute for gib in (80, 24, 12, 8)]
-    assert found == ["none", "selective", "full", "offloaded"]
-    with pytest.raises(PlanError, match="memory: single with recomputation at micro batch 4"):
-        make(
-            Machine(host_memory_bytes=GIB), train={"micro_batch_size": 4}
-        )  # not from the host: it is the host
-
-
-def test_what_gathers_for_each_micro_batch_takes_more_rows_instead_of_selective() -> None:
-    away = {"parallel": {"strategy": "fsdp", "cpu_offload": True}}
-    free = make(gpus(2, 24), LLAMA_70B, **away)
-    assert (free.recompute, free.batch.micro_size) == ("full", 4)
-    assert make(gpus(2, 24), LLAMA_70B, **away, train={"micro_batch_size": 1}).recompute == "selective"
-
-
-def test_a_block_that_selective_does_not_know_is_recomputed_whole_in_words() -> None:
-    found = recipe({"model_type": "bert"}, data={"sequence_length": 512}, train={"recompute": "selective"})
-    raw = found.model_dump(mode="json")
-    raw["data"]["packing"] = False
-    raw["model"]["task"], raw["data"]["train"][0]["format"] = "sequence-classification", "classification"
-    plan = planner.make(Recipe.model_validate(raw), machine=gpus(1, 80))
-    assert plan.recompute == "full"
-    assert any("does not know the blocks of bert" in w for w in plan.warnings)
 
 
 def test_inputs_of_layers_on_the_host_are_forecast_there() -> None:

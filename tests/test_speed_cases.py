@@ -1,4 +1,4 @@
-"""The runs of the speed table: each can be planned on the machine that it is for, and a row is set beside its targets."""
+"""The runs of the speed table: each can be planned on the machine it is for, and a row is set beside its targets."""
 
 from __future__ import annotations
 
