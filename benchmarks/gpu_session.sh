@@ -6,14 +6,14 @@
 #   wait SECONDS                 look after them for so long, or until all have ended; results go to $OUT
 # Parts, run in the order given; each has the GPUs to itself but drills and scoreboard, which share them:
 #   drills       kill, preempt and resume of a 7B shape over two GPUs, with kernels that add in a fixed order
-#   scoreboard   its missing cells, SHARE of them at once on each GPU (default 14)
+#   scoreboard   its missing cells, SHARE of them at once on each GPU (default 14), BOARD_MINUTES long (default: to the end)
 #   methods      every method's step beside LoRA's at 7B
 #   tests        pytest -m gpu, for TESTS_S seconds at most (default 300)
 #   rows         the table of speed on one GPU, a part of it on each, the peers beside it; ROWS: names, default all
 #   pair         that on two; PAIR: names
 # benchmarks/gpu_pack.sh, run before on the other machine, makes both folders. Give all calls at once: the machine is taken
 # back half a minute after the last. A session of its own (setsid) lets the work go on between calls.
-# E.g. for what is missing of scoreboard and drills, then the kernels: begin 2 27 drills scoreboard tests rows
+# E.g. for what was never run, then what is missing of scoreboard and drills: TESTS_S=240 begin 2 25 tests drills scoreboard rows
 set -euo pipefail
 work=$PWD/.bench/session; mkdir -p "$work"
 after() { while [ ! -e "$work/$1.done" ]; do sleep 0.5; done; }
@@ -35,7 +35,7 @@ scoreboard() {
   after model
   local cells=(--model "$work/input/model.gguf" --data "$work/input/commonsense" --work "$work" --out "$work/all.json")
   python3 benchmarks/scoreboard.py --prepare "${cells[@]}"
-  python3 benchmarks/scoreboard.py "${cells[@]}" --gpus "$gpus" --per-gpu "${SHARE:-14}" --minutes "$(minutes)" \
+  python3 benchmarks/scoreboard.py "${cells[@]}" --gpus "$gpus" --per-gpu "${SHARE:-14}" --minutes "${BOARD_MINUTES:-$(minutes)}" \
     --merge benchmarks/results/scoreboard.json
 }
 methods() {
@@ -48,7 +48,8 @@ methods() {
 }
 tests() { # only files with such tests: others want packages that are not there
   # shellcheck disable=SC2046 # several words
-  timeout "${TESTS_S:-300}" python3 -m pytest -q -m gpu -p no:cacheprovider $(grep -l "mark.gpu" tests/test_*.py)
+  timeout -s INT -k 15 "${TESTS_S:-300}" python3 -m pytest -v --tb=short -m gpu -p no:cacheprovider \
+    tests/test_kernels_proved.py $(grep -l "mark.gpu" tests/test_*.py)
 }
 own() { # a folder of its own for runs and data, which the recipes reach under the same names
   mkdir -p "$work/$1"; cp -r benchmarks "$work/$1/"; cd "$work/$1"

@@ -27,7 +27,9 @@ from scoreboard_cases import cases
 from torch import Tensor
 from trial import random_batch
 
+from decompft.adapters.copies import round_factors
 from decompft.adapters.inject import adapters
+from decompft.launcher.worker.build import DTYPES
 from decompft.launcher.worker.engines.choose import make_engine
 from decompft.launcher.worker.graph_recorder import CudaRecorder
 from decompft.launcher.worker.optimizer import clip_gradients, make_optimizer
@@ -106,12 +108,15 @@ def train(bench: Bench, passes: Passes, trained: dict[str, Tensor], micro: int, 
     recipe, layers = bench.plan.recipe, list(adapters(bench.model))
     optimizer = make_optimizer(bench.model, trained, recipe.train, bench.engine)
     batch = random_batch(micro, recipe.data.sequence_length)
+    rounded = round_factors(bench.model.model, DTYPES[recipe.quantization.activations])
 
     def step(number: int) -> float:
         for _, adapter in layers:
             adapter.on_step(LATE + number)
+        rounded.refresh()
         passes.begin_step()
         loss = passes.run(batch, batch.num_targets)
+        rounded.drop()
         clip_gradients(layers, trained, bench.engine, recipe.train.max_grad_norm)
         optimizer.step()
         bench.engine.zero_gradients(list(trained.values()))

@@ -316,14 +316,15 @@ BERT = {
 
 
 @pytest.mark.parametrize("name", [*(n for n in FAMILIES if FAMILIES[n]["model_type"] in GROUPS), "bert"])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "full"])
 def test_a_models_own_forward_uses_every_member(name, recompute, tmp_path):
     """Each group computes once a pass, all its outputs are asked for, and the loss is that of linears alone."""
     is_bert = name == "bert"
     task = {"task": "sequence-classification"} if is_bert else {}
     folder, _ = saved(tmp_path, BERT if is_bert else FAMILIES[name], **task)
-    made = built(section(folder, **task), NF4 if recompute else PLAIN, AdapterSection(method="map", rank=4, alpha=8.0),
-                 recompute=recompute)  # fmt: skip
+    adapter = AdapterSection(method="map", rank=4, alpha=8.0)
+    base = NF4 if recompute == "full" else PLAIN
+    made = built(section(folder, **task), base, adapter, recompute=recompute)
     model = made.model.train()
     joined = list(joints(model))
     assert len(joined) == model.config.num_hidden_layers * len(GROUPS[model.config.model_type])

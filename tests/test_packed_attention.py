@@ -115,7 +115,7 @@ def folder(request, tmp_path_factory):
     return saved(tmp_path_factory.mktemp(request.param), FAMILIES[request.param])[0]
 
 
-def trained(folder, attend: str = "auto", *, recompute: bool = False):
+def trained(folder, attend: str = "auto", *, recompute: str = "none"):
     """The family's model with LoRA whose B is not 0, so that both factors have gradients."""
     made = built(section(folder, attention=attend), PLAIN, LORA, recompute=recompute)
     draw = torch.Generator().manual_seed(3)
@@ -136,7 +136,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool((found - expected).norm() <= 4e-6 * expected.norm())
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "full"])
 def test_a_packed_rows_gradients_are_the_sum_of_its_documents(folder, recompute):
     made, packed = trained(folder, recompute=recompute), row(LENGTHS)
     loss, grads = gradients(made, collate([packed, row((20,), seed=1)], pad_id=0))
@@ -170,7 +170,7 @@ def test_another_documents_tokens_change_no_bit(folder):
     assert not torch.equal(before[10:23], after[10:23])
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("rows", [[LENGTHS, (20,)], [(7,), (20,)]], ids=["packed", "one document a row"])
 def test_no_mask_is_made_and_nothing_is_asked_of_the_device(folder, rows, recompute, monkeypatch):
     """transformers would look whether positions restart: on a GPU, each time, a wait for it."""

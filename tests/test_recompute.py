@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
 from planning import CPU, recipe
 from tiny_models import FAMILIES, NF4, PLAIN, built, row, saved, section
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from decompft.adapters.base import Adapter
@@ -90,6 +96,18 @@ def sized(family: str, layers: int) -> dict:
     return fields
 
 
+@contextmanager
+def memory_told() -> Iterator[profile]:
+    """torch's allocator alone speaks: no model of an earlier test is collected meanwhile."""
+    gc.collect()
+    gc.disable()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as told:
+            yield told
+    finally:
+        gc.enable()
+
+
 def kept(family: str, layers: int, mode, compute: str) -> int:
     """Bytes that a forward pass of 64 tokens leaves in memory, by what torch's allocator reports."""
     quantization = QuantizationSection(format="none", compute=compute)
@@ -97,7 +115,7 @@ def kept(family: str, layers: int, mode, compute: str) -> int:
     model = built(source, quantization, LORA, recompute=mode).model.train()
     one = collate([row((64,))], pad_id=0)
     model(one).backward()  # what is made once, gradients and buffers among it
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as told:
+    with memory_told() as told:
         loss = model(one)
     assert loss.requires_grad
     return sum(event.self_cpu_memory_usage for event in told.key_averages())
@@ -135,7 +153,7 @@ def test_a_layer_keeps_what_the_forecast_says(family, compute) -> None:
 def test_a_step_leaves_nothing_behind(llama, method, mode) -> None:
     model = built(llama, PLAIN, METHODS[method], recompute=mode).model.train()
     model(batch()).backward()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as told:
+    with memory_told() as told:
         model(batch()).backward()
     assert sum(event.self_cpu_memory_usage for event in told.key_averages()) == 0
 
@@ -201,3 +219,50 @@ def test_a_graph_that_is_dropped_takes_its_inputs_with_it(llama) -> None:
     loss = model(batch())
     loss.backward()  # gets its own, not those of the pass before
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+
+
+class _RotaryInPlace(torch.autograd.Function):
+    """As Liger's: it writes over q and k, unseen by autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        q, k = (t.transpose(1, 2).contiguous() for t in (q, k))
+        for each in (q, k):
+            each.data.copy_(_turned(each, cos.unsqueeze(2), sin.unsqueeze(2)))
+        return q.transpose(1, 2), k.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = (t.unsqueeze(1) for t in ctx.saved_tensors)
+        return (*(_turned(slope, cos, -sin) for slope in slopes), None, None)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+
+@pytest.mark.parametrize("lengths", [(9, 1, 13), (20,)])
+@pytest.mark.parametrize(("family", "heads"), [("qwen3", {}), ("gemma3_text", {"num_key_value_heads": 1})])
+def test_a_rotary_that_writes_in_place_is_not_undone(monkeypatch, family, heads, lengths) -> None:
+    """q and k come out of norms that selective runs again: what attention saved lies there, turned."""
+    module = import_module(
+        f"transformers.models.{family.removesuffix('_text')}.modeling_{family.removesuffix('_text')}"
+    )
+    monkeypatch.setattr(
+        module, "apply_rotary_pos_emb", lambda q, k, cos, sin, *_, **__: _RotaryInPlace.apply(q, k, cos, sin)
+    )
+    config = {**FAMILIES[family], **heads} | ({"sliding_window": 64} if heads else {})
+    found = []
+    for mode in ("none", "selective"):
+        source = ModelSection(config=config, weights="random")
+        made = built(source, PLAIN, LORA, recompute=mode)
+        draw = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in made.trained.values():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=draw)
+        loss = made.model.train()(collate([row(lengths)], pad_id=0))
+        found.append((loss, *torch.autograd.grad(loss, list(made.trained.values()))))
+    for kept_whole, run_again in zip(*found, strict=True):
+        assert torch.equal(kept_whole, run_again)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from decompft.adapters.inject import adapters
 from decompft.launcher.checkpoints import newest_valid
 from decompft.launcher.errors import PlanError, UserError
 from decompft.launcher.recipe import AdapterSection, ModelSection, QuantizationSection
+from decompft.launcher.recompute import Recompute
 from decompft.launcher.worker.build import Built
 from decompft.launcher.worker.data.batches import Batch, collate
 from decompft.launcher.worker.pulse import Pulse
@@ -29,7 +31,7 @@ LORA = AdapterSection(method="lora", rank=4, alpha=8.0)
 PACKED = [row((9, 1, 13), vocab=260), row((23,), seed=1, vocab=260)]
 
 
-def every_method(compute: str = "float32", base: str = "nf4", *, recompute: bool = False) -> Built:
+def every_method(compute: str = "float32", base: str = "nf4", *, recompute: Recompute = "none") -> Built:
     """A model in which the n-th linear layer carries the n-th variant."""
     num_layers = -(-len(VARIANTS) // len(MODULES))
     places = [f"model.layers.{i}.{module}" for i in range(num_layers) for module in MODULES]
@@ -52,24 +54,30 @@ def every_method(compute: str = "float32", base: str = "nf4", *, recompute: bool
 
 
 def static(batch: Batch) -> Batch:
-    return replace(batch, target_index=None)
+    return replace(batch, target_index=None, documents=None)
+
+
+def masks_for(batch: Batch) -> AbstractContextManager[None]:
+    return static_masks(is_packed=batch.position_ids is not None)
 
 
 # -- what a pass may not do ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("base", "recompute"), [("nf4", False), ("nf4", True), ("int8", False), ("fp8", False), ("none", False)]
+    ("base", "recompute"),
+    [("nf4", "none"), ("nf4", "full"), ("int8", "none"), ("fp8", "none"), ("none", "none")],
 )
 def test_a_training_pass_of_every_method_makes_no_data_dependent_host_read(
-    base: str, recompute: bool
+    base: str, recompute: Recompute
 ) -> None:
     model = every_method("bfloat16", base, recompute=recompute).model.train()
     for _, adapter in adapters(model.model):
         adapter.on_step(0)
     for rows in (PACKED, PACKED[1:]):  # with positions and without
-        with NoHostReads(), static_masks():
-            model(static(collate(rows, pad_id=0))).backward()
+        batch = static(collate(rows, pad_id=0))
+        with NoHostReads(), masks_for(batch):
+            model(batch).backward()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -78,14 +86,15 @@ def test_a_pass_of_every_family_makes_no_data_dependent_host_read(tmp_path: Any,
     model = built(section(folder), PLAIN, LORA).model.train()
     for rows in ([row((9, 1, 13)), row((20,), seed=1)], [row((20,))]):
         batch = collate(rows, pad_id=0)
-        with static_masks():
-            expected = model(batch).detach()
+        by_mask = replace(batch, documents=None)
+        with masks_for(batch):
+            expected = model(by_mask).detach()
             with NoHostReads():
                 found = model(static(batch))
         found.backward()
         # sums of the same float32 terms, with zeros among them
         torch.testing.assert_close(found.detach(), expected, rtol=1e-6, atol=0)
-        torch.testing.assert_close(model(batch).detach(), expected, rtol=0, atol=0)  # masks are the same
+        torch.testing.assert_close(model(by_mask).detach(), expected, rtol=0, atol=0)  # masks are the same
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gemma2", "gpt2"])
@@ -96,7 +105,7 @@ def test_a_pass_of_a_classifier_makes_no_data_dependent_host_read(tmp_path: Any,
     for lengths in ((9, 20, 14), (16, 16)):
         batch = collate(texts(*lengths), pad_id=0)
         expected = model(batch).detach()
-        with NoHostReads(), static_masks():
+        with NoHostReads(), masks_for(batch):
             found = model(static(batch))
             found.backward()
         # float32 sums of attention in another order

@@ -17,6 +17,7 @@ from decompft.adapters.base import Adapter
 from decompft.adapters.inject import adapters
 from decompft.adapters.launched import LaunchedAdapter
 from decompft.launcher.recipe import AdapterSection, ModelSection, QuantizationSection
+from decompft.launcher.recompute import Recompute
 from decompft.launcher.worker.build import Built
 from decompft.launcher.worker.data.batches import Batch, collate
 from decompft.launcher.worker.engines.base import Engine
@@ -73,7 +74,7 @@ def batches() -> list[Batch]:
     return made
 
 
-def model(device: torch.device, name: str, compute: str, dropout: float, recompute: bool) -> Built:
+def model(device: torch.device, name: str, compute: str, dropout: float, recompute: Recompute) -> Built:
     method, options = METHODS[name]
     adapter = AdapterSection(method=method, rank=4, alpha=8.0, dropout=dropout, options=options)
     quantization = QuantizationSection.model_validate({"format": "nf4", "compute": compute})
@@ -88,7 +89,7 @@ def steps(
     is_recorded: bool,
     compute: str = "float32",
     dropout: float = 0.0,
-    recompute: bool = False,
+    recompute: Recompute = "none",
 ) -> Steps:
     found = model(device, name, compute, dropout, recompute)
     engine, layers = Engine(device, timeout_s=60), list(adapters(found.model.model))
@@ -161,9 +162,9 @@ def test_steps_of_two_shapes_equal_the_plain_ones(device: str, name: str) -> Non
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("dropout", "recompute"), [(0.2, False), (0.0, True)])
+@pytest.mark.parametrize(("dropout", "recompute"), [(0.2, "none"), (0.0, "full")])
 def test_dropout_draws_the_same_and_recomputation_is_recorded(
-    device: str, dropout: float, recompute: bool
+    device: str, dropout: float, recompute: Recompute
 ) -> None:
     """A graph reads the generator's seed and offset when it is replayed, not when it was recorded."""
     where = torch.device(device)

@@ -36,7 +36,9 @@ def forget(block: nn.Module, pieces: Pieces) -> None:
         parent, _, own = name.rpartition(".")
         norm = getattr(block.get_submodule(parent), own, None)
         if norm is not None:
-            _set_forward(norm, _rerun_norm(norm, passes))
+            # Liger's rotary writes over what the attention's own norms give, unseen by autograd: whoever saved that
+            # would be given it unturned; and nobody else keeps it
+            _set_forward(norm, _rerun_norm(norm, passes, is_kept=not parent))
     mlp = block.get_submodule(pieces.mlp)
     _set_forward(mlp, _split_mlp(mlp, pieces.last, passes))
     _set_forward(block, _watch(block.forward, passes))
@@ -58,7 +60,8 @@ def _watch(original: Callable[..., Any], passes: list[_Pass]) -> Callable[..., A
     return forward
 
 
-def _rerun_norm(norm: nn.Module, passes: list[_Pass]) -> _Function:
+def _rerun_norm(norm: nn.Module, passes: list[_Pass], *, is_kept: bool) -> _Function:
+    """`is_kept`: modules after it save its output, which is left to the second run."""
     original: _Function = norm.forward
     asked: list[list[Tensor]] = []  # where a second run wants the output
 
@@ -74,7 +77,7 @@ def _rerun_norm(norm: nn.Module, passes: list[_Pass]) -> _Function:
 
     def forward(x: Tensor) -> Tensor:
         if passes:
-            return passes[-1].run(original, x, again=again)
+            return passes[-1].run(original, x, again=again, is_kept=is_kept)
         y = original(x)
         if asked:
             asked[-1].append(y)
@@ -119,11 +122,25 @@ class _Pass:
         # by address; the tensors are held, so that no other takes an address of theirs before the pass is over
         self._outputs: dict[int, tuple[Tensor, _Piece]] = {}
 
-    def run(self, function: _Function, x: Tensor, *, again: _Function, draws: bool = False) -> Tensor:
-        """`function` of x; `again` is the same function in the backward pass; `draws`: random numbers."""
+    def run(
+        self,
+        function: _Function,
+        x: Tensor,
+        *,
+        again: _Function,
+        draws: bool = False,
+        is_kept: bool = True,
+    ) -> Tensor:
+        """`function` of x.
+
+        Args:
+            again: the same function in the backward pass.
+            draws: random numbers.
+            is_kept: modules after it save its output as it is.
+        """
         piece = _Piece(again, self.pack(x), x, draws=draws)
         y = piece.run(function, x)
-        if y.data_ptr():
+        if is_kept and y.data_ptr():
             self._outputs[y.data_ptr()] = (y, piece)
         return y
 

@@ -44,10 +44,11 @@ class CudaRecorder:
     def plain(self, work: Work) -> Tensor:
         here = torch.cuda.current_stream()
         self._stream.wait_stream(here)
-        with torch.cuda.stream(self._stream):
-            loss = work()
-        here.wait_stream(self._stream)
-        return loss
+        try:
+            with torch.cuda.stream(self._stream):
+                return work()
+        finally:  # also where it fails: gradients are put back on `here`
+            here.wait_stream(self._stream)
 
     def record(self, work: Work) -> tuple[Callable[[], None], Tensor]:
         gc.collect()  # with cycles go nodes of autograd that know another stream
@@ -75,6 +76,9 @@ class CudaRecorder:
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
         """Undo for the allocator a capture that has failed, so that the run can go on without."""
         graph.reset()
+        # the state of the random numbers believes to be captured still; a copy of it does not
+        generator = torch.cuda.default_generators[self._stream.device_index]
+        generator.graphsafe_set_state(generator.clone_state())
         # for torch 2.11 the capture is still under way: the next shortage of memory would end the process, and the
         # pass's memory never be free (pytorch/pytorch#180395)
         device = self._stream.device_index

@@ -20,8 +20,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 
-def checkpoint_on_host() -> Callable[..., Any]:
-    """What transformers calls in place of torch's checkpoint, for all blocks of one model."""
+def checkpoint_on_host(*, draws: bool) -> Callable[..., Any]:
+    """What transformers calls in place of torch's checkpoint, for all blocks of one model; `draws`: random numbers."""
     host = HostInputs()
 
     def run(function: Callable[..., Any], *args: Any) -> Any:
@@ -34,7 +34,7 @@ def checkpoint_on_host() -> Callable[..., Any]:
             return tensor if tensor.grad_fn is None else tensor.detach()
 
         with saved_tensors_hooks(pack, host.get):
-            return checkpoint(function, *args, use_reentrant=False)
+            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=draws)
 
     return run
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from decompft.adapters.inject import adapters
-from decompft.launcher.recompute import Recompute, pieces_of
+from decompft.launcher.recompute import MODES, Recompute, pieces_of
 from decompft.launcher.worker.forget import forget
 from decompft.launcher.worker.host_inputs import checkpoint_on_host
 
@@ -19,6 +19,7 @@ def set_recompute(hf: Any, blocks: list[nn.Module], mode: Recompute) -> None:
         hf: the transformers model.
         blocks: its repeated layers.
     """
+    assert mode in MODES, mode
     if mode == "none":
         return
     if mode == "selective":
@@ -32,7 +33,7 @@ def set_recompute(hf: Any, blocks: list[nn.Module], mode: Recompute) -> None:
     how = {"use_reentrant": False, "preserve_rng_state": drops}
     hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     if mode == "offloaded":
-        on_host = checkpoint_on_host()
+        on_host = checkpoint_on_host(draws=drops)
         for module in hf.modules():
             if hasattr(module, "_gradient_checkpointing_func"):
                 module._gradient_checkpointing_func = on_host

@@ -167,7 +167,8 @@ class RecordedPasses:
 
     def _work(self, batch: Batch, divisor: Tensor) -> Work:
         def work() -> Tensor:
-            with static_masks():
+            # positions are given exactly where rows are packed
+            with static_masks(is_packed=batch.position_ids is not None):
                 loss = self._engine.forward(self._model, batch) / divisor
                 self._engine.backward(loss)
             # autograd's graph ends here: kept alive, its nodes would bring this pass's stream into the next
@@ -209,16 +210,16 @@ class RecordedPasses:
         return made
 
     def _forget(self) -> None:
+        self._recorder.forget()  # which waits for the last replay
         self._recordings.clear()
-        self._recorder.forget()
         self._is_full = False
         self._num_forgotten += 1
         if self._num_forgotten > MAX_FORGOTTEN:
             self._give_up("what adapters compute has changed between steps too often", None)
 
     def _give_up(self, why: str, error: RuntimeError | None) -> None:
+        self._recorder.forget()  # which waits for the last replay
         self._recordings.clear()
-        self._recorder.forget()
         self._is_off = True
         why = why.strip().partition("\n")[0]
         if self._is_demanded:
