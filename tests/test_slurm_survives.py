@@ -83,11 +83,12 @@ def test_a_signal_to_the_batch_script_saves_and_requeues(
 def test_demand_2_the_time_limit_loses_no_step(
     cluster: Cluster, tmp_path: Path, samples: dict[int, int]
 ) -> None:
-    run = submit(cluster, tmp_path, env=slow_steps(tmp_path, 1.0))
+    # the warning comes 180 s before the end, a minute after the start, and Slurm looks every 30 s: the run is longer
+    run = submit(cluster, tmp_path, env=slow_steps(tmp_path, 4.0))
     run.until_step(3)
-    # the warning comes 180 s before the end, so at once; Slurm looks every 30 s
     cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=4")
     run.until_incarnation(2)
+    (tmp_path / "hurry").touch()
     cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=30")
     run.finished(240)
     check(run, samples)
