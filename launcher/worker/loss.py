@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from decompft.adapters.token_rows import column_logits, with_columns
+from decompft.launcher.worker.data.batches import IGNORE
 
 CHUNK_TOKENS = 1024
-IGNORED = -100  # a target without loss, where `targets` has such
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,7 +115,7 @@ class _TokenLoss(torch.autograd.Function):
                 logits_TV.index_fill_(1, trained.known_ids, -math.inf)
                 target_T1 = target_T1.masked_fill(columns.is_target_T1, 0)
             norm_T1 = torch.logsumexp(logits_TV, dim=1, keepdim=True)
-            is_ignored_T1 = target_T1 == IGNORED if has_ignored else None
+            is_ignored_T1 = target_T1 == IGNORE if has_ignored else None
             if is_ignored_T1 is not None:
                 target_T1 = target_T1.masked_fill(is_ignored_T1, 0)
             chosen_T1, one_T1 = logits_TV.gather(1, target_T1), torch.ones_like(norm_T1)

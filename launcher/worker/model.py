@@ -15,9 +15,9 @@ from decompft.adapters.token_rows import TokenHead
 from decompft.launcher.errors import ModelError
 from decompft.launcher.recipe import ModelSection
 from decompft.launcher.worker import packed_attention
-from decompft.launcher.worker.data.batches import Batch
+from decompft.launcher.worker.data.batches import IGNORE, Batch
 from decompft.launcher.worker.data.documents import Documents
-from decompft.launcher.worker.loss import IGNORED, TrainedRows, head_logits, token_loss_sum
+from decompft.launcher.worker.loss import TrainedRows, head_logits, token_loss_sum
 
 # the frozen base's own dropout is off: only adapter.dropout drops anything
 _DROPOUTS = (
@@ -167,7 +167,7 @@ class LossModel(nn.Module):
                 picked, head.weight, head.bias, targets, self._softcap(), trained, has_ignored=index is None
             )
         logits = _rows(self.logits(batch.input_ids, batch.position_ids, batch.documents), index)
-        return F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
+        return F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE)
 
     def class_logits(self, batch: Batch) -> Tensor:
         """float32 logits (B, num_labels) of a classifier."""
