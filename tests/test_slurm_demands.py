@@ -127,12 +127,15 @@ def test_twenty_random_preemptions_lose_no_sample(
     """A job of higher priority takes the nodes at random moments: while it loads, trains, saves, or waits."""
     count = 20
     rng = random.Random(6)
+    # The 20 waits below are 154 s together, and a preemption takes 2 s or so: however fast the machine starts a run,
+    # its 40 steps do not end before the last preemption. A step is far shorter than the partition's grace of 20 s.
     run = submit(
-        cluster, tmp_path, "parallel.nodes=1", "slurm.partition=preempt", env=slow_steps(tmp_path, 3.0),
+        cluster, tmp_path, "parallel.nodes=1", "slurm.partition=preempt", env=slow_steps(tmp_path, 6.0),
         profile="node_check: false\nexclusive: true",
     )  # fmt: skip
-    for _ in range(count):
-        cluster.until(lambda: cluster.state(run.job) == "RUNNING", 120, "the run's turn")
+    for number in range(count):
+        what = f"the run's turn after {number} preemptions, at step {max(run.samples(), default=0)}\n{run.log()}"
+        cluster.until(lambda: cluster.state(run.job) == "RUNNING", 120, what)
         time.sleep(rng.uniform(0.5, 14))
         high = cluster.submit(
             "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "true", cwd=tmp_path
