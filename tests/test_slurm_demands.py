@@ -134,7 +134,9 @@ def test_twenty_random_preemptions_lose_no_sample(
         profile="node_check: false\nexclusive: true",
     )  # fmt: skip
     for number in range(count):
-        what = f"the run's turn after {number} preemptions, at step {max(run.samples(), default=0)}\n{run.log()}"
+        what = (
+            f"the run's turn after {number} preemptions, at step {max(run.samples(), default=0)}\n{run.log()}"
+        )
         cluster.until(lambda: cluster.state(run.job) == "RUNNING", 120, what)
         time.sleep(rng.uniform(0.5, 14))
         high = cluster.submit(

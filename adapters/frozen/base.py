@@ -91,8 +91,22 @@ class FrozenLinear(nn.Module):
         """Whether rows times a scale near 1 differ from the rows once they are rounded; a quantized weight's do."""
         return True
 
+    def adds(self, storage: tuple[Tensor, ...], scale: Tensor | None) -> bool:
+        """Whether `product` without `weight` adds to `into_TO` as it multiplies, and not in a pass of its own."""
+        return self.products is None
+
+    @property
+    def adds_back(self) -> bool:
+        """Whether `product_back` adds to `into_TI` as it multiplies."""
+        return self.products is None
+
     def product(
-        self, x_TI: Tensor, storage: tuple[Tensor, ...], scale: Tensor | None, weight: Tensor | None = None
+        self,
+        x_TI: Tensor,
+        storage: tuple[Tensor, ...],
+        scale: Tensor | None,
+        weight: Tensor | None = None,
+        into_TO: Tensor | None = None,
     ) -> Tensor:
         """x (tokens, in) -> scale W x (tokens, out) in x's dtype, in memory of its own; not seen by autograd.
 
@@ -101,17 +115,26 @@ class FrozenLinear(nn.Module):
         Args:
             scale: (1,), or None for 1; (out, 1) where the format `folds` and without `weight`.
             weight: W unpacked already, in x's dtype.
+            into_TO: what the product is added to, in place and returned; default memory of its own. Only where this
+                `adds`.
         """
+        assert into_TO is None or (weight is None and self.adds(storage, scale))
         if self.products is not None:
             return self.products.forward(self, x_TI, storage, scale, weight)
-        return self.own_product(x_TI, storage, scale, weight)
+        return self.own_product(x_TI, storage, scale, weight, into_TO)
 
     def own_product(
-        self, x_TI: Tensor, storage: tuple[Tensor, ...], scale: Tensor | None, weight: Tensor | None
+        self,
+        x_TI: Tensor,
+        storage: tuple[Tensor, ...],
+        scale: Tensor | None,
+        weight: Tensor | None,
+        into_TO: Tensor | None = None,
     ) -> Tensor:
         """`product` in x's dtype."""
         if weight is None:
-            return x_TI @ self.unpack(storage, x_TI.dtype, scale).T
+            weight_IO = self.unpack(storage, x_TI.dtype, scale).T
+            return x_TI @ weight_IO if into_TO is None else into_TO.addmm_(x_TI, weight_IO)
         y_TO = x_TI @ weight.T
         return y_TO if scale is None else y_TO.mul_(scale)
 

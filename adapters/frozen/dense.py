@@ -23,11 +23,19 @@ class DenseLinear(FrozenLinear):
     def pack(self, rows: Tensor) -> tuple[Tensor, ...]:
         return (rows.to(self.weight.dtype).contiguous(),)
 
+    def adds(self, storage: tuple[Tensor, ...], scale: Tensor | None) -> bool:
+        return super().adds(storage, scale) and (scale is None or self.is_off_grid(storage))
+
     def own_product(
-        self, x_TI: Tensor, storage: tuple[Tensor, ...], scale: Tensor | None, weight: Tensor | None
+        self,
+        x_TI: Tensor,
+        storage: tuple[Tensor, ...],
+        scale: Tensor | None,
+        weight: Tensor | None,
+        into_TO: Tensor | None = None,
     ) -> Tensor:
         if scale is None or weight is not None or x_TI.dtype.itemsize > 2 or self.is_off_grid(storage):
-            return super().own_product(x_TI, storage, scale, weight)
+            return super().own_product(x_TI, storage, scale, weight, into_TO)
         # scaled before it is rounded, see linear.py
         weight = storage[0].to(x_TI.dtype)
         if x_TI.is_cuda:

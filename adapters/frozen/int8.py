@@ -40,11 +40,19 @@ class Int8Linear(EightBitLinear):
         super().__init__(in_features, out_features, bias_dtype=bias_dtype)
         self.outlier_threshold = outlier_threshold
 
+    def adds(self, storage: tuple[Tensor, ...], scale: Tensor | None) -> bool:
+        return super().adds(storage, scale) and not self.outlier_threshold
+
     def own_product(
-        self, x_TI: Tensor, storage: tuple[Tensor, ...], scale: Tensor | None, weight: Tensor | None
+        self,
+        x_TI: Tensor,
+        storage: tuple[Tensor, ...],
+        scale: Tensor | None,
+        weight: Tensor | None,
+        into_TO: Tensor | None = None,
     ) -> Tensor:
         if not self.outlier_threshold:
-            return super().own_product(x_TI, storage, scale, weight)
+            return super().own_product(x_TI, storage, scale, weight, into_TO)
         load_operators()
         codes, absmax = storage
         W_OI = codes.view(torch.int8)[:, : self.in_features].contiguous()

@@ -10,11 +10,15 @@ and v; gate and up), else one linear alone. Of several, the downs are one matrix
 for all gradients of the downs, and the thin branches are added to dx by one product. The weights stay apart: one is
 dequantized, used and freed before the next.
 
+What is thin is written first where it can be, and the product with W added onto it: a multiplication takes in what
+lies there on its way out, where a thin product added later would read and write all of y, or dx, for itself. It also
+rounds once less at y's size.
+
 Saved for backward: x, x_d, h (T, K), the trained tensors, and the packed weight, which is dequantized again. No
 gradient of W is made. A format may round x inside its product (int8 with an outlier threshold): the backward pass is
 that of the dequantized weight all the same. Gradients of the scales need no further pass over the weight:
-- a scalar `row`: d row = <dy, W x> = <W^T dy, x>, and W^T dy is computed for dx anyway; d q = <up^T dy, h>; `col`
-  likewise, by columns.
+- a scalar `row`: d row = <dy, W x> = <W^T dy, x>, and W^T dy is computed for dx anyway, of several members as the
+  difference between <dx, x> after it and before; d q = <up^T dy, h>; `col` likewise, by columns, of W^T dy alone.
 - a vector `row` that multiplies the weight while it is dequantized: with Y the output without bias, kept by
   reference, d row_o = (sum_t dY_to Y_to - sum_k up_ok (dup)_ok) / row_o, as the thin part of Y has the slope dup.
 - a vector `row` over a dense bfloat16 weight, which scaled and rounded again would be what it was for every scale
@@ -33,6 +37,7 @@ import torch
 from torch import Tensor
 
 from decompft.adapters.frozen.base import FrozenLinear
+from decompft.adapters.frozen.slope import Slope
 from decompft.adapters.frozen.thin import add_thin, thin_back, wide
 from decompft.adapters.kernels.columns import dot, dot_columns, dot_columns_and_scale_, times_columns
 
@@ -134,15 +139,20 @@ class _FrozenLinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         x_TI = x.reshape(-1, x.shape[-1])
         own = list(_split_each(tensors, [part.counts for part in parts]))
-        passes = [_through_base(x_TI, p, *groups) for p, groups in zip(parts, own, strict=True)]
+        passes = [_begin(x_TI, p, *groups) for p, groups in zip(parts, own, strict=True)]
         d_TI = x_TI if dropped is None else dropped.reshape(x_TI.shape)
         ctx.set_materialize_grads(False)
-        ys = [p.y_TO for p in passes]
-        thin = add_thin(d_TI, [p.f for p in passes], ys)
+        begun = [p.y_TO for p in passes]
+        thin = add_thin(d_TI, [p.f for p in passes], begun)
+        for part, found, y_TO, (_, _, storage) in zip(parts, passes, begun, own, strict=True):
+            if found.y_TO is None:
+                _multiply(x_TI, part.base, storage, found, into_TO=y_TO)
         saved: list[Tensor | None] = [x, dropped, *thin.tensors()]
         ctx.scale, ctx.counts, ctx.facts = thin.scale, [], []
+        ys: list[Tensor] = []
         for part, found, (trained, fixed, storage) in zip(parts, passes, own, strict=True):
-            f, kept_TO = found.f, _add_biases(part.base, found)
+            f, (y_TO, kept_TO) = found.f, _add_biases(part.base, found)
+            ys.append(y_TO)
             q, number = (f.q, 1.0) if isinstance(f.q, Tensor) else (None, f.q)
             groups = (
                 (kept_TO, f.up, f.down, q, f.row, f.col, f.bias),
@@ -170,48 +180,62 @@ class _FrozenLinears(torch.autograd.Function):
         own = list(_split_each(rest, ctx.counts))
         factors = [_factors(*facts[2:4], *groups) for facts, groups in zip(ctx.facts, own, strict=True)]
         thin = thin_back(gs, d_TI, factors, thin_tensors, ctx.scale)
-        dx: Tensor | None = None
+        live = [
+            (facts[0], f, o[0][0])
+            for facts, f, o, g in zip(ctx.facts, factors, own, gs, strict=True)
+            if g is not None
+        ]
+        thin_first = needs_dx and dropped is None and not any(_needs_own(*member) for member in live)
+        dx = Slope(x_TI, needs_dx, thin.slope() if thin_first else None)
         d_tensors: list[Tensor | None] = []
         for k, (base, adapter, _, _, folds) in enumerate(ctx.facts):
             (kept_TO, *_), trained, fixed, storage, noted, _ = own[k]
             d_trained: Grads = (None,) * len(trained)
             if (g_TO := gs[k]) is not None:
                 f, pulls = factors[k], adapter is not None and adapter.pulls_through_weight
-                found = _back_through_base(g_TO, x_TI, base, storage, f, kept_TO, folds, pulls, needs_dx, dx)
-                dx, weight, row, col = found
+                weight, row, col = _back_through_base(g_TO, dx, base, storage, f, kept_TO, folds, pulls)
                 if adapter is not None:
                     grads = _finished(g_TO, f, folds, thin.grads[k], row, col)
                     d_trained = adapter.pull_back(trained, (*fixed, *noted), f, grads, weight)
-                del found, weight  # one dense weight at a time
+                del weight  # one dense weight at a time
             d_tensors += (*d_trained, *[None] * (len(fixed) + len(storage)))
         dd_TI = None
-        if dropped is None:
-            thin.add_to(dx)
-        elif needs_dropped:
+        if dropped is None and not thin_first:
+            thin.add_to(dx.sum_TI if needs_dx else None)
+        elif dropped is not None and needs_dropped:
             dd_TI = thin.slope()
         d_dropped = None if dd_TI is None else dd_TI.view(dropped.shape)
-        return (None if dx is None else dx.view(x.shape), d_dropped, None, *d_tensors)
+        dx_TI = dx.sum_TI if needs_dx else None
+        return (None if dx_TI is None else dx_TI.view(x.shape), d_dropped, None, *d_tensors)
 
 
 @dataclass(slots=True)
 class _Pass:
-    """What a member's base has made."""
+    """A member's forward pass so far."""
 
     f: Factors
-    y_TO: Tensor
-    kept_TO: Tensor | None
-    folds: bool  # a row's scale was multiplied into the weight
     noted: tuple[Tensor, ...]
+    folds: bool  # a row's scale is multiplied into the weight
+    scales_output: bool  # or into the product
+    y_TO: Tensor | None = None  # without thin branch and bias; None: its product is added to the thin branch
+    kept_TO: Tensor | None = None
+
+    @property
+    def scale(self) -> Tensor | None:
+        """What multiplies the weight."""
+        if self.f.row is None or self.scales_output:
+            return None
+        return self.f.row.view(-1, 1) if self.folds else self.f.row
 
 
-def _through_base(
+def _begin(
     x_TI: Tensor,
     part: _Part,
     trained: tuple[Tensor, ...],
     fixed: tuple[Tensor, ...],
     storage: tuple[Tensor, ...],
 ) -> _Pass:
-    """The factors, and y without thin branch and bias."""
+    """The factors; and the product already, where it cannot be added to the thin branch or the weight is at hand."""
     base, thin = part.base, part.thin
     weight: Tensor | None = None
     noted: tuple[Tensor, ...] = ()
@@ -219,33 +243,45 @@ def _through_base(
         weight = base.unpack(storage, x_TI.dtype)
         noted = thin.note(trained, fixed, weight)
     f = Factors() if thin is None else thin.factors(trained, (*fixed, *noted))
-    if f.col is not None:
-        x_TI = times_columns(x_TI, f.col)
-    row, kept_TO = f.row, None
-    is_vector = row is not None and (row.numel() > 1 or base.out_features == 1)
+    is_vector = f.row is not None and (f.row.numel() > 1 or base.out_features == 1)
     folds = is_vector and base.folds(storage)
-    if row is not None and folds:
-        row = row.masked_fill(row == 0, _NEARLY_ZERO)
-        f = replace(f, row=row)
+    if folds and f.row is not None:
+        f = replace(f, row=f.row.masked_fill(f.row == 0, _NEARLY_ZERO))
         weight = None  # freed before the scaled one is made: one at a time
-        y_TO = base.product(x_TI, storage, row.view(-1, 1))
-    elif row is not None and is_vector:
-        kept_TO = base.product(x_TI, storage, None, weight)
-        y_TO = times_columns(kept_TO, row)
-    else:
-        y_TO = base.product(x_TI, storage, row, weight)
-    return _Pass(f, y_TO, kept_TO, folds, noted)
+    found = _Pass(f, noted, folds, scales_output=is_vector and not folds)
+    has_branch = f.up is not None and f.down is not None
+    if not has_branch or weight is not None or found.scales_output or not base.adds(storage, found.scale):
+        _multiply(x_TI, base, storage, found, weight)
+    return found
 
 
-def _add_biases(base: FrozenLinear, found: _Pass) -> Tensor | None:
-    """Add them to y in place; returns what is kept for the slope of a row's scale."""
+def _multiply(
+    x_TI: Tensor,
+    base: FrozenLinear,
+    storage: tuple[Tensor, ...],
+    found: _Pass,
+    weight: Tensor | None = None,
+    into_TO: Tensor | None = None,
+) -> None:
+    """y = row W (col x), added to `into_TO` if there is one."""
+    if found.f.col is not None:
+        x_TI = times_columns(x_TI, found.f.col)
+    y_TO = base.product(x_TI, storage, found.scale, weight, into_TO)
+    if found.scales_output and found.f.row is not None:
+        found.kept_TO, y_TO = y_TO, times_columns(y_TO, found.f.row)
+    found.y_TO = y_TO
+
+
+def _add_biases(base: FrozenLinear, found: _Pass) -> tuple[Tensor, Tensor | None]:
+    """Add them to y in place; returns y and what is kept for the slope of a row's scale."""
+    y_TO, kept_TO = found.y_TO, found.kept_TO
+    assert y_TO is not None
     biases = [b for b in (base.bias, found.f.bias) if b is not None]
-    kept_TO = found.kept_TO
     if found.folds:  # by reference where nothing else writes to it
-        kept_TO = found.y_TO.clone() if biases or base.output_is_overwritten else found.y_TO
+        kept_TO = y_TO.clone() if biases or base.output_is_overwritten else y_TO
     for bias in biases:
-        found.y_TO += bias.to(found.y_TO.dtype)
-    return kept_TO
+        y_TO += bias.to(y_TO.dtype)
+    return y_TO, kept_TO
 
 
 def _factors(number: float, relu: bool, own: tuple[Any, ...], *groups: tuple[Tensor, ...]) -> Factors:
@@ -255,26 +291,26 @@ def _factors(number: float, relu: bool, own: tuple[Any, ...], *groups: tuple[Ten
     return Factors(up=up, down=down, q=q, row=row, col=col, bias=bias, relu=relu, keep=groups[-1])
 
 
+def _needs_own(base: FrozenLinear, f: Factors, kept_TO: Tensor | None) -> bool:
+    """Whether a member's part of dx is wanted by itself, or is made before it is added."""
+    return not base.adds_back or f.col is not None or (f.row is not None and kept_TO is None)
+
+
 def _back_through_base(
     g_TO: Tensor,
-    x_TI: Tensor,
+    dx: Slope,
     base: FrozenLinear,
     storage: tuple[Tensor, ...],
     f: Factors,
     kept_TO: Tensor | None,
     folds: bool,
     pulls: bool,
-    needs_dx: bool,
-    dx_TI: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dx (T, in) with this base's product added, the weight if it was asked for, and the gradients of row and col.
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Adds this base's product to dx; the weight if it was asked for, and the gradients of row and col.
 
     Where the row's scale is folded into the weight, its gradient is still to be finished: see `_finished`.
-
-    Args:
-        dx_TI: what the members before this one made, written over; None for the first.
     """
-    row = col = scale = None
+    row = scale = None
     if kept_TO is not None and f.row is not None:
         row = dot_columns(g_TO, kept_TO)
         if pulls or not folds:
@@ -283,27 +319,28 @@ def _back_through_base(
             scale = f.row.view(-1, 1)
     elif f.row is not None:
         scale = f.row
-    is_scalar = scale is not None and kept_TO is None
-    if not (needs_dx or f.col is not None or pulls or is_scalar):
-        return None, None, row, col
     assert not pulls or scale is None, (
         "pull_back wants the bare weight: its method's row is a vector, or None"
     )
     weight = base.unpack(storage, g_TO.dtype) if pulls else None
-    if f.col is None and not is_scalar:
-        dx_TI = base.product_back(g_TO, storage, scale, weight, dx_TI) if needs_dx else None
-        return dx_TI, weight, row, col
-    # the product alone has these slopes, and is added to the others' afterwards
-    own_TI = base.product_back(g_TO, storage, scale, weight)
+
+    def product(into_TI: Tensor | None) -> Tensor:
+        return base.product_back(g_TO, storage, scale, weight, into_TI)
+
     if f.col is not None:
-        col = dot_columns_and_scale_(x_TI, own_TI, f.col)
-    if scale is not None and is_scalar:
-        # products summed in float32. own holds row W^T dy: at row == 0 exactly the quotient is NaN and stops the
-        # run, in words
-        row = (dot(x_TI, own_TI) / scale).reshape(1)
-    if not needs_dx:
-        return None, weight, row, col
-    return own_TI if dx_TI is None else dx_TI.add_(own_TI), weight, row, col
+        own_TI = product(None)
+        col = dot_columns_and_scale_(dx.x_TI, own_TI, f.col)
+        if scale is not None and kept_TO is None:
+            # of what the scale of columns has multiplied already: <col * own, x>
+            row = (dot(dx.x_TI, own_TI) / scale).reshape(1)
+        dx.add_own(own_TI)
+        return weight, row, col
+    if scale is not None and kept_TO is None:
+        # products summed in float32. The product is row W^T dy: at row == 0 exactly the quotient is NaN and stops
+        # the run, in words
+        return weight, (dx.add_and_dot(product) / scale).reshape(1), None
+    dx.add(product)
+    return weight, row, None
 
 
 def _finished(

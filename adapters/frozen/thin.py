@@ -53,8 +53,8 @@ class Back:
         return None if self.gq_TK is None or self.down_KI is None else self.gq_TK @ self.down_KI
 
 
-def add_thin(d_TI: Tensor, factors: Sequence[Factors], ys: Sequence[Tensor]) -> Added:
-    """Add the thin branch of each member that has one to its y (T, O), in place."""
+def add_thin(d_TI: Tensor, factors: Sequence[Factors], ys: list[Tensor | None]) -> Added:
+    """Add the thin branch of each member that has one to its y (T, O), in place; where y is None, it becomes y."""
     places, thin, downs, ups = _thin(factors)
     if not places:
         return Added(1.0)
@@ -71,7 +71,9 @@ def add_thin(d_TI: Tensor, factors: Sequence[Factors], ys: Sequence[Tensor]) -> 
         h_TK.mul_(scale)
     hq_TK = h_TK if scale_K is None else _times(h_TK, scale_K)
     for place, up, copy, hq_TR in zip(places, ups, up_copies, hq_TK.split(widths, 1), strict=True):
-        ys[place].addmm_(hq_TR, (up.to(dtype) if copy is None else copy).T)
+        up_RO = (up.to(dtype) if copy is None else copy).T
+        y_TO = ys[place]
+        ys[place] = hq_TR @ up_RO if y_TO is None else y_TO.addmm_(hq_TR, up_RO)
     return Added(scale, h_TK, scale_K, down_copy, up_copies)
 
 
