@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from decompft.adapters.frozen import fp8_products
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.frozen.dense import DenseLinear
 from decompft.adapters.frozen.fourbit import FourBitLinear, Fp4Linear, Nf4Linear
 from decompft.adapters.frozen.fp8 import Fp8Linear
 from decompft.adapters.frozen.fp8_products import Fp8Products, fits_fp8
 from decompft.adapters.frozen.int8 import Int8Linear
-from decompft.adapters.frozen.linear import frozen_linear
+from decompft.adapters.frozen.linear import Member, frozen_linear, frozen_linears
 from decompft.adapters.inject import make_adapter
 from decompft.adapters.kernels.fp8 import Rows, fourbit_columns, fourbit_rows, quantize_rows
 from decompft.adapters.spec import ADAPTER_SPECS, AdapterConfig
@@ -201,6 +202,28 @@ def mild(name: str) -> FrozenLinear:
         for parameter, packed in zip(made.storage(), made.pack(rows), strict=True):
             parameter.copy_(packed)
     return made
+
+
+def test_linears_of_one_x_round_it_once_and_keep_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounded: list[Tensor] = []
+    monkeypatch.setattr(
+        fp8_products, "quantize_rows", lambda x, *a, **k: rounded.append(x) or quantize_rows(x, *a, **k)
+    )
+    bases, x = [filled(name) for name in ("nf4", "int8", "nf4-dq")], tokens(IN)
+    alone = [frozen_linear(x, base) for base in bases]
+    shared = Fp8Products()
+    for base in bases:
+        base.products = shared
+    rounded.clear()
+    ys = frozen_linears(x, [Member(base) for base in bases])
+    assert len(rounded) == 1 and all(torch.equal(a, b) for a, b in zip(alone, ys, strict=True))
+    assert shared._last is None
+    # an x that was written to in between is another
+    with torch.no_grad():
+        first = bases[0].product(x, bases[0].storage(), None)
+        x += 1
+        again = bases[0].product(x, bases[0].storage(), None)
+    assert not torch.equal(first, again)
 
 
 @pytest.mark.parametrize("name", ["dense-bf16", "nf4-dq", "int8", "fp8"])

@@ -16,6 +16,8 @@ is exact but for the order of the sum.
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,10 @@ def fits_fp8(base: FrozenLinear) -> bool:
 
 
 class Fp8Products:
-    """See the module docstring. It holds nothing: one serves all layers."""
+    """See the module docstring. One serves all layers; it holds what the last x was rounded to while that x lives."""
+
+    def __init__(self) -> None:
+        self._last: tuple[weakref.ref[Tensor], int, Rows] | None = None
 
     def forward(
         self,
@@ -47,7 +52,21 @@ class Fp8Products:
         found = base.fp8_rows(storage, weight)
         if scale is not None:
             found = Rows(found.codes, found.scale * scale.view(-1))
-        return _product(quantize_rows(x_TI, pad_to=_pad_to(x_TI)), found, x_TI)
+        return _product(self._rounded(x_TI), found, x_TI)
+
+    def _rounded(self, x_TI: Tensor) -> Rows:
+        """Once for all linears of a node, which are given the same object."""
+        last = self._last
+        if last is not None and last[0]() is x_TI and last[1] == x_TI._version:
+            return last[2]
+        found = quantize_rows(x_TI, pad_to=_pad_to(x_TI))
+        if not x_TI.is_inference():  # which cannot tell whether it has changed
+            self._last = weakref.ref(x_TI, self._forget), x_TI._version, found
+        return found
+
+    def _forget(self, reference: weakref.ref[Tensor]) -> None:
+        if self._last is not None and self._last[0] is reference:
+            self._last = None
 
     def backward(
         self,
