@@ -9,7 +9,6 @@ from test_joint import holder
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from decompft.adapters.frozen.fp8_products import Fp8Products
-from decompft.adapters.frozen.slope import Slope
 from decompft.adapters.lora import scaling
 
 TOKENS = 6
@@ -98,39 +97,3 @@ def test_bfloat16_is_nearer_to_float64_than_what_is_rounded_before_the_branch_is
     afterwards = (x @ dense.T).addmm_(h, B.bfloat16().T)
     first = adapter(x).detach()
     assert (first - exact).norm() < 0.95 * (afterwards - exact).norm()
-
-
-@pytest.mark.parametrize("is_needed", [True, False])
-def test_a_slope_tells_what_each_product_adds(is_needed):
-    x, weights = tokens(IN, torch.float64), [weight(s).double() for s in range(4)]
-    dys = [tokens(OUT, torch.float64, seed=s) for s in range(4)]
-
-    def product(k):
-        return lambda into: dys[k] @ weights[k] if into is None else into.addmm_(dys[k], weights[k])
-
-    own = [(x * (g @ w)).sum() for g, w in zip(dys, weights, strict=True)]
-    dx = Slope(x, is_needed, None)
-    found = [dx.add_and_dot(product(0)), dx.add_and_dot(product(1))]
-    dx.add(product(2))
-    found.append(dx.add_and_dot(product(3)))
-    torch.testing.assert_close(torch.stack(found), torch.stack([own[0], own[1], own[3]]))
-    if is_needed:
-        torch.testing.assert_close(dx.sum_TI, sum(g @ w for g, w in zip(dys, weights, strict=True)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_slope_is_the_same_number_whether_dx_is_needed_or_not(dtype):
-    """Of the first block, whose x needs none until it is computed again."""
-
-    dys, weights = [tokens(OUT, dtype, seed=s) for s in range(4)], [weight(s).to(dtype) for s in range(4)]
-
-    def numbers(is_needed):
-        def product(k):
-            return lambda into: dys[k] @ weights[k] if into is None else into.addmm_(dys[k], weights[k])
-
-        dx = Slope(tokens(IN, dtype), is_needed, None)
-        first = [dx.add_and_dot(product(0)), dx.add_and_dot(product(1))]
-        dx.add(product(2))
-        return torch.stack([*first, dx.add_and_dot(product(3))])
-
-    assert torch.equal(numbers(True), numbers(False))

@@ -17,8 +17,9 @@ rounds once less at y's size.
 Saved for backward: x, x_d, h (T, K), the trained tensors, and the packed weight, which is dequantized again. No
 gradient of W is made. A format may round x inside its product (int8 with an outlier threshold): the backward pass is
 that of the dequantized weight all the same. Gradients of the scales need no further pass over the weight:
-- a scalar `row`: d row = <dy, W x> = <W^T dy, x>, and W^T dy is computed for dx anyway, of several members as the
-  difference between <dx, x> after it and before; d q = <up^T dy, h>; `col` likewise, by columns, of W^T dy alone.
+- a scalar `row`: d row = <dy, W x> = <W^T dy, x>, and W^T dy is computed for dx anyway, by itself: as the difference
+  between <dx, x> after it and before, of a dx that is rounded, it would be less exact; d q = <up^T dy, h>; `col`
+  likewise, by columns.
 - a vector `row` that multiplies the weight while it is dequantized: with Y the output without bias, kept by
   reference, d row_o = (sum_t dY_to Y_to - sum_k up_ok (dup)_ok) / row_o, as the thin part of Y has the slope dup.
 - a vector `row` over a dense bfloat16 weight, which scaled and rounded again would be what it was for every scale
@@ -201,12 +202,12 @@ class _FrozenLinears(torch.autograd.Function):
             d_tensors += (*d_trained, *[None] * (len(fixed) + len(storage)))
         dd_TI = None
         if dropped is None and not thin_first:
-            thin.add_to(dx.sum_TI if needs_dx else None)
+            thin.add_to(dx.sum_TI)
         elif dropped is not None and needs_dropped:
             dd_TI = thin.slope()
         d_dropped = None if dd_TI is None else dd_TI.view(dropped.shape)
-        dx_TI = dx.sum_TI if needs_dx else None
-        return (None if dx_TI is None else dx_TI.view(x.shape), d_dropped, None, *d_tensors)
+        dx_TI = None if dx.sum_TI is None else dx.sum_TI.view(x.shape)
+        return (dx_TI, d_dropped, None, *d_tensors)
 
 
 @dataclass(slots=True)
@@ -327,20 +328,19 @@ def _back_through_base(
     def product(into_TI: Tensor | None) -> Tensor:
         return base.product_back(g_TO, storage, scale, weight, into_TI)
 
+    is_scalar = scale is not None and kept_TO is None
+    if f.col is None and not is_scalar:
+        dx.add(product)
+        return weight, row, None
+    own_TI, col = product(None), None
     if f.col is not None:
-        own_TI = product(None)
         col = dot_columns_and_scale_(dx.x_TI, own_TI, f.col)
-        if scale is not None and kept_TO is None:
-            # of what the scale of columns has multiplied already: <col * own, x>
-            row = (dot(dx.x_TI, own_TI) / scale).reshape(1)
-        dx.add_own(own_TI)
-        return weight, row, col
-    if scale is not None and kept_TO is None:
-        # products summed in float32. The product is row W^T dy: at row == 0 exactly the quotient is NaN and stops
-        # the run, in words
-        return weight, (dx.add_and_dot(product) / scale).reshape(1), None
-    dx.add(product)
-    return weight, row, None
+    if is_scalar:
+        # products summed in float32. own holds row W^T dy: at row == 0 exactly the quotient is NaN and stops the
+        # run, in words
+        row = (dot(dx.x_TI, own_TI) / scale).reshape(1)
+    dx.add_own(own_TI)
+    return weight, row, col
 
 
 def _finished(
