@@ -191,6 +191,17 @@ class Adapter(nn.Module):
             weight = weight + found.q * (found.up @ found.down)
         return weight
 
+    @torch.no_grad()
+    def unmerged(self, merged: Tensor, dense: Tensor) -> Tensor:
+        """The base weight (out, in) that is left in `merged` once the change is taken off again; not finite where it
+        has no inverse. What of the change follows from the base's weight is taken of `dense`."""
+        found, left = self.effective(dense), merged if merged.dtype == torch.float64 else merged.float()
+        if found.up is not None and found.down is not None:
+            left = left - found.q * (found.up @ found.down)
+        if found.row is not None:
+            left = left / found.row.view(-1, 1)
+        return left if found.col is None else left / found.col
+
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
         """The bias (out,) that goes with the merged weight; most methods leave the base's."""
         found = self.effective(torch.empty(0)).bias if not self.reads_weight else None

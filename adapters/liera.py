@@ -68,6 +68,13 @@ class LieraLinear(Adapter):
             change, _ = self.change(self.A, self.B)
             return weight + weight * change
 
+    def unmerged(self, merged: Tensor, dense: Tensor) -> Tensor:
+        """A factor of 0, which the first order can have, has no inverse."""
+        left = merged if merged.dtype == torch.float64 else merged.float()
+        with torch.no_grad():
+            change, _ = self.change(self.A, self.B)
+            return left / (1 + change)
+
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
         return bias
 

@@ -16,7 +16,8 @@ from tiny_models import FAMILIES, saved
 from decompft.launcher.errors import AdapterError
 from decompft.launcher.recipe import AdapterSection
 from decompft.launcher.worker.checkpoint import save_adapter
-from decompft.launcher.worker.inspecting.layers import layers_of
+from decompft.launcher.worker.inference import open_adapter
+from decompft.launcher.worker.inspecting.layers import layers_of, open_layers
 from decompft.launcher.worker.tools import inspect_adapter
 
 
@@ -175,7 +176,6 @@ def test_no_matrix_of_a_weight_s_size_is_made(llama: Path, tmp_path: Path) -> No
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from decompft.launcher.worker.inspecting.adapter import inspect_adapter as rows_of
-    from decompft.launcher.worker.inspecting.layers import open_layers
 
     sizes = []
 
@@ -197,3 +197,40 @@ def test_tensors_of_another_method_are_refused(llama: Path, tmp_path: Path) -> N
     _, tensors = adapter_over(llama, tmp_path / "adapter")
     with pytest.raises(AdapterError, match="holds no layer with the tensors of map: A, B, a, b, base_norm"):
         layers_of(AdapterSection(method="map"), tensors, None)
+
+
+def test_tensors_of_another_rank_are_refused(llama: Path, tmp_path: Path) -> None:
+    _, tensors = adapter_over(llama, tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=r"A of \[4, \d+\] does not go with lora of rank 8"):
+        layers_of(AdapterSection(method="lora", rank=8), tensors, None)
+
+
+DAMAGE: dict[str, tuple[str, Any]] = {
+    "adapter.method: ": ("adapter", {"method": "zora", "rank": 4}),
+    "adapter.alpha: ": ("adapter", {"method": "lora", "rank": 4, "alpha": "a"}),
+    "adapter: is missing": ("adapter", None),
+    "formulas: is missing": ("formulas", None),
+    "base: is missing": ("base", None),
+    "base.sha256: is missing": ("base", {"id": "a model"}),
+    "seed: is missing": ("seed", None),
+    "data_formats: is missing": ("data_formats", None),
+    "tokens.0.id: is missing": ("tokens", [{"text": "a"}]),
+}
+
+
+@pytest.mark.parametrize("words", DAMAGE)
+def test_an_adapter_json_that_lacks_something_is_refused_in_words(
+    words: str, llama: Path, tmp_path: Path
+) -> None:
+    """By all that read one: what inspects it, and what builds a model with it."""
+    folder, _ = adapter_over(llama, tmp_path / "adapter")
+    key, value = DAMAGE[words]
+    description = json.loads((folder / "adapter.json").read_text())
+    description[key] = value
+    if value is None:
+        del description[key]
+    (folder / "adapter.json").write_text(json.dumps(description))
+    with pytest.raises(AdapterError, match=f"adapter.json: {words}"):
+        open_layers(folder)
+    with pytest.raises(AdapterError, match=f"adapter.json: {words}"):
+        open_adapter(folder, base=None, say=lambda line: None)

@@ -108,7 +108,7 @@ def test_a_wrong_merge_is_far_away(tmp_path):
     assert kl["right"] < 1e-8 and kl["sign"] > 0.01
 
 
-@pytest.mark.parametrize("method", ["lora", "map"])
+@pytest.mark.parametrize("method", ["lora", "map", "liera", "hira"])
 def test_the_change_can_be_taken_off_a_dense_merge(tmp_path, method):
     from transformers import AutoModelForCausalLM
 

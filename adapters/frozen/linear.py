@@ -328,17 +328,17 @@ def _back_through_base(
     def product(into_TI: Tensor | None) -> Tensor:
         return base.product_back(g_TO, storage, scale, weight, into_TI)
 
-    is_scalar = scale is not None and kept_TO is None
-    if f.col is None and not is_scalar:
+    scalar = scale if kept_TO is None else None
+    if f.col is None and scalar is None:
         dx.add(product)
         return weight, row, None
     own_TI, col = product(None), None
     if f.col is not None:
         col = dot_columns_and_scale_(dx.x_TI, own_TI, f.col)
-    if is_scalar:
+    if scalar is not None:
         # products summed in float32. own holds row W^T dy: at row == 0 exactly the quotient is NaN and stops the
         # run, in words
-        row = (dot(dx.x_TI, own_TI) / scale).reshape(1)
+        row = (dot(dx.x_TI, own_TI) / scalar).reshape(1)
     dx.add_own(own_TI)
     return weight, row, col
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from decompft.adapters.inject import adapters
 from decompft.launcher.errors import AdapterError, CheckpointError, UserError
 from decompft.launcher.quantized_checkpoint import read_config_json, stored_format
 from decompft.launcher.recipe import AdapterSection, DType, ModelSection, QuantizationSection
+from decompft.launcher.worker.adapter_json import Base, read_adapter_json
 from decompft.launcher.worker.build import build, trained_targets
 from decompft.launcher.worker.engines.base import Engine
 from decompft.launcher.worker.load import Progress
@@ -143,7 +142,8 @@ def open_adapter(folder: Path, *, base: str | None, say: Callable[[str], None]) 
         ModelError: the base is not here.
     """
     tensors, description = load_adapter(folder)
-    model, quantization, adapter = _sections(folder, description)
+    told = read_adapter_json(folder, description)
+    model = told.model
     if model.attention == "varlen":  # what training could run need not run here; nothing is packed either
         model = model.model_copy(update={"attention": "auto"})
     if base is not None:
@@ -151,46 +151,20 @@ def open_adapter(folder: Path, *, base: str | None, say: Callable[[str], None]) 
         weights = "checkpoint" if model.config is not None else model.weights
         model = model.model_copy(update={"id": base, "config": None, "revision": kept, "weights": weights})
     model_dir = resolve_model(model, say=say)
-    _check_base(description["base"], model_dir, folder)
+    _check_base(told.base, model_dir, folder)
     return Adapter(
         folder=folder,
         tensors=tensors,
         model=model,
-        quantization=quantization,
-        adapter=adapter,
-        seed=description["seed"],
-        formats=tuple(description["data_formats"]),
-        step=description.get("step"),  # an adapter that was not trained here has none
+        quantization=told.quantization,
+        adapter=told.adapter,
+        seed=told.seed,
+        formats=tuple(told.data_formats),
+        step=told.step,
         model_dir=model_dir,
-        base_hash=description["base"]["sha256"],
-        tokens=tuple(TrainedToken(**token) for token in description.get("tokens", ())),
+        base_hash=told.base.sha256,
+        tokens=tuple(told.tokens),
     )
-
-
-def _sections(
-    folder: Path, description: dict[str, Any]
-) -> tuple[ModelSection, QuantizationSection, AdapterSection]:
-    """The recipe's sections that adapter.json carries.
-
-    Raises:
-        AdapterError: a method, option or key that this version does not know.
-    """
-    try:
-        return (
-            ModelSection.model_validate_json(json.dumps(description["model"])),
-            QuantizationSection.model_validate_json(json.dumps(description["quantization"])),
-            AdapterSection.model_validate_json(json.dumps(description["adapter"])),
-        )
-    except (KeyError, ValidationError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else _first(error)
-        raise AdapterError(
-            f"{folder}/adapter.json: {what}", "update decompft, if a newer one wrote it"
-        ) from error
-
-
-def _first(error: ValidationError) -> str:
-    found = error.errors()[0]
-    return f"{'.'.join(map(str, found['loc']))}: {found['msg']}"
 
 
 def _bare(base: str | None, engine: Engine, progress: Progress, say: Callable[[str], None]) -> Loaded:
@@ -216,16 +190,11 @@ def _bare(base: str | None, engine: Engine, progress: Progress, say: Callable[[s
     )
 
 
-def _check_base(trained_on: dict[str, Any], model_dir: Path | None, folder: Path) -> None:
+def _check_base(trained_on: Base, model_dir: Path | None, folder: Path) -> None:
     if model_dir is None:  # made from the config and seed that adapter.json itself carries
         return
-    if identity(model_dir)["sha256"] != trained_on["sha256"]:
-        name = (
-            trained_on.get("id")
-            or trained_on.get("source")
-            or f"a {trained_on['config']['model_type']} from config"
-        )
+    if identity(model_dir)["sha256"] != trained_on.sha256:
         raise AdapterError(
-            f"{folder}: was trained over another base ({name}) than {model_dir}",
+            f"{folder}: was trained over another base ({trained_on.name}) than {model_dir}",
             "an adapter works over the very weights it was trained on; name their folder with --base",
         )

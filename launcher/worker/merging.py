@@ -241,21 +241,15 @@ class _Merging:
         if layer is None:
             return rows
         merged = layer.merged(rows)
-        if stored is not None and self.into == "dense" and type(layer).merged is AdapterLayer.merged:
+        if stored is not None and self.into == "dense":
             self.unmerged.note(want.name.removesuffix(".weight"), _lost(layer, rows, merged.to(stored)))
         return merged
 
 
 def _lost(layer: AdapterLayer, dense: Tensor, merged: Tensor) -> float:
-    """What is lost of W when the change is taken off diag(row) W diag(col) + q up down again, over W's norm."""
-    found, left, dense = layer.effective(dense), merged.float(), dense.float()
-    if found.up is not None and found.down is not None:
-        left = left - found.q * (found.up @ found.down)
-    if found.row is not None:
-        left = left / found.row.view(-1, 1)
-    if found.col is not None:
-        left = left / found.col
-    return float(torch.linalg.norm(left - dense) / torch.linalg.norm(dense))
+    """What is lost of W when the change is taken off again, over W's norm."""
+    left = layer.unmerged(merged, dense)
+    return float(torch.linalg.norm(left - dense.float()) / torch.linalg.norm(dense.float()))
 
 
 def _plain_linears(hf: Any) -> list[str]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +17,7 @@ from decompft.adapters.spec import AdapterConfig, spec_of
 from decompft.adapters.targets import TargetMismatch, select
 from decompft.launcher.errors import AdapterError
 from decompft.launcher.recipe import AdapterSection
+from decompft.launcher.worker.adapter_json import AdapterJson, read_adapter_json
 from decompft.launcher.worker.inspecting.base_sizes import Sizes, sizes_of_base
 from decompft.launcher.worker.inspecting.names import natural_order
 from decompft.launcher.worker.restore import load_adapter
@@ -37,19 +36,18 @@ class AdapterLayers:
     unsized: tuple[str, ...] = ()
 
 
-def open_layers(folder: Path) -> tuple[AdapterLayers, dict[str, Any]]:
+def open_layers(folder: Path) -> tuple[AdapterLayers, AdapterJson]:
     """The layers in an adapter's folder, and its adapter.json.
 
     Raises:
         AdapterError: damaged, or of a method that this version does not have.
     """
     tensors, description = load_adapter(folder)
-    section = AdapterSection.model_validate_json(json.dumps(description["adapter"]))
-    step = description.get("step")
-    found = layers_of(section, tensors, step)
+    told = read_adapter_json(folder, description)
+    found = layers_of(told.adapter, tensors, told.step)
     if found.unsized and (sizes := sizes_of_base(description)):
-        found = layers_of(section, tensors, step, sizes=sizes)
-    return found, description
+        found = layers_of(told.adapter, tensors, told.step, sizes=sizes)
+    return found, told
 
 
 def layers_of(
@@ -62,7 +60,7 @@ def layers_of(
         sizes: of the base's layers, for what the shapes of the tensors do not tell.
 
     Raises:
-        AdapterError: no tensors of the file are those of the method.
+        AdapterError: no tensors of the file are those of the method, or they are of another rank.
     """
     inside: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -138,13 +136,27 @@ def _layer(
 
 
 def _sizes(config: AdapterConfig, tensors: dict[str, Tensor]) -> tuple[int | None, int | None]:
-    """(out, in) of the base, from where they turn up in the shapes of the method's tensors; None if nowhere."""
+    """(out, in) of the base, from where they turn up in the shapes of the method's tensors; None if nowhere.
+
+    Raises:
+        AdapterError: the method's tensors have another number of dimensions, or another size that no layer changes.
+    """
     out = in_ = None
     one, other = (_shapes(config, *sizes) for sizes in _STAND_INS)
     for name, tensor in tensors.items():
-        for size, *stand_ins in zip(tensor.shape, one[name], other[name], strict=True):
+        shape = tuple(tensor.shape)
+        fits = len(shape) == len(one[name])
+        for size, *stand_ins in zip(shape, one[name], other[name], strict=False):
+            # what is the same in both orders, and not because it is the smaller of the two
+            if stand_ins[0] == stand_ins[1] != size and stand_ins[0] < min(_STAND_INS[0]):
+                fits = False
             if tuple(stand_ins) == (_STAND_INS[0][0], _STAND_INS[1][0]):
                 out = size
             elif tuple(stand_ins) == (_STAND_INS[0][1], _STAND_INS[1][1]):
                 in_ = size
+        if not fits:
+            raise AdapterError(
+                f"adapter.safetensors: {name} of {list(shape)} does not go with {config.method} of rank {config.rank}",
+                "the file and adapter.json belong to different adapters",
+            )
     return out, in_

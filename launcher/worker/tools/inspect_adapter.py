@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     if args.out is not None:
         require_matplotlib()
         check_out(args.out)
-    layers, description = open_layers(folder)
+    layers, told = open_layers(folder)
     if layers.unsized:
         say(
             f"{len(layers.unsized)} layers, e.g. {layers.unsized[0]}: the low-rank part is left out: it follows "
@@ -46,9 +46,9 @@ def main(argv: list[str]) -> None:
     rows = inspect_adapter(layers)
     report: dict[str, Any] = {
         "adapter": args.adapter,
-        "method": description["adapter"]["method"],
-        "formulas": description["formulas"],
-        "step": description.get("step"),
+        "method": told.adapter.method,
+        "formulas": {name: formula.model_dump() for name, formula in told.formulas.items()},
+        "step": told.step,
         "std_over_depth": {kind: asdict(std_profile(group)) for kind, group in by_kind(rows).items()},
         "layers": [asdict(row) for row in rows],
         "whole": {name: asdict(values(tensor)) for name, tensor in layers.whole.items()},
