@@ -56,6 +56,10 @@ class LoraInitLinear(LaunchedAdapter):
     def restarts(self) -> dict[str, int]:
         return {"A": self.start_step, "B": self.start_step}
 
+    def no_decay(self) -> tuple[str, ...]:
+        """From the restart on A and B hold a part of W; a tensor's decay is the same in all of a run."""
+        return ("A", "B")
+
     @property
     def rewrites_base(self) -> bool:
         return bool(self.config.options.base == "residual")
