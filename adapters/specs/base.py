@@ -68,6 +68,8 @@ class AdapterSpec:
     thin_factors: Callable[[AdapterConfig], tuple[str, ...]] = _none
     # columns of `Factors.up`, for the forecast: what a token's thin product keeps
     num_columns: Callable[[int, int, AdapterConfig], int] = lambda out, in_, config: config.rank
+    # alpha is in the formula
+    has_alpha: Callable[[AdapterConfig], bool] = lambda config: True
     # a trained scale a row: a layer's unscaled output is kept for the backward pass
     keeps_output: Callable[[AdapterConfig], bool] = lambda config: False
     is_reading: bool = False  # the paper's formula could not be read; ours is an interpretation

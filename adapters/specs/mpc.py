@@ -56,6 +56,7 @@ def _spec(name: str, title: str) -> AdapterSpec:
         # of the loss: the term adds a slope to A at once, and to B unless that is 0
         zero_grad_at_start=names("zero_grad_at_start"),
         num_columns=shapes("num_columns"),
+        has_alpha=names("has_alpha"),
         keeps_output=names("keeps_output"),
         refusal=inner_refusal,
     )
