@@ -72,6 +72,8 @@ class AdapterSpec:
     has_alpha: Callable[[AdapterConfig], bool] = lambda config: True
     # a trained scale a row: a layer's unscaled output is kept for the backward pass
     keeps_output: Callable[[AdapterConfig], bool] = lambda config: False
+    # the title of a layer with these options, where they choose between formulas; "" where there is one
+    chosen_title: Callable[[AdapterConfig], str] = lambda config: ""
     is_reading: bool = False  # the paper's formula could not be read; ours is an interpretation
     mergeable: bool = True
     forbids_engines: tuple[str, ...] = ()

@@ -92,6 +92,11 @@ def _speclora(out: int, in_: int, config: AdapterConfig) -> Shapes:
     return {**low_rank(out, in_, config), "m": (num_directions(out, in_, config),)}
 
 
+def _speclora_title(config: AdapterConfig) -> str:
+    core = "m" if config.options.spec_mode == "additive" else "m o S_k"
+    return f"SpecLoRA: W + U_k diag({core}) V_k^T + s B A"
+
+
 def _speclora_fixed(out: int, in_: int, config: AdapterConfig) -> Shapes:
     shapes = _triplets(num_directions(out, in_, config), out, in_)
     if config.options.spec_mode == "additive":
@@ -142,7 +147,8 @@ def _split(name: str, title: str, source: str, impl: str) -> AdapterSpec:
 SPECS = (
     AdapterSpec(
         name="speclora",
-        title="SpecLoRA: W + U_k diag(m o S_k) V_k^T + s B A",
+        title="SpecLoRA: W + U_k diag(m o S_k) V_k^T + s B A, or diag(m) for diag(m o S_k)",
+        chosen_title=_speclora_title,
         source="Si et al., 2025, arXiv:2505.23099 (abstract only)",
         impl="decompft.adapters.speclora:SpecloraLinear",
         options=SpecloraOptions,
