@@ -213,6 +213,22 @@ def test_inner_options_are_checked(options, message, hint, tmp_path):
     assert hint in str(caught.value)
 
 
+@pytest.mark.parametrize("method", ["mpc_o", "mpc_d"])
+def test_adalora_under_map_has_the_term_already(method, tmp_path):
+    with pytest.raises(RecipeError, match="adalora has MPC_o in it"):
+        options_in(tmp_path, over="map", inner={"over": "adalora"})
+    with pytest.raises(ValueError, match="adalora has MPC_o in it"):
+        ADAPTER_SPECS[method].options(over="map", inner={"over": "adalora"})
+
+
+def test_options_of_two_methods_below_are_filled_in_without_a_recipe():
+    """The inner one's defaults are those of the method that it names, not of map's own default."""
+    made = MpcOptions(over="map", inner={"over": "flora"})
+    assert made.inner["inner"] == {"scaling": "alpha/r", "init": "kaiming"}
+    with pytest.raises(TypeError, match="scalin"):
+        MpcOptions(over="lora", inner={"scalin": "rslora"})
+
+
 def test_options_under_an_override_are_checked(tmp_path):
     override = {"targets": "q_proj", "method": "mpc_o", "options": {"inner": {"scalin": "rslora"}}}
     recipe = {

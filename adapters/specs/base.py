@@ -128,8 +128,8 @@ class WrapperOptions(Options):
     )
 
     def __post_init__(self) -> None:
-        # its defaults are filled in, so that an adapter's file says them all
-        object.__setattr__(self, "inner", asdict(inner_options(self.over, {})) | self.inner)
+        # its defaults are filled in, so that an adapter's file says them all; by itself, for they may depend on another
+        object.__setattr__(self, "inner", asdict(inner_options(self.over, self.inner)))
 
 
 def inner_options(method: str, options: Mapping[str, Any]) -> Any:
