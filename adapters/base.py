@@ -124,6 +124,10 @@ class Adapter(nn.Module):
         """This layer's part of a regulariser that is added to the loss of a step; None without one."""
         return None
 
+    def live(self, fixed: tuple[Tensor, ...]) -> Tensor | None:
+        """1 for rows of A, and columns of B, that exist, else 0 (rank,); None where all do."""
+        return None
+
     # -- the start ----------------------------------------------------------------------------
 
     def facts_of(self, weight: Tensor, cached: Cached, generator: torch.Generator) -> dict[str, Tensor]:
