@@ -69,7 +69,7 @@ class Adapter(nn.Module):
         for name, shape in self.derived_shapes.items():
             self.register_buffer(name, torch.empty(shape, dtype=torch.float32), persistent=False)
         self.is_thin = spec.num_columns(base.out_features, base.in_features, config) > 0  # it has up and down
-        self.num_siblings = 1  # adapters of this method in the model, this one included
+        self.num_siblings = 1  # adapters with this one's regulariser in the model, this one included
         # the part of `penalty` that one backward pass adds: 1 / (micro batches of a step, over all ranks)
         self.penalty_share = 0.0
 
@@ -122,6 +122,10 @@ class Adapter(nn.Module):
 
     def penalty(self, trained: tuple[Tensor, ...], fixed: tuple[Tensor, ...]) -> Tensor | None:
         """This layer's part of a regulariser that is added to the loss of a step; None without one."""
+        return None
+
+    def live(self, fixed: tuple[Tensor, ...]) -> Tensor | None:
+        """1 for rows of A, and columns of B, that exist, else 0 (rank,); None where all do."""
         return None
 
     # -- the start ----------------------------------------------------------------------------

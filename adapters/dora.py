@@ -2,8 +2,9 @@
 
     W* = diag(m / n) (W + s B A),    n_j = |W_j + s B_j A|
 
-n comes from W A^T, rank columns, and a rank x rank product (METHODS 1.3, identity 2); no matrix of the
-weight's size is made. Of a quantized base, W is what is really used: the dequantized weight.
+n comes from W A^T, rank columns, and a rank x rank product (METHODS 1.3, identity 2): B A is never made whole. Of a
+quantized base, W is what is really used: the dequantized weight, which is unpacked for W A^T, and then
+again with m / n in it for the product with x.
 
 W A^T is taken with A rounded to the compute dtype, as the forward pass rounds it, and summed in float32. In
 bfloat16 that moves n_j by at most about 2**-8 |s B_j A| / |W_j| of itself: the part of the update in the row,

@@ -25,6 +25,9 @@ class FlexLoraLinear(AdaLoraLinear):
         B = torch.randn(self.shapes["B"], generator=generator) * INIT_STD * mask
         return {"A": A, "B": B, "e": torch.zeros_like(mask), "mask": mask}
 
+    def live(self, fixed: tuple[Tensor, ...]) -> Tensor | None:
+        return fixed[0]
+
     def grown(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A row of A (in,) and a column of B (out,) for a new direction, drawn as at the start."""
         row = torch.randn(self.base.in_features, generator=generator) * INIT_STD

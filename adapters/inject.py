@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from decompft.adapters.base import Adapter
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.spec import ADAPTER_SPECS, AdapterConfig
+from decompft.adapters.specs.base import inner_config
 
 MakeFrozen = Callable[[str, int, int, torch.dtype | None], FrozenLinear]  # name, in, out, bias dtype
 
@@ -34,7 +35,7 @@ def inject(
     """
     linears = {n: m for n, m in model.named_modules() if is_linear(m) and n not in heads}
     adapted = configs(list(linears))
-    siblings = Counter(config.method for config in adapted.values())
+    siblings = Counter(_regularised_as(config) for config in adapted.values())
     for name, module in linears.items():
         out_features, in_features = linear_shape(module)
         bias = module.bias.dtype if module.bias is not None else None
@@ -43,7 +44,7 @@ def inject(
         model.set_submodule(name, base)
         if (config := adapted.get(name)) is not None:
             adapter = make_adapter(base, config)
-            adapter.num_siblings = siblings[config.method]
+            adapter.num_siblings = siblings[_regularised_as(config)]
             model.set_submodule(name, adapter)
     _share_derived(model)
     for parameter in model.parameters():
@@ -88,6 +89,13 @@ def make_adapter(base: FrozenLinear, config: AdapterConfig) -> Adapter:
     module, _, name = ADAPTER_SPECS[config.method].impl.partition(":")
     made: Adapter = getattr(importlib.import_module(module), name)(base, config)
     return made
+
+
+def _regularised_as(config: AdapterConfig) -> str:
+    """The method over whose layers a regulariser is a mean: under map the inner one, whose regulariser map's is."""
+    while config.method == "map":
+        config = inner_config(config)
+    return config.method
 
 
 def _share_derived(model: nn.Module) -> None:

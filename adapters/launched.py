@@ -55,9 +55,9 @@ class LaunchedAdapter(Adapter):
         found = cached("full", min(weight.shape), make)
         U_PO, S_P, V_PI = found["U"], found["S"], found["V"]
         score = scores(U_PO, S_P, V_PI, A, B, s=scaling(self.config), eps=self.config.options.eps)
-        best, indices = score.topk(self.fixed_shapes["indices"][0])
+        indices = highest(score, S_P, self.fixed_shapes["indices"][0], max(weight.shape))
         chosen = {"U": U_PO[indices], "S": S_P[indices], "V": V_PI[indices]}
-        return {"indices": indices.float(), "scores": best, **chosen}
+        return {"indices": indices.float(), "scores": score[indices], **chosen}
 
     def launched(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Trained tensors and buffers that the second phase begins with, by name.
@@ -72,3 +72,18 @@ def scores(U_PO: Tensor, S_P: Tensor, V_PI: Tensor, A: Tensor, B: Tensor, *, s: 
     """|u_i^T (s B A) v_i| / (S_i + eps) for all i (P,), without the product B A (METHODS 1.3, identity 6)."""
     coordinates = s * torch.sum((U_PO @ B) * (V_PI @ A.T), dim=1)
     return coordinates.abs() / (S_P + eps)
+
+
+def highest(score_P: Tensor, S_P: Tensor, k: int, size: int) -> Tensor:
+    """The k directions of the highest scores (k,), best first; those that W does not have come after all others.
+
+    Nearly 0 under a score, their singular values would have them win, and their vectors are noise of the
+    decomposition: any rotation of the null space is as good. W does not have those below its numerical rank,
+    max(out, in) eps S_1.
+
+    Args:
+        S_P: the singular values, float32.
+        size: max(out, in).
+    """
+    has = S_P > size * torch.finfo(torch.float32).eps * S_P.max()
+    return torch.where(has, score_P, -1 / (1 + score_P)).topk(k).indices

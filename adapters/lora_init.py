@@ -7,7 +7,7 @@
     LoRA-TSD:        W* = W_res + s B A + sum_{i in T'} c_i u_i v_i^T,   T': the s_dir first of T
 
 Open in the source, and decided so here: what B A learned before t is thrown away (the layer is its base again
-at t), T' overlaps T, and both terms begin at once.
+at t; near it, where W_res was quantized), T' overlaps T, and both terms begin at once.
 """
 
 from __future__ import annotations
@@ -55,6 +55,10 @@ class LoraInitLinear(LaunchedAdapter):
 
     def restarts(self) -> dict[str, int]:
         return {"A": self.start_step, "B": self.start_step}
+
+    def no_decay(self) -> tuple[str, ...]:
+        """From the restart on A and B hold a part of W; a tensor's decay is the same in all of a run."""
+        return ("A", "B")
 
     @property
     def rewrites_base(self) -> bool:

@@ -45,7 +45,7 @@ class Constrained(Adapter):
 
     def constraint(self, trained: tuple[Tensor, ...]) -> Tensor:
         """This layer's part of what is added to the loss of a step, ()."""
-        rests = self._rests(*self._pair(trained))
+        rests = self._rests(*self._pair(trained), self.live(self.fixed()))
         term: Tensor = sum(torch.linalg.matrix_norm(rest) ** self.mpc.power for rest in rests)
         return self._weight() * term
 
@@ -60,24 +60,26 @@ class Constrained(Adapter):
         """The gradients of the method below, with those of the term written out."""
         slopes = list(super().pull_back(trained, fixed, found, grads, weight))
         if scale := self.penalty_share * self._weight():
-            for place, of_term in zip(self._places(), self._slopes(*self._pair(trained)), strict=True):
+            terms = self._slopes(*self._pair(trained), self.live(fixed))
+            for place, of_term in zip(self._places(), terms, strict=True):
                 before = slopes[place]
                 slopes[place] = scale * of_term if before is None else torch.add(before, of_term, alpha=scale)
         return tuple(slopes)
 
-    def _slopes(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    def _slopes(self, A: Tensor, B: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Of N(P)^2: 4 P A and 4 B Q; of N(P), which has none where it is 0: 2 P A / N(P) and 2 B Q / N(Q)."""
-        P, Q = self._rests(A, B)
+        P, Q = self._rests(A, B, live)
         if self.mpc.power == 2:
             return 4 * P @ A, 4 * B @ Q
         P, Q = (2 * rest / torch.linalg.matrix_norm(rest).clamp_min(1e-30) for rest in (P, Q))
         return P @ A, B @ Q
 
-    def _rests(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """P = A A^T - I and Q = B^T B - I, or B^T B without its diagonal; (rank, rank)."""
+    def _rests(self, A: Tensor, B: Tensor, live: Tensor | None) -> tuple[Tensor, Tensor]:
+        """P = A A^T - I and Q = B^T B - I, or B^T B without its diagonal; (rank, rank). I of the live directions."""
         AAt, BtB = A @ A.T, B.T @ B
         one = torch.eye(A.shape[0], dtype=A.dtype, device=A.device)
-        return AAt - one, BtB - (BtB * one if self.is_diagonal else one)
+        lives = one if live is None else one * live.to(A.dtype)
+        return AAt - lives, BtB - (BtB * one if self.is_diagonal else lives)
 
     def _weight(self) -> float:
         return self.mpc.weight / (self.num_siblings if self.mpc.reduction == "mean" else 1)

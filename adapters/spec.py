@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from decompft.adapters.specs import elementwise, factored, lowrank, magnitude, mpc, phased, scaled, spectral
-from decompft.adapters.specs.base import AdapterConfig, AdapterSpec
+from decompft.adapters.specs.base import AdapterConfig, AdapterSpec, WrapperOptions, inner_config
 
-__all__ = ["ADAPTER_SPECS", "UNSUPPORTED", "AdapterConfig", "AdapterSpec", "has_rank", "spec_of"]
+__all__ = ["ADAPTER_SPECS", "UNSUPPORTED", "AdapterConfig", "AdapterSpec", "has_rank", "spec_of", "stack_of"]
 
 ADAPTER_SPECS: dict[str, AdapterSpec] = {
     spec.name: spec
@@ -34,6 +34,14 @@ def has_rank(config: AdapterConfig) -> bool:
         for other in (replace(config, rank=rank) for rank in (7, 11))
     ]
     return shapes[0] != shapes[1]
+
+
+def stack_of(config: AdapterConfig) -> tuple[AdapterConfig, ...]:
+    """A method and those under it, the outermost first."""
+    stack = [config]
+    while isinstance(stack[-1].options, WrapperOptions):
+        stack.append(inner_config(stack[-1]))
+    return tuple(stack)
 
 
 def spec_of(config: AdapterConfig) -> AdapterSpec:

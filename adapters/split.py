@@ -69,6 +69,10 @@ class SplitLinear(Adapter):
             return rows
         return rest_rows(rows, first, (values["B0"], values["A0"]), scaling(self.config))
 
+    def no_decay(self) -> tuple[str, ...]:
+        """Decay draws to 0, and s B0 A0, which A and B hold, is a part of W."""
+        return ("A", "B")
+
     @torch.no_grad()
     def change_of_checkpoint(self) -> tuple[Tensor, Tensor] | None:
         return moved((self.B, self.A), (self.B0, self.A0), scaling(self.config))

@@ -18,6 +18,8 @@ from typing import Any
 from scoreboard_cases import REFERENCE, Case, cases
 from scoreboard_cells import FORMATS, SETS, Budget, Cell, Row, Setup, Store, all_cells, read_results
 
+from decompft.adapters.spec import ADAPTER_SPECS
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE, PLOT = ROOT / "docs" / "scoreboard.md", ROOT / "docs" / "scoreboard.svg"
@@ -40,6 +42,9 @@ run each of {search} training records on one seed over nf4, judged by the label 
 that none of them saw; then {seeds} seeds over each format at the best rate, the bf16 runs at nf4's. No test record
 decides anything. A rate marked * is at the edge of its three: a wider search might find better. Rank 16 and alpha 32
 where not said otherwise ([scoreboard_cases.py](../benchmarks/scoreboard_cases.py) has each base rate and its reason).
+
+"(reading)": the paper's formula could not be read, and what ran is an interpretation of what is known of it
+([adapters](adapters/README.md)). Its row says nothing of the paper's own method.
 """
 
 
@@ -139,7 +144,7 @@ def judgement(found: list[Line], store: Store, form: str) -> str:
         )
     noise = [line for line in found[1:] if not _differ(best, line)]
     text.append(
-        f"The best accuracy is {best.case.name}'s, {_percent(best.mean())}; {len(noise)} of the other "
+        f"The best accuracy is {_labelled(best.case)}'s, {_percent(best.mean())}; {len(noise)} of the other "
         f"{len(found) - 1} are not told from it by these seeds (less than two standard errors of the difference)."
     )
     if OURS not in by_name:
@@ -175,7 +180,7 @@ def table(found: list[Line], store: Store, form: str) -> str:
         peaks = [r["peak_bytes"] for r in line.rows if r["peak_bytes"]]
         edge = "" if line.rate == case.rates()[1] else "*"
         body.append([
-            case.name, str(len(line.rows)), _spread([100 * v for v in line.values("accuracy")], 2),
+            _labelled(case), str(len(line.rows)), _spread([100 * v for v in line.values("accuracy")], 2),
             _spread(line.values("label_loss"), 4),
             *(f"{100 * statistics.fmean(r['accuracy'][n] for r in line.rows):.1f}" for n in SETS),
             f"{line.rate:g}{edge}", "-" if line.speed is None else f"{line.speed:.2f}",
@@ -194,7 +199,7 @@ def search_section(store: Store) -> str:
             said = [_searched(rows.get(rate)) for rate in case.rates()]
             best = store.best_rate(case)
             chosen = "-" if best is None else "none worked" if math.isnan(best) else f"{best:g}"
-            body.append([case.name, f"{case.base_rate:g}", *said, chosen, case.why])
+            body.append([_labelled(case), f"{case.base_rate:g}", *said, chosen, case.why])
     if not body:
         return ""
     head = [
@@ -262,7 +267,7 @@ def speed_section() -> str:
         first = next(iter(rows.values()))
         weights = first["dense_peak_in_weights"]
         body.append([
-            name, *(_ratio(rows.get(m), "step_over_lora") for m in micros),
+            _label(name, first["is_reading"]), *(_ratio(rows.get(m), "step_over_lora") for m in micros),
             *(_ratio(rows.get(m), "peak_over_lora") for m in micros), str(first["dense_alive"]),
             "-" if weights is None else f"{weights:.2f}", f"{first['num_params']:,}",
         ])  # fmt: skip
@@ -321,6 +326,15 @@ def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 def vars_of(budget: Budget) -> dict[str, Any]:
     return {name: getattr(budget, name) for name in Budget.__dataclass_fields__}
+
+
+def _labelled(case: Case) -> str:
+    methods = (case.method, case.options.get("over", case.method))  # what stands over a reading is one
+    return _label(case.name, any(ADAPTER_SPECS[method].is_reading for method in methods))
+
+
+def _label(name: str, is_reading: bool) -> str:
+    return f"{name} (reading)" if is_reading else name
 
 
 def _time(store: Store, case: Case) -> float | None:

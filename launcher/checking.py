@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from decompft.adapters.spec import has_rank
+from decompft.adapters.spec import AdapterConfig, has_rank, spec_of
 from decompft.launcher.errors import DataError, DecompftError, ModelError
 from decompft.launcher.packaged import is_packaged, packaged_file
 from decompft.launcher.recipe import FORMAT_FIELDS, AdapterSection, Recipe, Source
@@ -19,6 +19,12 @@ from decompft.launcher.recipe import FORMAT_FIELDS, AdapterSection, Recipe, Sour
 if TYPE_CHECKING:
     from decompft.launcher.models import ModelShape
 
+# what a method lacks to which a key means nothing
+_NONE_OF = {
+    "rank": "factors of a rank",
+    "alpha": "alpha / rank in its formula",
+    "dropout": "thin product whose input is dropped out",
+}
 _NEEDS_ARROW = (".parquet", ".arrow", ".zst")  # not opened: pyarrow takes longer to import than check may
 
 
@@ -46,12 +52,29 @@ def check(recipe: Recipe, *, strict: bool) -> tuple[str, ...]:
 def _without_effect(section: AdapterSection) -> list[str]:
     """Keys that are written and mean nothing to the method; adapter.json writes them all, so no error."""
     config = section.config()
-    idle = [] if has_rank(config) else ["rank", "alpha", "dropout"]
-    return [
-        f"adapter.{key}: {config.method} has no factors of that kind, it changes nothing"
-        for key in idle
-        if key in section.model_fields_set
+    others = [(n, o, section.config(o)) for n, o in enumerate(section.overrides) if not o.skip]
+    # what an override takes over from the section has its effect there
+    used = {key for _, o, c in others for key in _NONE_OF if getattr(o, key) is None and key not in _idle(c)}
+    found = [
+        (f"adapter.{key}", config, key)
+        for key in _idle(config)
+        if key in section.model_fields_set and key not in used
     ]
+    found += [
+        (f"adapter.overrides[{n}].{key}", c, key)
+        for n, o, c in others
+        for key in _idle(c)
+        if getattr(o, key) is not None
+    ]
+    return [f"{where}: {c.method} has no {_NONE_OF[key]}, it changes nothing" for where, c, key in found]
+
+
+def _idle(config: AdapterConfig) -> list[str]:
+    """Keys that mean nothing to a method."""
+    spec = spec_of(config)
+    is_ranked, is_thin = has_rank(config), spec.num_columns(101, 103, config) > 0
+    means = {"rank": is_ranked, "alpha": spec.has_alpha(config), "dropout": is_ranked or is_thin}
+    return [key for key, is_meant in means.items() if not is_meant]
 
 
 def check_data(recipe: Recipe, *, strict: bool) -> tuple[str, ...]:

@@ -201,7 +201,11 @@ class TrainSection(Section):
         (0.9, 0.999), strict=False, description="decay of AdamW's first and second moment"
     )
     adam_eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(0.0, ge=0, description="never applied to scalars, norms and biases")
+    weight_decay: float = Field(
+        0.0,
+        ge=0,
+        description="never applied to scalars, norms and biases, nor to factors that hold a part of W (pissa)",
+    )
     schedule: Literal[
         "constant", "linear", "cosine", "constant_with_warmup", "polynomial", "inverse_sqrt"
     ] = Field("cosine", description="as transformers.get_scheduler")

@@ -1,6 +1,7 @@
 """What every adapter must hold over every frozen base, whatever its formula."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -302,6 +303,18 @@ def test_gradients_are_those_of_plain_operations(variant, weight, x):
     plain(twin, x, adapter.base.dense(torch.float32), dropped).square().sum().backward()
     for name, parameter in twin.named_parameters(recurse=False):
         assert torch.allclose(getattr(adapter, name).grad, parameter.grad, rtol=1e-3, atol=1e-3), name
+
+
+@pytest.mark.parametrize("variant", [v for v, (m, _) in VARIANTS.items() if m != "map"])
+def test_alpha_acts_where_the_spec_says_so(variant, weight, x):
+    """Not asked of MAP, whose D / N(D) nearly cancels it."""
+    config = config_of(variant)
+    one, other = (
+        start(adapter_of(make_base("dense-fp32", weight), c))
+        for c in (config, dataclasses.replace(config, alpha=9.0))
+    )
+    other.load_state_dict(trained_away_from_start(one).state_dict())
+    assert torch.equal(one(x), other(x)) != spec_of(config).has_alpha(config)
 
 
 @pytest.mark.parametrize(("variant", "base_name"), spread(CASES))

@@ -108,6 +108,30 @@ def test_a_weight_of_low_rank_has_finite_scores(weight):
     assert all(torch.isfinite(t).all() for t in found.values())
 
 
+@pytest.mark.parametrize("method", ["lora_dash", "lora_init", "lora_tsd"])
+def test_directions_that_the_weight_does_not_have_are_taken_last(method, weight):
+    """Their singular values are rounding, and so small under the score that they would all win."""
+    rank = 12
+    factors = torch.randn(rank, IN, generator=torch.Generator().manual_seed(4))
+    low = (weight[:, :rank].double() @ factors.double()).float()
+    adapter = trained_away_from_start(make_adapter(method, make_base("nf4", weight)))
+    best = dense_scores(adapter, low)
+    found = launch(adapter, low)
+    T = found["indices"].long()
+    assert T.tolist() == best[:rank].topk(len(T)).indices.tolist()
+    assert best[rank:].max() > best[:rank].max()  # what a small eps alone does not prevent
+    torch.testing.assert_close(found["scores"].double(), best[T], rtol=1e-3, atol=0)
+
+
+def test_directions_that_the_weight_does_not_have_fill_up_what_others_cannot(weight):
+    low = weight[:, :5] @ torch.randn(5, IN, generator=torch.Generator().manual_seed(4))
+    adapter = trained_away_from_start(make_adapter("lora_dash", make_base("nf4", weight)))
+    T = launch(adapter, low)["indices"].long().tolist()
+    assert sorted(T[:5]) == list(range(5)) and len(set(T)) == K and min(T[5:]) >= 5
+    nothing = launch(adapter, torch.zeros_like(low))
+    assert len(set(nothing["indices"].tolist())) == K and torch.isfinite(nothing["scores"]).all()
+
+
 def test_a_matrix_adds_eight_numbers_to_loras():
     """1,280 for the 160 matrices of LLaMA-7B's q, k, v, up and down."""
     shapes = 32 * [(4096, 4096), (4096, 4096), (4096, 4096), (11008, 4096), (4096, 11008)]

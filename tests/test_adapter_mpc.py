@@ -1,5 +1,6 @@
 """MPC_o and MPC_d over every method with A and B: the term against its formula, and added once a step."""
 
+import copy
 import json
 import typing
 from pathlib import Path
@@ -47,9 +48,12 @@ def make(method: str, full: torch.Tensor, /, **options: object) -> Adapter:
     return start(adapter_of(make_base("dense-fp32", full), config))
 
 
-def term(method: str, A: torch.Tensor, B: torch.Tensor, power: int) -> torch.Tensor:
-    """METHODS 2.3, in float64."""
+def term(
+    method: str, A: torch.Tensor, B: torch.Tensor, power: int, live: torch.Tensor | None = None
+) -> torch.Tensor:
+    """METHODS 2.3, in float64; `live` is 1 for FlexLoRA's directions that exist."""
     one = torch.eye(A.shape[0], dtype=torch.float64)
+    one = one if live is None else one * live.double()
     BtB = B.T @ B
     rest = BtB - one if method == "mpc_o" else BtB - torch.diag(torch.diag(BtB))
     return sum(torch.sqrt(torch.sum(r * r)) ** power for r in (A @ A.T - one, rest))
@@ -93,7 +97,9 @@ def test_gradients_are_the_methods_own_and_the_terms(method, over, weight, x):
         layer(x).sin().sum().backward()
 
     def terms() -> torch.Tensor:
-        return 0.5 * sum(term(method, layer.A.double(), layer.B.double(), 2) for layer in layers) / 2
+        return (
+            0.5 * sum(term(method, la.A.double(), la.B.double(), 2, la.live(la.fixed())) for la in layers) / 2
+        )
 
     for layer, other in zip(layers, plain, strict=True):
         for name, parameter in layer.named_parameters(recurse=False):
@@ -136,6 +142,29 @@ def test_written_out_slopes_are_autograds(power, weight):
         grads = torch.autograd.grad(adapter.constraint((A, B)), (A, B))
         for mine, expected in zip(adapter._slopes(A, B), grads, strict=True):
             assert torch.allclose(0.1 * mine, expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_directions_that_flexlora_only_has_room_for_do_not_count(power, weight, x):
+    """Value and slopes are those of the live ones alone: a row of zeros would add 1 to the norm."""
+    for method in ("mpc_o", "mpc_d"):
+        adapter = trained_away_from_start(make(method, weight, over="flexlora", power=power, weight=1.0))
+        live = adapter.mask.bool()
+        assert live.tolist() == [True] * RANK + [False] * RANK
+        with torch.no_grad():
+            adapter.A.mul_(adapter.mask[:, None]), adapter.B.mul_(adapter.mask)
+        plain = copy.deepcopy(adapter)
+        adapter.penalty_share = 1.0
+        for layer in (adapter, plain):
+            layer(x).sin().sum().backward()
+        A, B = (t.detach().double().requires_grad_(True) for t in (adapter.A[live], adapter.B[:, live]))
+        expected = term(method, A, B, power)
+        assert torch.allclose(adapter.constraint(adapter.trained()).double(), expected, rtol=1e-5)
+        dA, dB = torch.autograd.grad(expected, (A, B))
+        of_A, of_B = (getattr(adapter, n).grad - getattr(plain, n).grad for n in "AB")
+        torch.testing.assert_close(of_A[live].double(), dA, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(of_B[:, live].double(), dB, rtol=1e-3, atol=1e-4)
+        assert not of_A[~live].any() and not of_B[:, ~live].any()
 
 
 @pytest.mark.parametrize("power", [1, 2])
@@ -211,6 +240,22 @@ def test_inner_options_are_checked(options, message, hint, tmp_path):
     with pytest.raises(RecipeError, match=message) as caught:
         options_in(tmp_path, **options)
     assert hint in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["mpc_o", "mpc_d"])
+def test_adalora_under_map_has_the_term_already(method, tmp_path):
+    with pytest.raises(RecipeError, match="adalora has MPC_o in it"):
+        options_in(tmp_path, over="map", inner={"over": "adalora"})
+    with pytest.raises(ValueError, match="adalora has MPC_o in it"):
+        ADAPTER_SPECS[method].options(over="map", inner={"over": "adalora"})
+
+
+def test_options_of_two_methods_below_are_filled_in_without_a_recipe():
+    """The inner one's defaults are those of the method that it names, not of map's own default."""
+    made = MpcOptions(over="map", inner={"over": "flora"})
+    assert made.inner["inner"] == {"scaling": "alpha/r", "init": "kaiming"}
+    with pytest.raises(TypeError, match="scalin"):
+        MpcOptions(over="lora", inner={"scalin": "rslora"})
 
 
 def test_options_under_an_override_are_checked(tmp_path):

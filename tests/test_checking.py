@@ -221,16 +221,37 @@ def test_absent_hub_weights_are_refused_offline(tmp_path: Path, monkeypatch: pyt
         check(wanted, strict=True)
 
 
-@pytest.mark.parametrize(("method", "warned"), [("ssl", ["rank", "dropout"]), ("lora", [])])
-def test_a_key_that_means_nothing_to_the_method_is_a_warning(tmp_path, method, warned):
-    section = {"method": method, "rank": 8, "dropout": 0.1}
-    data = tmp_path / "data.jsonl"
+def keys_without_effect(folder: Path, **section: object) -> list[str]:
+    """Those that `check` warns of, without "adapter."."""
+    data = folder / "data.jsonl"
     data.write_text('{"instruction": "a", "output": "b"}\n')
     made = recipe({"path": str(data)})
     made = made.model_copy(update={"adapter": AdapterSection.model_validate(section)})
     told = check(made, strict=False)
-    found = [w.partition(":")[0] for w in told if w.startswith("adapter.")]
-    assert found == [f"adapter.{key}" for key in warned]
+    return [w.partition(":")[0].removeprefix("adapter.") for w in told if w.startswith("adapter.")]
+
+
+@pytest.mark.parametrize(
+    ("method", "warned"),
+    [
+        ("ssl", ["rank", "alpha", "dropout"]), ("bitfit", ["rank", "alpha", "dropout"]), ("lora", []), ("liera", []),
+        ("svdiff", ["rank", "alpha"]), ("svft", ["rank", "alpha"]),  # dropout acts on the input of their product
+        *((name, ["alpha"]) for name in ("vera", "delora", "mpc_n", "spectral_adapter")),
+    ],
+)  # fmt: skip
+def test_a_key_that_means_nothing_to_the_method_is_a_warning(tmp_path, method, warned):
+    given = {"method": method, "rank": 8, "alpha": 8.0, "dropout": 0.1}
+    assert keys_without_effect(tmp_path, **given) == warned
+    assert keys_without_effect(tmp_path, method=method) == []  # defaults are nobody's mistake
+
+
+def test_a_key_that_means_nothing_to_an_override_is_a_warning_there(tmp_path):
+    vera = {"targets": "q_proj", "method": "vera", "alpha": 8.0}
+    assert keys_without_effect(tmp_path, method="lora", overrides=[vera]) == ["overrides[0].alpha"]
+    over = {"method": "mpc_o", "options": {"over": "delora"}}
+    assert keys_without_effect(tmp_path, **over, alpha=8.0) == ["alpha"]
+    lora = {"targets": "q_proj", "method": "lora"}
+    assert keys_without_effect(tmp_path, method="vera", alpha=8.0, overrides=[lora]) == []  # LoRA's alpha
 
 
 def test_what_the_models_layers_cannot_take_is_said_without_a_plan(model_dir: Path) -> None:

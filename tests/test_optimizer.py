@@ -66,6 +66,20 @@ def test_weight_decay_is_for_matrices_only(folder, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["pissa", "milora", "olora", "lora_init", "lora_tsd", "mpc_o"])
+def test_what_holds_a_part_of_the_weight_is_not_decayed(folder, kind, method):
+    """Decayed, it would take that part of the weight with it; its neighbour with plain LoRA decays."""
+    options = {"over": "pissa"} if method == "mpc_o" else {}
+    lora = {"targets": "q_proj", "method": "lora"}
+    adapter = AdapterSection(method=method, rank=4, alpha=8.0, options=options, overrides=[lora])
+    found = built(section(folder), NF4, adapter)
+    optimizer = optimizer_of(found, optimizer=kind, weight_decay=0.1)
+    for name, parameter in found.trained.items():
+        expected = 0.1 if "q_proj" in name else 0.0
+        assert group_of(optimizer, parameter)["weight_decay"] == expected, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("method", "options", "scales"),
     [

@@ -51,6 +51,26 @@ def test_ranks_and_methods_differ_by_pattern_and_the_later_wins():
     }
 
 
+def test_a_regularisers_mean_is_over_the_layers_that_have_it():
+    """Of AdaLoRA's A and B whether under map or not; of map's over other methods none."""
+    over = {"method": "map", "options": {"over": "adalora"}}
+    adapter = {
+        "method": "map",
+        "targets": "layers.0.*",
+        "overrides": [
+            {"targets": ["q_proj", "k_proj"], **over},
+            {"targets": "v_proj", "method": "adalora"},
+            {"targets": ["o_proj", "up_proj"], "method": "mpc_o"},
+            {"targets": "down_proj", "method": "mpc_o", "options": {"over": "map"}},
+        ],
+    }
+    recipe = planning.recipe(planning.TINY, adapter=adapter)
+    hf = outline_of(recipe.model, recipe.quantization, recipe.adapter, None).hf
+    counts = {name.rpartition(".")[2]: a.num_siblings for name, a in adapters(hf)}
+    del counts["gate_proj"]  # map over lora, which has none
+    assert counts == {"q_proj": 3, "k_proj": 3, "v_proj": 3, "o_proj": 3, "up_proj": 3, "down_proj": 3}
+
+
 def test_options_are_kept_within_a_method_and_start_anew_with_another():
     section = AdapterSection.model_validate(
         {

@@ -26,6 +26,14 @@ def test_the_page_is_current(update_golden):
     )
 
 
+def test_rows_of_readings_say_so():
+    rows = [line for line in scoreboard_page.page().splitlines() if line.startswith("| ")]
+    named = [row.split(" | ")[0].removeprefix("| ") for row in rows]
+    for name in ("speclora", "speclora additive", "lora_init", "lora_tsd"):
+        assert f"{name} (reading)" in named and name not in named
+    assert "lora" in named and "lora (reading)" not in named
+
+
 @pytest.fixture
 def store(tmp_path):
     return Store(Setup(recipe=BENCHMARKS / "scoreboard.yaml", model=None, data=tmp_path, work=tmp_path))

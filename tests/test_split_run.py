@@ -50,6 +50,18 @@ def test_stopped_and_resumed_equals_unbroken_bit_for_bit(tmp_path, name, world):
     assert all(torch.equal(tensors[n], expected[n]) for n in tensors)
 
 
+@pytest.mark.parametrize("world", ["single", "zero2"])
+def test_groups_that_decay_and_that_do_not_survive_a_resume(tmp_path, world):
+    adapter = {"adapter": section("pissa") | {"overrides": [{"targets": "q_proj", "method": "lora"}]}}
+    train = {**TRAIN, "weight_decay": 0.1}
+    unbroken = start(tmp_path, "unbroken", world, **adapter, train=train)
+    run_ranks(unbroken)
+    first = start(tmp_path, "first", world, **adapter, train={**train, "stop_after_steps": 3})
+    run_ranks(first)
+    rest = continue_as(tmp_path, "rest", first, world, **adapter, train=train)
+    assert losses(first) + losses(rest) == losses(unbroken)
+
+
 @pytest.mark.parametrize("world", ["ddp", "fsdp", "zero3"])
 def test_every_world_starts_from_the_same_residual(tmp_path, world):
     curves = []

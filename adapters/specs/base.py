@@ -68,8 +68,12 @@ class AdapterSpec:
     thin_factors: Callable[[AdapterConfig], tuple[str, ...]] = _none
     # columns of `Factors.up`, for the forecast: what a token's thin product keeps
     num_columns: Callable[[int, int, AdapterConfig], int] = lambda out, in_, config: config.rank
+    # alpha is in the formula
+    has_alpha: Callable[[AdapterConfig], bool] = lambda config: True
     # a trained scale a row: a layer's unscaled output is kept for the backward pass
     keeps_output: Callable[[AdapterConfig], bool] = lambda config: False
+    # the title of a layer with these options, where they choose between formulas; "" where there is one
+    chosen_title: Callable[[AdapterConfig], str] = lambda config: ""
     is_reading: bool = False  # the paper's formula could not be read; ours is an interpretation
     mergeable: bool = True
     forbids_engines: tuple[str, ...] = ()
@@ -124,8 +128,8 @@ class WrapperOptions(Options):
     )
 
     def __post_init__(self) -> None:
-        # its defaults are filled in, so that an adapter's file says them all
-        object.__setattr__(self, "inner", asdict(inner_options(self.over, {})) | self.inner)
+        # its defaults are filled in, so that an adapter's file says them all; by itself, for they may depend on another
+        object.__setattr__(self, "inner", asdict(inner_options(self.over, self.inner)))
 
 
 def inner_options(method: str, options: Mapping[str, Any]) -> Any:

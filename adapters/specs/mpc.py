@@ -34,6 +34,14 @@ class MpcOptions(WrapperOptions):
     power: Literal[1, 2] = doc("of both Frobenius norms; 2 is the paper's, 1 that of its code for AdaLoRA", 2)
     reduction: Literal["mean", "sum"] = doc("over the adapted matrices; sum is the paper's", "mean")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.over == "map" and self.inner["over"] == "adalora":
+            raise ValueError(
+                "inner.over: adalora has MPC_o in it (its orth_weight), under map as well, and both terms would act; "
+                "use adapter.method: map with over: adalora, or another method under map"
+            )
+
 
 def _spec(name: str, title: str) -> AdapterSpec:
     def shapes(kind: str) -> Any:
@@ -56,6 +64,7 @@ def _spec(name: str, title: str) -> AdapterSpec:
         # of the loss: the term adds a slope to A at once, and to B unless that is 0
         zero_grad_at_start=names("zero_grad_at_start"),
         num_columns=shapes("num_columns"),
+        has_alpha=names("has_alpha"),
         keeps_output=names("keeps_output"),
         refusal=inner_refusal,
     )

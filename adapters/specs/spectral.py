@@ -92,6 +92,11 @@ def _speclora(out: int, in_: int, config: AdapterConfig) -> Shapes:
     return {**low_rank(out, in_, config), "m": (num_directions(out, in_, config),)}
 
 
+def _speclora_title(config: AdapterConfig) -> str:
+    core = "m" if config.options.spec_mode == "additive" else "m o S_k"
+    return f"SpecLoRA: W + U_k diag({core}) V_k^T + s B A"
+
+
 def _speclora_fixed(out: int, in_: int, config: AdapterConfig) -> Shapes:
     shapes = _triplets(num_directions(out, in_, config), out, in_)
     if config.options.spec_mode == "additive":
@@ -142,7 +147,8 @@ def _split(name: str, title: str, source: str, impl: str) -> AdapterSpec:
 SPECS = (
     AdapterSpec(
         name="speclora",
-        title="SpecLoRA: W + U_k diag(m o S_k) V_k^T + s B A",
+        title="SpecLoRA: W + U_k diag(m o S_k) V_k^T + s B A, or diag(m) for diag(m o S_k)",
+        chosen_title=_speclora_title,
         source="Si et al., 2025, arXiv:2505.23099 (abstract only)",
         impl="decompft.adapters.speclora:SpecloraLinear",
         options=SpecloraOptions,
@@ -159,6 +165,7 @@ SPECS = (
         source="Zhang and Pilanci, 2024, arXiv:2405.13952, additive form",
         impl="decompft.adapters.spectral_adapter:SpectralAdapterLinear",
         options=NoOptions,
+        has_alpha=lambda config: False,
         tensors=lambda out, in_, config: {"P": (out, config.rank), "Q": (in_, config.rank)},
         buffers=lambda out, in_, config: _triplets(config.rank, out, in_),
         needs=names("full_weight"),
@@ -170,6 +177,7 @@ SPECS = (
         source="Han et al., 2023, arXiv:2303.11305, eq. 3",
         impl="decompft.adapters.svdiff:SvdiffLinear",
         options=NoOptions,
+        has_alpha=lambda config: False,
         tensors=lambda out, in_, config: {"d": (min(out, in_),)},
         buffers=lambda out, in_, config: _triplets(min(out, in_), out, in_),
         needs=names("full_weight"),
@@ -181,6 +189,7 @@ SPECS = (
         source="Lingam et al., 2024, arXiv:2405.19597, eq. 2; gate and start of the authors' code",
         impl="decompft.adapters.svft:SvftLinear",
         options=SvftOptions,
+        has_alpha=lambda config: False,
         tensors=_svft,
         buffers=_svft_fixed,
         needs=names("full_weight"),

@@ -19,7 +19,8 @@ from decompft.launcher.worker.schedule import factor_of
 def make_optimizer(
     model: nn.Module, trained: Mapping[str, nn.Parameter], train: TrainSection, engine: Engine
 ) -> torch.optim.Optimizer:
-    """AdamW in groups of equal learning-rate scale; scalars, norms, biases and rows of tokens are never decayed.
+    """AdamW in groups of equal learning-rate scale; scalars, norms, biases and rows of tokens are never decayed,
+    nor are matrices that hold a part of the weight (Adapter.no_decay).
 
     Tensors whose state starts anew at another step are a group of their own: ZeRO counts a group's steps together.
     """

@@ -58,7 +58,8 @@ def main(argv: list[str]) -> None:
     else:
         console = Console()
         for formula in report["formulas"].values():
-            console.print(formula["title"], highlight=False, soft_wrap=True)
+            note = " (a reading)" if formula["is_reading"] else ""
+            console.print(formula["title"] + note, highlight=False, soft_wrap=True)
         for table in adapter_tables(rows, each=args.all):
             console.print(table)
         for name, tensor in layers.whole.items():
