@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from decompft.adapters.spec import AdapterConfig, has_rank, spec_of
-from decompft.launcher.errors import DataError, DecompftError, ModelError
+from decompft.adapters.window import window
+from decompft.launcher.errors import AdapterError, DataError, DecompftError, ModelError
 from decompft.launcher.packaged import is_packaged, packaged_file
 from decompft.launcher.recipe import FORMAT_FIELDS, AdapterSection, Recipe, Source
 
@@ -44,6 +45,7 @@ def check(recipe: Recipe, *, strict: bool) -> tuple[str, ...]:
     """
     return (
         *_without_effect(recipe.adapter),
+        *_check_phases(recipe.adapter, recipe.train.max_steps),
         *_check_model(recipe, strict=strict),
         *check_data(recipe, strict=strict),
     )
@@ -67,6 +69,42 @@ def _without_effect(section: AdapterSection) -> list[str]:
         if getattr(o, key) is not None
     ]
     return [f"{where}: {c.method} has no {_NONE_OF[key]}, it changes nothing" for where, c, key in found]
+
+
+def _check_phases(section: AdapterSection, max_steps: int | None) -> list[str]:
+    """Whether the run is long enough for what its methods do at a step; with `train.epochs` the ranks look.
+
+    Raises:
+        AdapterError: no step is left between two warm-ups.
+    """
+    if max_steps is None:
+        return []
+    warnings = []
+    for where, override in [
+        ("adapter", None),
+        *((f"adapter.overrides[{n}]", o) for n, o in enumerate(section.overrides)),
+    ]:
+        if override is not None and override.skip:
+            continue
+        config = section.config(override)
+        if hasattr(config.options, "final_warmup"):
+            try:
+                window(
+                    config.options.init_warmup,
+                    config.options.final_warmup,
+                    config.options.interval,
+                    max_steps,
+                )
+            except ValueError as error:
+                raise AdapterError(
+                    f"{where}.options: {error}", "lower them, or raise train.max_steps"
+                ) from error
+        if getattr(config.options, "start_step", 0) >= max_steps:
+            warnings.append(
+                f"{where}.options.start_step: the run's {max_steps} steps end before the second phase of "
+                f"{config.method} begins: until then it is LoRA"
+            )
+    return warnings
 
 
 def _idle(config: AdapterConfig) -> list[str]:

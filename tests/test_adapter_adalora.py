@@ -11,9 +11,10 @@ from pydantic import ValidationError
 from test_adapter_contract import RANK, config_of, make_base, start, trained_away_from_start
 from torch import nn
 
-from decompft.adapters.allocation import budget, keep_largest, window
+from decompft.adapters.allocation import budget, keep_largest
 from decompft.adapters.inject import make_adapter
 from decompft.adapters.spec import ADAPTER_SPECS, AdapterConfig
+from decompft.adapters.window import window
 from decompft.launcher.errors import PlanError
 from decompft.launcher.options import options_of
 from decompft.launcher.worker.engines.base import Engine

@@ -7,8 +7,9 @@ import torch
 from planning import CPU, DENSE, TINY, make
 from test_adapter_contract import RANK, config_of, make_base, start, trained_away_from_start
 
-from decompft.adapters.allocation import entropy, exchange, num_exchanged, window
+from decompft.adapters.allocation import entropy, exchange, num_exchanged
 from decompft.adapters.inject import make_adapter
+from decompft.adapters.window import window
 from decompft.launcher.errors import PlanError
 from decompft.launcher.worker.engines.base import Engine
 from decompft.launcher.worker.phase_exchange import Exchange

@@ -261,3 +261,27 @@ def test_what_the_models_layers_cannot_take_is_said_without_a_plan(model_dir: Pa
         section = AdapterSection(method="lora", **adapter)
         with pytest.raises(error, match="q_proj|rank"):
             check(fine.model_copy(update={"adapter": section}), strict=False)
+
+
+def long_run(folder: Path, max_steps: int, **section: object) -> tuple[str, ...]:
+    (folder / "a.txt").write_text("once upon a time")
+    given = recipe({"path": str(folder / "a.txt"), "format": "text"})
+    train = given.train.model_copy(update={"max_steps": max_steps})
+    return check(given.model_copy(update={"adapter": AdapterSection(**section), "train": train}), strict=True)
+
+
+@pytest.mark.parametrize("method", ["adalora", "flexlora"])
+def test_warm_ups_that_leave_no_step_are_refused_before_a_launch(method: str, tmp_path: Path) -> None:
+    options = {"init_warmup": 6, "final_warmup": 6}
+    with pytest.raises(AdapterError, match="init_warmup 6 and final_warmup 6 leave none of the 8 steps"):
+        long_run(tmp_path, 8, method=method, options=options)
+    with pytest.raises(AdapterError, match=r"overrides\[0\].options: init_warmup 6"):
+        long_run(tmp_path, 8, overrides=[{"targets": ["q_proj"], "method": method, "options": options}])
+    assert not long_run(tmp_path, 13, method=method, options=options)
+
+
+@pytest.mark.parametrize("method", ["lora_dash", "lora_init", "lora_tsd"])
+def test_a_second_phase_that_never_begins_is_warned_of(method: str, tmp_path: Path) -> None:
+    (warning,) = long_run(tmp_path, 8, method=method, options={"start_step": 8})
+    assert f"the run's 8 steps end before the second phase of {method} begins" in warning
+    assert not long_run(tmp_path, 9, method=method, options={"start_step": 8})

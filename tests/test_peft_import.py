@@ -202,6 +202,13 @@ def test_a_classifier_comes_with_its_head(tmp_path):
         ({"lora_bias": True}, "lora_bias is true"),
         ({"init_lora_weights": "pissa"}, "took a part out of the base"),
         ({"lora_alpha": 0}, "lora_alpha is 0"),
+        ({"lora_alpha": "a"}, "lora_alpha: 'a' is no number"),
+        ({"lora_alpha": None}, "lora_alpha: None is no number"),
+        ({"lora_dropout": [0.1]}, r"lora_dropout: \[0.1\] is no number"),
+        ({"alpha_pattern": [1]}, r"alpha_pattern: \[1\] is no table of numbers"),
+        ({"task_type": ["CAUSAL_LM"]}, "task_type: .* is no text"),
+        ({"revision": ["main"]}, "revision: .* is no text"),
+        ({"base_model_name_or_path": ["a"]}, "base_model_name_or_path: .* is no text"),
         ({"base_model_name_or_path": None}, "names no base model"),
     ],
 )

@@ -32,6 +32,16 @@ _IGNORED = {
 }  # fmt: skip
 
 
+# the keys whose values are computed with, by what they are
+_TYPES: dict[type, tuple[str, ...]] = {
+    float: ("lora_alpha", "lora_dropout", "vera_dropout", "hira_dropout", "module_dropout", "delora_lambda"),
+    int: ("init_r", "target_r"),
+    str: ("task_type", "base_model_name_or_path", "revision", "bias"),
+    dict: ("alpha_pattern", "lambda_pattern"),
+}
+_WORDS = {float: "number", int: "whole number", str: "text", dict: "table of numbers"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class PeftFolder:
     """adapter_config.json and adapter_model.safetensors, keys without PEFT's prefix, float32."""
@@ -82,6 +92,7 @@ def open_peft(folder: Path) -> PeftFolder:
         config["peft_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path}: is no PEFT config", "save the adapter again with peft") from error
+    _refuse_types(path, config)
     if not (folder / "adapter_model.safetensors").is_file():
         if (folder / "adapter_model.bin").is_file():
             raise AdapterError(
@@ -100,6 +111,20 @@ def open_peft(folder: Path) -> PeftFolder:
         raise AdapterError(f"{folder}: adapter_model.safetensors: {error}", "copy it again") from error
     tensors = {name.removeprefix(PREFIX): tensor.float() for name, tensor in found.items()}
     return PeftFolder(folder=folder, config=config, tensors=tensors)
+
+
+def _refuse_types(path: Path, config: dict[str, Any]) -> None:
+    for kind, names in _TYPES.items():
+        for name in names:
+            if name not in config or (config[name] is None and kind in (str, dict)):
+                continue
+            value = config[name]
+            values = list(value.values()) if kind is dict and isinstance(value, dict) else [value]
+            wanted = (int, float) if kind in (dict, float) else (kind,)
+            if any(not isinstance(v, wanted) or isinstance(v, bool) for v in values):
+                raise AdapterError(
+                    f"{path}: {name}: {value!r} is no {_WORDS[kind]}", "save the adapter again with peft"
+                )
 
 
 def read_peft(peft: PeftFolder, linears: Mapping[str, tuple[int, int]]) -> ReadAdapter:

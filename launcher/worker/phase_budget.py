@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from decompft.adapters.adalora import AdaLoraLinear
-from decompft.adapters.allocation import budget, keep_largest, window
+from decompft.adapters.allocation import budget, keep_largest
+from decompft.adapters.window import window
 from decompft.launcher.errors import AdapterError
 from decompft.launcher.worker.engines.base import MOMENTS, full_shape
 from decompft.launcher.worker.running import Running

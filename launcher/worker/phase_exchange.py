@@ -12,8 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from decompft.adapters.allocation import exchange, num_exchanged, window
+from decompft.adapters.allocation import exchange, num_exchanged
 from decompft.adapters.flexlora import FlexLoraLinear
+from decompft.adapters.window import window
 from decompft.launcher.errors import AdapterError
 from decompft.launcher.worker.engines.base import MOMENTS, full_shape
 from decompft.launcher.worker.load import generator_for
