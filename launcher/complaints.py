@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable
@@ -320,8 +321,10 @@ def _hint_type(value: Any, annotation: Any) -> str:
     if isinstance(value, str) and (int in branches or float in branches):
         digits = value.replace("_", "").replace(",", "")
         try:
-            float(digits)
+            is_number = math.isfinite(float(digits))
         except ValueError:
+            is_number = False
+        if not is_number:
             return ""
         return f"write {digits}, without quotes or separators"
     if isinstance(value, bool | int | float) and str in branches:

@@ -159,7 +159,13 @@ def _memory_bars(seen: Seen) -> str:
     else:
         rows = [value for value in seen.rows.columns["peak_mem_bytes"] if math.isfinite(value)]
         if rows:
-            words = f"{size(max(rows))}, of rank 0's rows: the run has not measured its peak yet"
+            last = seen.incarnations[-1].outcome if seen.incarnations else None
+            missing = (
+                "the run has not measured its peak yet"
+                if last is None
+                else "the run ended before it told its peak"
+            )
+            words = f"{size(max(rows))}, of rank 0's rows: {missing}"
             bars.append(Bar(name="so far", parts=[("so far", max(rows), 5)], words=words))
     return draw_memory(bars, forecast.capacity_bytes)
 

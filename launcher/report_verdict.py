@@ -135,8 +135,8 @@ def _facts(seen: Seen, outcome: Outcome, event: Event | None) -> Iterator[tuple[
     yield "cause", f"{outcome.meaning} ({outcome.cause})" if outcome.meaning else str(outcome.cause)
     yield "evidence", "" if str(outcome.evidence) in str(outcome.message) else str(outcome.evidence)
     yield "what to do", str(outcome.hint)
-    others = (str(k) for k in seen.incarnations[-1].ranks if k != outcome.rank)
-    yield "other ranks that failed", ", ".join(others)
+    others = (f"rank {k}" for k in seen.incarnations[-1].ranks if k != outcome.rank)
+    yield "others that failed", ", ".join(others)
     # what the launcher said last; without it, the recipe's name is not known
     again = shlex.join(("decompft", "launch", "RECIPE", "--resume", "auto", "--run-dir", str(seen.run.path)))
     yield "next command", again if event is None else str(event.details.get("next") or again)

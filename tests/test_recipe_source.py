@@ -119,6 +119,7 @@ def test_an_unknown_method_names_the_nearest() -> None:
         ("adapter.rank", "1_000", "found the text '1_000', expected a whole number",
          "write 1000, without quotes or separators"),
         ("adapter.rank", "1e3", "found the number 1000.0, expected a whole number", "write 1000"),
+        ("adapter.rank", "'nan'", "found the text 'nan', expected a whole number", ""),
         ("adapter.rank", "true", "found true, expected a whole number", ""),
         ("adapter.rank", "0", "0 is out of range, it must be at least 1", ""),
         ("adapter.rank", "", "found nothing, expected a whole number",

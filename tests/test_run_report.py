@@ -255,7 +255,7 @@ def test_a_failure_is_told_in_words(tmp_path: Path) -> None:
     assert lines == [
         "first to fail rank 1 on gpu017", "last step 7", "what happened CUDA out of memory. Tried to allocate 2 GiB",
         "cause the GPU ran out of memory (out_of_memory_gpu)", "evidence torch.OutOfMemoryError: CUDA",
-        "what to do lower train.micro_batch_size", "other ranks that failed 0", f"next command {again}",
+        "what to do lower train.micro_batch_size", "others that failed rank 0", f"next command {again}",
     ]  # fmt: skip
     folds = [words(fold) for fold in box.iter(f"{SVG}details")]
     assert folds == [

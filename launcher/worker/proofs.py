@@ -54,6 +54,11 @@ def prove_gradients(built: Built, engine: Engine, step: int) -> None:
         raise RunFailed(
             f"step {step + 1}: {len(dead)} trained tensors have a zero gradient, first {dead[0]}; "
             "they would silently not train",
-            "this is a defect of the model's wiring or of the data (every token masked?): "
+            (
+                ""
+                if step == 0
+                else "numbers may have grown until nothing moves any more: lower train.learning_rate; else "
+            )
+            + "this is a defect of the model's wiring or of the data (every token masked?): "
             "see decompft inspect data, and report the recipe if the data is fine",
         )
