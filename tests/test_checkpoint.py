@@ -287,6 +287,31 @@ def test_a_rank_whose_folder_the_leader_has_cleared_blames_another(tmp_path: Pat
         )  # fmt: skip
 
 
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill proves nothing of a power cut: what a process wrote outlives it in the kernel's memory."""
+    flushed: list[Path] = []
+    missing: dict[str, set[str]] = {}
+    fsync, rename = os.fsync, Path.rename
+
+    def remembering(handle: int) -> None:
+        fsync(handle)
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{handle}")))
+
+    def checking(path: Path, target: Path) -> Path:
+        if path.is_dir():
+            inside = {p for p in (path, *path.rglob("*")) if p not in flushed}
+            missing[Path(target).name] = {str(p.relative_to(path)) for p in inside}
+        moved = rename(path, target)
+        flushed.extend([m for m in (Path(target),) if path in flushed])
+        return moved
+
+    monkeypatch.setattr(os, "fsync", remembering)
+    monkeypatch.setattr(Path, "rename", checking)
+    final = saved(tmp_path, 100, make_whole())
+    assert missing == {final.name: set()}
+    assert final.parent in flushed[flushed.index(final) :]  # and the name itself
+
+
 def test_a_full_disk_fails_every_rank_and_keeps_the_old(small_disk: Path) -> None:
     good = saved(small_disk, 100, make_whole())
     whole = {("A", "param"): torch.zeros(1000, 100)}  # 400 kB

@@ -25,8 +25,14 @@ TOLERANCE = 1e-4  # of losses: the cap of the parity tests in float32
 # Of the parameters after one step more: a thousandth of the learning rate, which is about what a step moves each
 # number by. Rounding comes to 2e-7 here; Adam divides by the gradient's size, so it is larger where that is near zero.
 MOVED = 1e-3 * TRAIN["learning_rate"]
-CHAINS = [("fsdp", "single", "hsdp"), ("zero2", "single", "four"), ("fsdp", "zero3", "single")]
-FOUR = {"strategy": "zero3", "gpus_per_node": 4}
+# the same engine on twice as many ranks, by name
+GROWN = {
+    f"{name}-4": {**WORLDS[name], "gpus_per_node": 4} for name in ("ddp", "fsdp", "zero1", "zero2", "zero3")
+}
+CHAINS = [
+    ("fsdp", "single", "hsdp"), ("zero2", "single", "zero3-4"), ("fsdp", "zero3", "single"),
+    *((grown.removesuffix("-4"), grown, grown.removesuffix("-4")) for grown in GROWN), ("fsdp-4", "fsdp", "single"),
+]  # fmt: skip
 
 Pieces = list[tuple[str, str, int, Tensor]]  # name, kind, start in the flattened tensor, numbers
 
@@ -114,7 +120,7 @@ def test_a_chain_of_engines_and_ranks_is_one_run(folder: Path, chain: tuple[str,
 
 def start(folder: Path, name: str, world: str, *, stop: int = LAST, every: int | None = None) -> RunDir:
     train = {**TRAIN, "stop_after_steps": None if stop == LAST else stop}
-    parallel = FOUR if world == "four" else WORLDS[world]
+    parallel = (WORLDS | GROWN)[world]
     return make_run(
         folder, name, model=MODEL, train=train, parallel=parallel, checkpoint={"every_steps": every}
     )

@@ -1,4 +1,4 @@
-"""A run of two ranks is killed at 200 random points, as by power cuts, and loses nothing that was saved."""
+"""A run of two ranks is killed at 200 random points and loses nothing that was saved."""
 
 from __future__ import annotations
 
