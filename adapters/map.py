@@ -90,7 +90,7 @@ class MapLinear(Map):
         A, B, a, b = trained
         eps, s, warmup = self.config.options.eps, self.scaling, self._warmup
         if norm.fits(A, B) and not isinstance(warmup, Tensor):
-            grams, scalars = norm.scales(A, B, a, b, fixed[0], eps=eps, s=s, warmup=warmup)
+            grams, scalars = norm.scales(A, B, a, b, fixed[0], eps=eps, s=s)
             found = norm.views(grams, scalars)
             self._update_norm = found.n
             # q in B: one launch here, instead of eight where tokens are multiplied by q, and summed for its slope
@@ -114,7 +114,7 @@ class MapLinear(Map):
         if len(found.keep) == 2:
             grams, scalars = found.keep
             dq = torch.dot(dB.view(-1), B.view(-1))
-            da, db = norm.pull_(A, B, grams, scalars, dq, grads.row, dA, dB, warmup=self.warmup)
+            da, db = norm.pull_(A, B, grams, scalars, dq, grads.row, dA, dB)
         else:
             assert isinstance(grads.q, Tensor)
             noted = norm.Scales(*found.keep)

@@ -28,7 +28,7 @@ SM = 90
 POINTERS = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32}
 VARIANTS = ((True, False), (False, True), (True, True))  # DOTS, SCALES
 SOURCES = {"codes_ptr": "*u8", "bytes_ptr": "*u8"}
-FLOATS = {"eps": "fp32", "eps_over_s": "fp32", "warmup": "fp32", "s": "fp32", "tiny": "fp32", "limit": "fp32"}
+FLOATS = {"eps": "fp32", "eps_over_s": "fp32", "s": "fp32", "tiny": "fp32", "limit": "fp32"}
 SHAPES = ((1, 1), (3, 129), (257, 128), (600, 300))
 # of an element that is rounded once: Triton's interpreter cuts bfloat16 off instead of rounding to the nearest
 SPACING = {torch.bfloat16: 2**-7, torch.float16: 0.0, torch.float32: 0.0}
@@ -128,6 +128,10 @@ def interpret() -> None:
     torch.addcmul = lambda low, byte, step: low + byte * step  # type: ignore[assignment]
     torch.manual_seed(0)
     for name in proved._MODULES:
+        if (
+            name == "fp8"
+        ):  # the interpreter rounds to e4m3 wrongly: check_fp8_kernels.py asks its kernels for float32
+            continue
         proof = importlib.import_module(f"decompft.adapters.kernels.{name}").PROVED
         # as on a GPU before training; bfloat16 is held to exact rounding there, which is not the interpreter's
         for dtype in proof.dtypes or (torch.float16, torch.float32):

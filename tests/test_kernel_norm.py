@@ -17,17 +17,16 @@ def scales_by_the_twin(*given: Tensor, **options: float) -> tuple[Tensor, Tensor
     return torch.stack([AAt, BtB]), torch.stack(scalars)
 
 
-def pull_by_the_twin(A, B, grams, scalars, dq, drow, dA, dB, *, warmup):
+def pull_by_the_twin(A, B, grams, scalars, dq, drow, dA, dB):
     found = norm.views(grams, scalars)
     dB *= found.q
-    return norm.plain_pull_(A, B, found, dq, drow, dA, dB, warmup=warmup)
+    return norm.plain_pull_(A, B, found, dq, drow, dA, dB)
 
 
 def test_a_layer_takes_the_kernels_way_to_the_same_slopes(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, with the twin in the kernel's place: what the layer does with its results."""
     weight = 0.05 * torch.randn(OUT, IN, generator=torch.Generator().manual_seed(2))
     layer = trained_away_from_start(make_adapter("map", make_base("nf4", weight)))
-    layer._warmup = 0.25
     x, g = torch.randn(7, IN), torch.randn(7, OUT)
 
     def passes() -> dict[str, Tensor]:
@@ -56,15 +55,15 @@ def test_scales_and_slopes_on_a_gpu(rank: int, num_in: int, num_out: int) -> Non
     A, dA = (torch.randn(rank, num_in, generator=draw).cuda() for _ in range(2))
     B, dB = (torch.randn(num_out, rank, generator=draw).cuda() for _ in range(2))
     a, b, base_norm, dq, drow = (torch.tensor([v], device="cuda") for v in (3.0, 0.7, 2.5, 0.3, -1.1))
-    options = {"eps": 1e-6, "s": 2.0, "warmup": 0.5}
+    options = {"eps": 1e-6, "s": 2.0}
     wide = [t.double() for t in (A, B, a, b, base_norm)]
     exact = norm.plain(*wide, **options)
     slopes = [dA.double(), exact.q * dB.double()]
-    of_a, of_b = norm.plain_pull_(*wide[:2], exact, dq.double(), drow.double(), *slopes, warmup=0.5)
+    of_a, of_b = norm.plain_pull_(*wide[:2], exact, dq.double(), drow.double(), *slopes)
     with torch.no_grad():
         assert norm.fits(A, B), norm.PROVED.reason(A.device, A.dtype)
         grams, scalars = norm.scales(A, B, a, b, base_norm, **options)
-        found = norm.pull_(A, B, grams, scalars, dq, drow, dA, dB, warmup=0.5)
+        found = norm.pull_(A, B, grams, scalars, dq, drow, dA, dB)
     made = (*norm.views(grams, scalars), *found, dA, dB)
     for one, right in zip(made, (*exact, of_a, of_b, *slopes), strict=True):
         # float32 sums of up to 11008 terms, over 32 stretches

@@ -52,7 +52,7 @@ def fits(A: Tensor, B: Tensor) -> bool:
 
 
 def scales(
-    A: Tensor, B: Tensor, a: Tensor, b: Tensor, base_norm: Tensor, *, eps: float, s: float, warmup: float
+    A: Tensor, B: Tensor, a: Tensor, b: Tensor, base_norm: Tensor, *, eps: float, s: float
 ) -> tuple[Tensor, Tensor]:
     """Both matrices (2, rank, rank) and the five scalars (5, ...) of `Scales`, in its order. Two launches.
 
@@ -70,7 +70,7 @@ def scales(
             A, B, parts, rank, num_in, num_out, CHUNK=chunk, CHUNKS=chunks, **sizes
         )
         _triton().finish[(1,)](
-            parts, a, b, base_norm, grams, found, rank, eps, eps / s, warmup, STRIDE=_STRIDE, **sizes
+            parts, a, b, base_norm, grams, found, rank, eps, eps / s, STRIDE=_STRIDE, **sizes
         )
     return grams, found
 
@@ -89,8 +89,6 @@ def pull_(
     drow: Tensor,
     dA: Tensor,
     dB: Tensor,
-    *,
-    warmup: float,
 ) -> tuple[Tensor, Tensor]:
     """Slopes of a and b (1,); dA and dB become whole in place. One launch.
 
@@ -104,7 +102,7 @@ def pull_(
     slopes, chunk = A.new_empty(2, _STRIDE), chunk_of(rank)
     with torch.cuda.device(A.device):
         _triton().pull[(-(-num_in // chunk) - (-num_out // chunk),)](
-            A, B, grams, found, dq, drow, dA, dB, slopes, rank, num_in, num_out, warmup,
+            A, B, grams, found, dq, drow, dA, dB, slopes, rank, num_in, num_out,
             R=_padded(rank), CHUNK=chunk, STRIDE=_STRIDE,
         )  # fmt: skip
     return slopes[0, :1], slopes[1, :1]
@@ -119,9 +117,9 @@ def plain(
     *,
     eps: float,
     s: float,
-    warmup: Tensor | float,
+    warmup: Tensor | float = 1.0,
 ) -> Scales:
-    """The twin of `scales`; differentiable."""
+    """The twin of `scales`; differentiable. `warmup` multiplies q, which the kernel does not."""
     AAt, BtB = A @ A.T, B.T @ B
     n = torch.dot(AAt.view(-1), BtB.view(-1)).clamp_min(0).sqrt().reshape(1)
     per_b = (n + eps / s).reciprocal()
@@ -140,7 +138,7 @@ def plain_pull_(
     dA: Tensor,
     dB: Tensor,
     *,
-    warmup: Tensor | float,
+    warmup: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The twin of `pull_` but that dB holds the slope of B in the product.
 
@@ -177,16 +175,16 @@ def _example(device: torch.device, dtype: torch.dtype) -> None:
     draw = torch.Generator().manual_seed(0)
     A, B, dA, dB = (torch.randn(size, generator=draw) for size in ((5, 300), (200, 5), (5, 300), (200, 5)))
     a, b, base_norm, dq, drow = (torch.tensor([v]) for v in (3.0, 0.7, 2.5, 0.3, -1.1))
-    options = {"eps": 1e-6, "s": 2.0, "warmup": 0.25}
+    options = {"eps": 1e-6, "s": 2.0}
     for up, dq_of in ((B, dq), (torch.zeros_like(B), torch.zeros(1))):
         tensors = (A, up, a, b, base_norm, dq_of, drow, dA, dB)
         A_, B_, a_, b_, norm_, dq_, drow_, dA_, dB_ = (t.double() for t in tensors)
         exact = plain(A_, B_, a_, b_, norm_, **options)
         dB_ *= exact.q
-        expected = (*exact, *plain_pull_(A_, B_, exact, dq_, drow_, dA_, dB_, warmup=0.25), dA_, dB_)
+        expected = (*exact, *plain_pull_(A_, B_, exact, dq_, drow_, dA_, dB_), dA_, dB_)
         A_, B_, a_, b_, norm_, dq_, drow_, dA_, dB_ = (t.to(device, copy=True) for t in tensors)
         grams, scalars = scales(A_, B_, a_, b_, norm_, **options)
-        slopes = pull_(A_, B_, grams, scalars, dq_, drow_, dA_, dB_, warmup=0.25)
+        slopes = pull_(A_, B_, grams, scalars, dq_, drow_, dA_, dB_)
         for found, right in zip((*views(grams, scalars), *slopes, dA_, dB_), expected, strict=True):
             # float32 sums of up to 300 terms in any order: 300 half spacings, of the largest number
             close_to(found, right.to(device, torch.float32), 300 * 2**-24 * float(right.abs().max()))

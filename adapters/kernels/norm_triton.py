@@ -64,7 +64,6 @@ def finish(  # type: ignore[no-untyped-def]
     rank,
     eps,
     eps_over_s,
-    warmup,
     SPLITS: tl.constexpr,
     R: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -83,7 +82,7 @@ def finish(  # type: ignore[no-untyped-def]
     inner = tl.sum(tl.sum(AAt * BtB, axis=1), axis=0)
     n = tl.sqrt_rn(tl.where(inner < 0.0, 0.0, inner))  # NaN stays NaN
     per_a = tl.div_rn(1.0, tl.load(base_norm_ptr) + eps)
-    per_b = tl.div_rn(1.0, n + eps_over_s) * warmup
+    per_b = tl.div_rn(1.0, n + eps_over_s)
     tl.store(found_ptr, n)
     tl.store(found_ptr + STRIDE, per_a)
     tl.store(found_ptr + 2 * STRIDE, per_b)
@@ -105,7 +104,6 @@ def pull(  # type: ignore[no-untyped-def]
     rank,
     num_in,
     num_out,
-    warmup,
     R: tl.constexpr,
     CHUNK: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -119,7 +117,6 @@ def pull(  # type: ignore[no-untyped-def]
     of_b = tl.load(dq_ptr) * tl.load(found_ptr + 2 * STRIDE)
     q = tl.load(found_ptr + 3 * STRIDE)
     slope = -tl.div_rn(of_b * q, n + 1e-30)
-    slope = tl.div_rn(slope, warmup)
     blocks_in = tl.cdiv(num_in, CHUNK)
     if program < blocks_in:
         k = program * CHUNK + tl.arange(0, CHUNK)
