@@ -59,6 +59,13 @@ def absmax(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def dequantized(codes_ptr, levels_ptr, row, at, times, mask, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Levels of the bytes `at` of rows, two a byte, times (rows, bytes)."""
+    pair = tl.load(codes_ptr + row[:, None] * WIDTH + at[None, :], mask=mask, other=0).to(tl.int32)
+    return tl.interleave(tl.load(levels_ptr + (pair >> 4)) * times, tl.load(levels_ptr + (pair & 15)) * times)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def fourbit_rows(  # type: ignore[no-untyped-def]
     codes_ptr,  # (rows, INPUTS / 2) bytes
     bytes_ptr,
@@ -87,13 +94,10 @@ def fourbit_rows(  # type: ignore[no-untyped-def]
     for start in range(0, WIDTH, BYTES):
         at = start + tl.arange(0, BYTES)
         mask = in_rows[:, None] & (at < WIDTH)[None, :]
-        pair = tl.load(codes_ptr + row[:, None] * WIDTH + at[None, :], mask=mask, other=0).to(tl.int32)
         block = (at * 2) // BLOCK
         times = absmax(bytes_ptr, floats_ptr, row[:, None], block[None, :], mask, SCALE_BYTES, DOUBLE)
         times = times / scale[:, None]
-        first = tl.load(levels_ptr + (pair >> 4)) * times
-        second = tl.load(levels_ptr + (pair & 15)) * times
-        values = tl.interleave(first, second)
+        values = dequantized(codes_ptr, levels_ptr, row, at, times, mask, WIDTH)
         inputs = start * 2 + tl.arange(0, 2 * BYTES)
         inside = in_rows[:, None] & (inputs < INPUTS)[None, :]
         to = out_ptr + row[:, None] * INPUTS + inputs[None, :]
@@ -146,14 +150,11 @@ def fourbit_columns(  # type: ignore[no-untyped-def]
     start = tl.program_id(1) * BYTES
     at = start + tl.arange(0, BYTES)
     mask = in_rows[:, None] & (at < WIDTH)[None, :]
-    pair = tl.load(codes_ptr + row[:, None] * WIDTH + at[None, :], mask=mask, other=0).to(tl.int32)
     block = (at * 2) // BLOCK
     high = tl.load(high_ptr + block, mask=at < WIDTH, other=0.0)
     times = absmax(bytes_ptr, floats_ptr, row[:, None], block[None, :], mask, SCALE_BYTES, DOUBLE)
     times = times / (tl.maximum(high, SMALLEST) / LARGEST)[None, :]
-    first = tl.load(levels_ptr + (pair >> 4)) * times
-    second = tl.load(levels_ptr + (pair & 15)) * times
-    values = tl.interleave(first, second)
+    values = dequantized(codes_ptr, levels_ptr, row, at, times, mask, WIDTH)
     inputs = start * 2 + tl.arange(0, 2 * BYTES)
     in_inputs = inputs < INPUTS
     to = out_ptr + inputs.to(tl.int64)[None, :] * num_rows + row[:, None]
