@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -91,6 +92,8 @@ class Emergency:
         self._done = threading.Event()
         self._save_s = 0.0
         self._is_leaving = False
+        self._has_failed = False  # the main thread of this rank, which takes no further step
+        self._is_told_to_end = False
         self.saved: int | None = None  # the step that was written here
 
     def start(self) -> None:
@@ -114,8 +117,21 @@ class Emergency:
 
     def stand_aside(self) -> None:
         """For a main thread that failed: where this process is leaving in order, its errors are the others leaving."""
+        self._has_failed = True
         if self._is_leaving:
             threading.Event().wait(_WRITE_S)
+
+    def outlasts_sigterm(self) -> bool:
+        """Whether this rank has a state to save before it may go; it goes by itself then. For a signal's handler.
+
+        torchrun sends SIGTERM to the survivors of a dead rank at once, and SIGKILL when its patience is over.
+        """
+        if self._has_failed:
+            return True  # its main thread is on its way out, through `call`
+        if self._ended.is_set() or not self._has_request():
+            return False
+        self._is_told_to_end = True
+        return not self._done.is_set()
 
     def note_save(self, seconds: float) -> None:
         """How long a save takes here: so much earlier than the deadline it has to begin."""
@@ -168,8 +184,11 @@ class Emergency:
             temp.replace(self._folder / REQUEST)
         temp.unlink(missing_ok=True)
 
+    def _has_request(self) -> bool:
+        return REQUEST in os.listdir(self._folder)
+
     def _request(self) -> dict[str, str] | None:
-        if REQUEST not in os.listdir(self._folder):
+        if not self._has_request():
             return None
         found: dict[str, str] = json.loads((self._folder / REQUEST).read_text(encoding="utf-8"))
         return found
@@ -194,6 +213,8 @@ class Emergency:
                 self._conclude(request["words"], target, before_training=not has_trained)
             os._exit(0)
         self._done.set()
+        if self._is_told_to_end and not self._has_failed:
+            os._exit(128 + signal.SIGTERM)
 
     def _save(self, mine: _Word, target: int, members: frozenset[int]) -> None:
         assert self._holder is not None

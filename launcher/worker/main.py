@@ -68,7 +68,7 @@ def main() -> None:
     )  # fmt: skip
     folder = run.incarnation_dir(args.incarnation)
     emergency.start()
-    _stop_in_order_on_sigterm(run.stop_file(args.incarnation))
+    _stop_in_order_on_sigterm(run.stop_file(args.incarnation), emergency)
     try:
         outcome = run_rank(this)
         if rank == 0:
@@ -267,15 +267,18 @@ def _loading(this: Rank, what: str = "") -> Any:
     return progress
 
 
-def _stop_in_order_on_sigterm(stop_file: Path) -> None:
+def _stop_in_order_on_sigterm(stop_file: Path, emergency: Emergency) -> None:
     """Let SIGTERM ask every rank to save and stop, as the launcher does; no rank can save alone.
 
     A scheduler sends it to some or all ranks. torchrun sends it to the survivors of a dead rank, which must
-    go: at once if the dead one left word, else when the next collective fails or torchrun loses patience.
+    go: once what can be saved is saved, at once if the dead one left word and nothing is being saved, else when
+    the next collective fails or torchrun loses patience.
     """
 
     def on_sigterm(number: int, _frame: FrameType | None) -> None:
         try:
+            if emergency.outlasts_sigterm():
+                return
             has_failed_peer = any(stop_file.parent.glob("rank-*.json"))
             if not has_failed_peer:
                 stop_file.touch()
