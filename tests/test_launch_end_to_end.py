@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from decompft.launcher.checkpoints import newest_valid
+from decompft.launcher.drill_processes import all_pids, send
 from decompft.launcher.runs import RunDir
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -153,6 +154,24 @@ def test_sigterm_to_the_launcher_ends_with_75_and_a_checkpoint(launch: Launch) -
         json.loads(line)["event"] for line in (launch.run.path / "events.jsonl").read_text().splitlines()
     ]
     assert [e for e in events if e in ("start", "signal", "end")] == ["start", "signal", "end"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_notice_to_every_process_ends_with_75_and_a_checkpoint(
+    launch: Launch, number: signal.Signals
+) -> None:
+    """As Slurm's --signal=USR1@120 sends it to launcher, torchrun and ranks."""
+    launch.start(*ENDLESS, *TWO)
+    launch.until_step(3)
+    pids = all_pids(launch.run)
+    assert len(pids) >= 3
+    send(pids, number)
+    time.sleep(0.5)
+    assert set(pids) <= set(all_pids(launch.run))
+    launch.signal(number)
+    assert launch.wait() == 75
+    assert f"{number.name}: asked every rank to save and stop" in launch.text
+    assert kept(launch) == f"step-{launch.rows()[-1]['step']:08d}"
 
 
 def test_ctrl_c_in_a_pipe_whose_reader_it_took_ends_with_75_and_a_checkpoint(launch: Launch) -> None:

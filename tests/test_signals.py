@@ -111,7 +111,7 @@ def test_the_launcher_survives_a_closed_pipe(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_while_preparing_ends_with_75_and_leaves_no_run(
     tmp_path: Path, number: signal.Signals
 ) -> None:
