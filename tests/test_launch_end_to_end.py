@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -212,6 +213,7 @@ def test_the_survivor_of_a_killed_ddp_rank_saves_the_last_step(launch: Launch, r
     os.kill(launch.pid_of(rank), signal.SIGKILL)
     assert launch.wait() == 3
     assert f"run failed: rank {rank} was killed by signal 9 (SIGKILL)" in launch.text
+    assert f"  first to fail: rank {rank} on {platform.node()}\n" in launch.text
     logged = launch.rows()[-1]["step"]
     saved = int(kept(launch).removeprefix("step-"))
     assert saved >= logged - 1 and saved >= 7
