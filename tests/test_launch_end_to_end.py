@@ -201,6 +201,10 @@ def test_a_rank_that_is_killed_is_named_with_what_it_did_and_what_to_do(launch: 
     assert said is not None
     assert logged <= int(said[1]) <= logged + 1  # the row is written after the step
     assert f"end of {launch.run.log_dir(1).relative_to(launch.folder)}" in launch.text
+    # what torchao and bitsandbytes say at their import is not what it died of
+    for rank in range(2):
+        log = launch.run.rank_log(1, rank).read_text()
+        assert not re.search("torchao|kernels-community|Detected no triton|KernelPreference", log), log
     assert launch.text.splitlines()[-1].startswith("next: decompft launch tiny_map ")
 
 

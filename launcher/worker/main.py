@@ -21,6 +21,7 @@ from decompft.launcher.runs import RunDir
 from decompft.launcher.worker.emergency import Emergency
 from decompft.launcher.worker.loaded import Loaded, size_text
 from decompft.launcher.worker.pulse import Pulse
+from decompft.launcher.worker.quiet import quiet_imports
 from decompft.launcher.worker.startup import Startup, imported, without_collecting
 from decompft.launcher.worker.watchdog import Watchdog
 
@@ -306,6 +307,7 @@ def _redirect(log: Path, *, show: bool) -> TextIO:
     os.dup2(target, 1)
     os.dup2(target, 2)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
+    quiet_imports()
     return seen
 
 
