@@ -20,6 +20,7 @@ _NAMED = "the failure is named: which rank, and that it was killed"
 _ENDS = "the launch ends by itself when a rank is gone"
 _NEWEST = "the resume takes the newest whole checkpoint"
 _LOST = "no step is lost but those since that checkpoint"
+_SURVIVES = "the ranks that are left save the last completed step"
 _SKIPPED = "a half-written save is passed over, and cleared away"
 _KILLED = r"(?i)SIGKILL|signal 9|killed"
 
@@ -81,7 +82,7 @@ def _catch(
 
 
 def _missed(part: str, ended: Ended) -> list[Verdict]:
-    claims = (_NAMED, _ENDS, _NEWEST, _LOST, _SKIPPED)
+    claims = (_NAMED, _ENDS, _NEWEST, _LOST, _SURVIVES, _SKIPPED)
     reason, first = f"{_TRIES} runs were over before they could be caught there; use more --steps", []
     if ended.failure:
         reason, first = (
@@ -107,6 +108,7 @@ def _after(setting: Setting, unbroken: Unbroken, part: str, kill: _Kill, rank: i
     most = 2 * setting.every
     measured = f"{lost} of {at.step} steps, with a save every {setting.every}"
     rows.append(judge(part, _LOST, lost <= most, measured, lost_steps=lost, every_steps=setting.every))
+    rows.append(_surviving(part, setting, kill, began))
     left = sorted(path.name for path in run.checkpoints_dir.glob(HALF_WRITTEN))
     if half:
         sizes = ", ".join(f"{name} ({size:,} bytes)" for name, size in sorted(half.items()))
@@ -115,6 +117,19 @@ def _after(setting: Setting, unbroken: Unbroken, part: str, kill: _Kill, rank: i
     else:
         rows.append(not_applicable(part, _SKIPPED, "no save was under way"))
     return [*rows, *same_end(part, unbroken.run, run, failure=ended.failure)]
+
+
+def _surviving(part: str, setting: Setting, kill: _Kill, began: int) -> Verdict:
+    """Only under ddp does each rank hold all that a checkpoint needs."""
+    plan = setting.plan
+    if kill.ended is None or plan.world.size == 1:
+        return not_applicable(part, _SURVIVES, "no rank was left")
+    if plan.strategy != "ddp":
+        return not_applicable(part, _SURVIVES, f"under {plan.strategy} the killed rank alone held its part")
+    # the survivors may not have heard any more that the step they worked on was agreed upon
+    lost = max(0, kill.at.step - began)
+    measured = f"the last row is of step {kill.at.step}, the resume began after step {began}"
+    return judge(part, _SURVIVES, lost <= 1, measured, survivors_lost_steps=lost)
 
 
 def _naming(part: str, setting: Setting, kill: _Kill, rank: int | None) -> list[Verdict]:

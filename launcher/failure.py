@@ -187,7 +187,9 @@ def _lost_node(readings: dict[int, Reading], accounted: set[int | None]) -> _Sus
 
 def _outcome(first: _Suspect, readings: dict[int, Reading], *, is_one_node: bool) -> Outcome:
     last = None if first.rank is None else readings.get(first.rank)
-    node = first.node or (last.node if last else "") or (platform.node() if is_one_node else "")
+    # torchrun looks up what an address is called: 127.0.0.1 is localhost
+    named = "" if first.node.partition(".")[0] == "localhost" else first.node
+    node = named or (last.node if last else "") or (platform.node() if is_one_node else first.node)
     cause = first.finding.cause
     return Outcome(
         result="user_error" if first.is_user_error else "failed",

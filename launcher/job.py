@@ -6,6 +6,7 @@ down: `env` holds only what is added to it.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import sys
@@ -20,6 +21,9 @@ WORKER = "decompft.launcher.worker.main"
 PREPARE = "decompft.launcher.worker.tools.prepare"
 # carried by every process of a job, so that what outlives its parent can be found
 MARK = "DECOMPFT_JOB"
+# seconds from torchrun's SIGTERM to the survivors of a dead rank, who save, to its SIGKILL; its own default
+SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+_SHUTDOWN_S = 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,9 @@ def make_job(
         env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     else:
+        if SHUTDOWN not in environ:
+            grace_s = math.ceil(plan.recipe.checkpoint.grace_s)
+            env |= {SHUTDOWN: str(max(_SHUTDOWN_S, grace_s))}
         argv = (
             *(sys.executable, "-m", "torch.distributed.run"),
             *("--nnodes", "1", "--nproc-per-node", str(plan.world.ranks_per_node)),

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from decompft.launcher.causes import describe_exit
-from decompft.launcher.checkpoints import completed_at, put_back
-from decompft.launcher.ending import report
+from decompft.launcher.checkpoints import completed_at, put_back, step_of
+from decompft.launcher.ending import conclude, report
 from decompft.launcher.errors import EXIT_AGAIN, EXIT_FAILED, EXIT_USER, PlanError, RunFailed
 from decompft.launcher.job import base_env, free_port, make_job, prepare_argv
 from decompft.launcher.machine import detect
-from decompft.launcher.outcome import Outcome
+from decompft.launcher.outcome import Outcome, write_outcome
 from decompft.launcher.plan import Forecast, Plan
 from decompft.launcher.processes import process_age_s
 from decompft.launcher.refusals import absent_deepspeed
@@ -91,12 +91,20 @@ def launch(
             took = {"plan_s": round(planned_s, 3), "prepare_s": round(time.monotonic() - began, 3)}
             if code != 0 and begin.is_new:
                 begin.run.forget()
-            if code in (EXIT_USER, EXIT_FAILED, EXIT_AGAIN):  # the reason is on the terminal already
+            is_stopped = code == EXIT_AGAIN and not begin.is_new
+            if (
+                code in (EXIT_USER, EXIT_FAILED, EXIT_AGAIN) and not is_stopped
+            ):  # the reason is on the terminal already
                 return code
-            if code != 0:
+            if code != 0 and not is_stopped:
                 message = f"{path}: preparing model and data {describe_exit(code)}"
                 raise RunFailed(message, "its output above says why")
-            incarnation, outcome = _run_ranks(plan, begin, took, interrupts=interrupts, lock=lock, say=say)
+            if is_stopped:
+                incarnation, outcome = _stopped_before_ranks(plan, begin, took, interrupts.last)
+            else:
+                incarnation, outcome = _run_ranks(
+                    plan, begin, took, interrupts=interrupts, lock=lock, say=say
+                )
     except OSError as error:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = "free some space, or choose another place with --run-dir DIR" if is_full else ""
@@ -184,12 +192,8 @@ def _run_ranks(
     """
     run = begin.run
     for _ in range(_PORT_TRIES):
-        incarnation = run.next_incarnation()
+        incarnation = _begin_incarnation(plan, begin, took)
         job = make_job(plan, run.path, incarnation=incarnation, resume=begin.checkpoint, port=free_port())
-        resumed = None if begin.checkpoint is None else str(begin.checkpoint)
-        run.append_event(
-            "start", incarnation=incarnation, world_size=plan.world.size, checkpoint=resumed, **took
-        )
         try:
             outcome = supervise(job, run, incarnation, interrupts=interrupts, say=say, lock=lock)
         except PortTaken:
@@ -199,6 +203,31 @@ def _run_ranks(
         f"{run.path}: the rendezvous port was taken {_PORT_TRIES} times in a row",
         "something on this machine opens ports very fast; try again",
     )
+
+
+def _stopped_before_ranks(
+    plan: Plan, begin: Start, took: dict[str, float], signal_name: str
+) -> tuple[int, Outcome]:
+    """The incarnation of a resume that a signal ended while it prepared: nothing is lost, nothing is new."""
+    run = begin.run
+    incarnation = _begin_incarnation(plan, begin, took)
+    run.append_event("signal", incarnation=incarnation, signal=signal_name, count=1)
+    step = 0 if begin.checkpoint is None else step_of(begin.checkpoint)
+    kept = "starts from the beginning" if begin.checkpoint is None else f"goes on from {begin.checkpoint}"
+    message = f"stopped while preparing; nothing to save, a resume {kept}"
+    write_outcome(
+        run.incarnation_dir(incarnation), Outcome(result="checkpointed", step=step, message=message)
+    )
+    return incarnation, conclude(run, incarnation, 0)
+
+
+def _begin_incarnation(plan: Plan, begin: Start, took: dict[str, float]) -> int:
+    incarnation = begin.run.next_incarnation()
+    resumed = None if begin.checkpoint is None else str(begin.checkpoint)
+    begin.run.append_event(
+        "start", incarnation=incarnation, world_size=plan.world.size, checkpoint=resumed, **took
+    )
+    return incarnation
 
 
 def _describe(plan: Plan, begin: Start, say: Say) -> None:

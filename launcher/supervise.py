@@ -20,7 +20,9 @@ from decompft.launcher.processes import marked
 from decompft.launcher.runs import RunDir
 from decompft.launcher.say import Say
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# a scheduler's word that the end is near, some minutes before its SIGTERM
+_NOTICES = (signal.SIGUSR1, signal.SIGUSR2)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *_NOTICES)
 _POLL_S = 0.2
 _LEAVE_S = 30.0  # for ranks to go once the outcome is written; one that hangs never does
 _SAME_S = 1.0  # schedulers and closing terminals send the same notice two or three times
@@ -36,7 +38,7 @@ def supervise(
     """Run a job and say how it ended; its outcome.json exists afterwards, disk permitting.
 
     The first SIGINT, SIGTERM or SIGHUP asks the ranks to save and stop and waits for them; the second kills
-    every process of the job. Signals less than a second apart are one.
+    every process of the job. SIGUSR1 and SIGUSR2 ask, too, and never kill. Signals less than a second apart are one.
     `lock` (a descriptor of `RunDir.lock`) is inherited by the job.
 
     Raises:
@@ -57,7 +59,8 @@ def supervise(
                 told = interrupts.count
                 _event(run, "signal", incarnation=incarnation, signal=interrupts.last, count=told)
                 if told == 1:
-                    say(f"{interrupts.last}: {_request_stop(run, incarnation)}; once more to kill them now")
+                    more = "" if interrupts.is_notice else "; once more to kill them now"
+                    say(f"{interrupts.last}: {_request_stop(run, incarnation)}{more}")
                 else:
                     say(f"{interrupts.last}: killing every rank; what is not saved is lost")
                     # not SIGTERM: a rank answers that with a save
@@ -73,17 +76,27 @@ def supervise(
 
 
 class Interrupts:
-    """Counts SIGINT, SIGTERM and SIGHUP while a launch runs, instead of dying of them."""
+    """Counts signals to stop while a launch runs, instead of dying of them.
+
+    A SIGUSR1 or SIGUSR2 and the first of the others are one: a scheduler gives notice with one of the former, often to
+    every process, and sends SIGTERM at the end, while the save may still be under way.
+    """
 
     def __init__(self) -> None:
         self.count = 0
+        self._num_orders = 0  # signals that are no notice
         self.last = ""
         self._time_s = float("-inf")
         self._before: dict[signal.Signals, Any] = {}
 
+    @property
+    def is_notice(self) -> bool:
+        """Whether all so far were notices, of which no number kills."""
+        return self.count > 0 and self._num_orders == 0
+
     def __enter__(self) -> Self:
         for number in _STOP_SIGNALS:
-            # under nohup SIGHUP is ignored, and stays so
+            # under nohup SIGHUP is ignored, and stays so, as SIGUSR1 after a script's `trap "" USR1`
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)
         return self
@@ -96,7 +109,8 @@ class Interrupts:
         if time.monotonic() - self._time_s < _SAME_S:
             return
         self._time_s = time.monotonic()
-        self.count += 1
+        self._num_orders += number not in _NOTICES
+        self.count = max(1, self._num_orders)
         self.last = signal.Signals(number).name
 
 
@@ -105,7 +119,8 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Start a child in a session of its own, so that Ctrl-C in the terminal reaches only us.
 
-    Its stdout is ours, so that rank 0 sees a terminal where there is one.
+    Its stdout is ours, so that rank 0 sees a terminal where there is one. Notices, which a scheduler may
+    send to every process of a job step, are ours to pass on: the child and its children inherit that they are ignored.
     """
     return subprocess.Popen(
         argv,
@@ -113,8 +128,14 @@ def start(
         stdin=subprocess.DEVNULL,
         stderr=stderr,
         start_new_session=True,
+        preexec_fn=_ignore_notices,  # the launcher has one thread
         pass_fds=() if lock is None else (lock,),
     )
+
+
+def _ignore_notices() -> None:
+    for number in _NOTICES:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def kill_job(job: JobSpec, process: subprocess.Popen[bytes]) -> None:

@@ -293,6 +293,8 @@ def test_kill_drill_of_two_ranks(tmp_path: Path) -> None:
     assert code == 0, out
     one, job = tried(verdicts, "SIGKILL to rank 1"), tried(verdicts, "SIGKILL to every process")
     assert one["the failure is named: which rank, and that it was killed"] == "holds"
+    assert one["the ranks that are left save the last completed step"] == "holds"
+    assert job["the ranks that are left save the last completed step"] == "not applicable"
     assert job["a half-written save is passed over, and cleared away"] == "holds"
     for part in (one, job):
         assert part[LOSSES] == part[SAMPLES] == part[ADAPTERS] == "holds"

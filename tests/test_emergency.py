@@ -23,6 +23,7 @@ from decompft.launcher.runs import RunDir
 from decompft.launcher.worker.data.ahead import Ahead
 from decompft.launcher.worker.metrics import Metrics, StepRow
 from decompft.launcher.worker.phases import Phases
+from decompft.launcher.worker.pulse import Pulse
 from decompft.launcher.worker.restore import load_adapter, open_checkpoint
 
 pytestmark = pytest.mark.dist
@@ -88,6 +89,39 @@ def test_an_exception_in_one_rank_costs_no_step(
     assert [p.name for p in list_checkpoints(run.checkpoints_dir)] == ["step-00000003"]
     assert [(e["reason"], e["step"]) for e in events(run, "save")] == [("emergency", 3)]
     assert_resumes_as_unbroken(run, unbroken)
+
+
+@pytest.mark.parametrize("world", ["ddp", "fsdp", "zero2"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_exception_between_the_agreement_and_the_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: str, rank: int
+) -> None:
+    """The other rank takes the step: under ddp it holds all of it, else no step is whole any more."""
+    run = make(tmp_path, world, checkpoint={"every_steps": 2, **GRACE})
+    at = Pulse.at
+
+    def faulty(self: Pulse, what: str, step: int | None = None) -> None:
+        if what == "optimizer" and self.beat.step == 3 and os.environ["RANK"] == str(rank):
+            time.sleep(1.0)  # the other one takes it meanwhile
+            fail()
+        at(self, what, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pulse, "at", faulty)
+        began = time.monotonic()
+        ended = run_worker(run)
+    assert ended.outcome.result == "failed" and ended.outcome.rank == rank
+    assert time.monotonic() - began < 60, "nobody waits for the part of a rank that cannot give it"
+    newest, skipped = newest_valid(run.checkpoints_dir)
+    assert newest is not None and not skipped
+    assert newest.name == ("step-00000004" if world == "ddp" else "step-00000002")
+    logs = "".join(run.rank_log(1, k).read_text() for k in range(2))
+    assert "defect" not in logs
+    if world == "ddp":
+        assert [e["step"] for e in events(run, "save") if e["reason"] == "emergency"] == [4]
+    else:
+        # DeepSpeed's update has collectives: it is the other one that does not come out of it
+        assert f"were held by rank {rank if world == 'fsdp' else 1 - rank} alone" in logs
 
 
 @pytest.mark.parametrize("world", ["single"])

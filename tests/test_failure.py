@@ -117,6 +117,19 @@ def test_a_killed_rank_is_named_with_the_host_of_torchruns_report(death: Death) 
     assert outcome.evidence == "was killed by signal 9 (SIGKILL)"
 
 
+@pytest.mark.parametrize("host", ["localhost", "localhost.localdomain"])
+def test_a_killed_rank_is_on_the_node_of_its_pulse_where_torchrun_says_localhost(
+    death: Death, host: str
+) -> None:
+    death.log(
+        f"  host      : {host}\n  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 123)\n"
+        "Root Cause (first observed failure):\n"
+    )
+    death.pulse(1, node="gpu-07", step=12)
+    outcome = death.conclude()
+    assert (outcome.rank, outcome.node, outcome.cause) == (1, "gpu-07", "killed")
+
+
 def test_a_kill_while_the_kernel_freed_memory_is_the_hosts_memory(death: Death) -> None:
     death.torchrun_reports((1, -9))
     outcome = death.conclude(oom_kills=1)

@@ -97,7 +97,9 @@ def test_an_orderly_end_is_rank_0s_word_whatever_the_exit_code(job: Job) -> None
     assert "finished at step 10" in job.report(outcome)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
+)
 def test_a_signal_becomes_a_stop_file_and_the_run_ends_with_75(job: Job, number: signal.Signals) -> None:
     before = signal.getsignal(number)
     outcome = job.supervise(f"""
@@ -150,6 +152,42 @@ def test_a_notice_sent_twice_is_one(job: Job) -> None:
     """)
     assert outcome.exit_code == 75
     assert len(job.said) == 1
+
+
+def test_a_schedulers_notice_and_its_sigterm_at_the_end_are_one(job: Job) -> None:
+    outcome = job.supervise("""
+        for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
+            signal_again(number)
+        wait_for(here / 'stop')
+        time.sleep(1)
+        tell('outcome.json', result='checkpointed', step=4)
+    """)
+    assert outcome.exit_code == 75
+    assert len(job.said) == 1 and job.said[0].startswith("SIGUSR1: ") and "once more" not in job.said[0]
+
+
+def test_a_second_sigterm_after_a_notice_kills(job: Job) -> None:
+    outcome = job.supervise("""
+        for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGTERM):
+            signal_again(number)
+        time.sleep(600)
+    """)
+    assert outcome.exit_code == 3 and "second signal" in outcome.message
+
+
+def test_a_job_does_not_die_of_the_notice_that_it_gets_as_well(job: Job) -> None:
+    """Slurm sends it to every process of a step."""
+    outcome = job.supervise("""
+        child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            os.kill(child.pid, number)
+            os.kill(os.getpid(), number)
+        time.sleep(0.5)
+        assert child.poll() is None
+        child.kill()
+        tell('outcome.json', result='finished', step=4)
+    """)
+    assert outcome.exit_code == 0
 
 
 def test_ranks_that_outlive_a_killed_agent_are_ended(job: Job) -> None:

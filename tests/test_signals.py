@@ -6,6 +6,7 @@ test_launch_end_to_end.py.
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import signal
@@ -20,7 +21,7 @@ from tiny import losses, make_run
 from workers import Rank, end_ranks, start_ranks
 
 from decompft.launcher.checkpoints import newest_valid
-from decompft.launcher.outcome import Outcome, write_rank
+from decompft.launcher.outcome import Outcome, read_outcome, write_rank
 from decompft.launcher.runs import RunDir
 from decompft.launcher.worker.console import Console, StepRow
 
@@ -111,7 +112,7 @@ def test_the_launcher_survives_a_closed_pipe(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_while_preparing_ends_with_75_and_leaves_no_run(
     tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -124,3 +125,30 @@ def test_a_signal_while_preparing_ends_with_75_and_leaves_no_run(
     assert f"{number.name}: stopped while preparing; no rank was started" in out
     assert "Traceback" not in out
     assert not (tmp_path / "r" / "plan.json").exists(), "the same command would be refused"
+
+
+def test_a_signal_while_a_resume_prepares_leaves_an_outcome_that_names_the_checkpoint(tmp_path: Path) -> None:
+    argv = [*CLI, "launch", TINY, "train.max_steps=4", "--run-dir", "r"]
+    argv += ["train.stop_after_steps=2", "logging.tensorboard=false", "data.cache_dir=cache"]
+    env = os.environ | {"DECOMPFT_DEVICE": "cpu"}
+    assert subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, timeout=120).returncode == 75
+    run = RunDir(tmp_path / "r")
+    recorded = run.plan_path.stat().st_mtime_ns
+    argv += ["--resume", "auto"]
+    child = subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path, env=env
+    )
+    wait_until(lambda: run.plan_path.stat().st_mtime_ns > recorded)
+    child.send_signal(signal.SIGTERM)
+    out, _ = child.communicate(timeout=60)
+    assert child.returncode == 75, out
+    assert "SIGTERM: stopped while preparing; no rank was started" in out
+    outcome = read_outcome(run.incarnation_dir(2))
+    assert outcome is not None and (outcome.result, outcome.step) == ("checkpointed", 2)
+    assert "a resume goes on from r/checkpoints/step-00000002" in outcome.message
+    rows = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
+    events = [(row["event"], row.get("checkpoint")) for row in rows if row["incarnation"] == 2]
+    assert events == [("start", "r/checkpoints/step-00000002"), ("signal", None), ("end", None)]
+    assert rows[-1]["result"] == "checkpointed"
+    assert out.splitlines()[-1].startswith("next: decompft launch tiny_map "), out
+    assert "--resume auto --run-dir r" in out.splitlines()[-1]

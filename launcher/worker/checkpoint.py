@@ -227,9 +227,10 @@ def _write_manifest(
                 raise RunFailed(f"{s['kind']} of {s['name']}: the ranks disagree about its shape or dtype")
             if s["numel"]:
                 entry["parts"].append({"file": file, "start": s["start"], "numel": s["numel"]})
+    absent = sorted(set(range(head["world_size"])) - set(ranks))
     for name, kinds in tensors.items():
         for kind, entry in kinds.items():
-            _check_cover(name, kind, entry)
+            _check_cover(name, kind, entry, absent)
     manifest = {**head, "tensors": tensors, "files": files}
     files.update(
         _write_adapter(temp, _params(Checkpoint(temp, manifest)), {**adapter_json, "step": head["step"]})
@@ -240,13 +241,19 @@ def _write_manifest(
     fsync_folder(temp)
 
 
-def _check_cover(name: str, kind: str, entry: dict[str, Any]) -> None:
+def _check_cover(name: str, kind: str, entry: dict[str, Any], absent: Sequence[int]) -> None:
     entry["parts"].sort(key=lambda part: part["start"])
     at, numel = 0, math.prod(entry["shape"])
     for part in (*entry["parts"], {"start": numel, "numel": 0}):
         if part["start"] != at:
             what = "missing" if part["start"] > at else "given twice"
             first, stop = sorted((at, part["start"]))
+            if absent and part["start"] > at:
+                raise RunFailed(
+                    f"{kind} of {name}: numbers {first} to {stop - 1} of {numel} were held by rank "
+                    f"{', '.join(map(str, absent))} alone, which cannot give them any more; nothing was saved",
+                    "older checkpoints stay",
+                )
             raise RunFailed(
                 f"{kind} of {name}: numbers {first} to {stop - 1} of {numel} are {what}; nothing was saved",
                 "a defect of the engine, not of the recipe: please report it; older checkpoints stay",

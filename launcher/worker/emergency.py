@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 class Holder(Protocol):
     """What the training loop lends: its state between two steps, and what it has saved of it."""
 
+    begun: int | None  # the step of the newest save, in place or under way
+
     @property
     def failed(self) -> bool:
         """Whether a save has just failed: another one would, too."""
@@ -60,7 +63,12 @@ class _Word:
 
     step: int
     armed: bool  # it trains
-    torn: bool  # it is in the middle of an update and does not come out of it
+    torn: bool  # it is in the middle of an update, or behind the others, and does not come out of it
+
+    @property
+    def trains(self) -> bool:
+        """Whether its state can be saved."""
+        return self.armed and not self.torn
 
 
 class Emergency:
@@ -91,6 +99,8 @@ class Emergency:
         self._done = threading.Event()
         self._save_s = 0.0
         self._is_leaving = False
+        self._has_failed = False  # the main thread of this rank, which takes no further step
+        self._is_told_to_end = False
         self.saved: int | None = None  # the step that was written here
 
     def start(self) -> None:
@@ -114,8 +124,21 @@ class Emergency:
 
     def stand_aside(self) -> None:
         """For a main thread that failed: where this process is leaving in order, its errors are the others leaving."""
+        self._has_failed = True
         if self._is_leaving:
             threading.Event().wait(_WRITE_S)
+
+    def outlasts_sigterm(self) -> bool:
+        """Whether this rank has a state to save before it may go; it goes by itself then. For a signal's handler.
+
+        torchrun sends SIGTERM to the survivors of a dead rank at once, and SIGKILL when its patience is over.
+        """
+        if self._has_failed:
+            return True  # its main thread is on its way out, through `call`
+        if self._ended.is_set() or not self._has_request():
+            return False
+        self._is_told_to_end = True
+        return not self._done.is_set()
 
     def note_save(self, seconds: float) -> None:
         """How long a save takes here: so much earlier than the deadline it has to begin."""
@@ -168,8 +191,11 @@ class Emergency:
             temp.replace(self._folder / REQUEST)
         temp.unlink(missing_ok=True)
 
+    def _has_request(self) -> bool:
+        return REQUEST in os.listdir(self._folder)
+
     def _request(self) -> dict[str, str] | None:
-        if REQUEST not in os.listdir(self._folder):
+        if not self._has_request():
             return None
         found: dict[str, str] = json.loads((self._folder / REQUEST).read_text(encoding="utf-8"))
         return found
@@ -180,30 +206,42 @@ class Emergency:
         mine = self._freeze(lambda: True)
         self._say(mine)
         words = self._gather()
-        trains = [w for w in words.values() if w.armed and not w.torn]
-        target = max((w.step for w in trains), default=self._start_step)
+        target = max((w.step for w in words.values() if w.trains), default=self._start_step)
         # a step needs all ranks: where one still loads, none was taken
         has_trained = all(w.armed for w in words.values()) and target > self._start_step
+        members: frozenset[int] = frozenset()
         if has_trained:
             if not mine.torn and mine.step < target:  # it had the others' gradients, and only has to use them
                 self._lock.release()
                 mine = self._freeze(lambda: self._pulse.beat.step >= target)
-            self._save(mine, target, frozenset(k for k, w in words.items() if not w.torn))
+                self._say(mine, "arrived")
+            words = self._settled(words, target)
+            members = frozenset(rank for rank, word in words.items() if word.trains and word.step == target)
+            self._save(mine, target, members, least=min(word.step for word in words.values()))
         if leaves:
-            if self._rank == min(words):
+            if self._rank == min(members or words):
                 self._conclude(request["words"], target, before_training=not has_trained)
             os._exit(0)
         self._done.set()
+        if self._is_told_to_end and not self._has_failed:
+            os._exit(128 + signal.SIGTERM)
 
-    def _save(self, mine: _Word, target: int, members: frozenset[int]) -> None:
+    def _save(self, mine: _Word, target: int, members: frozenset[int], *, least: int) -> None:
+        """
+        Args:
+            least: the step of the rank that is furthest behind.
+        """
         assert self._holder is not None
+        if least < (self._holder.begun or 0):  # a save under way that this rank never began
+            self._holder.call_off(_GATHER_S)
         # a save under way needs all ranks, too: where one is missing, it may have done its part before
         are_all = len(members) == self._world_size
         if self._holder.saved_step(wait_s=_GATHER_S if are_all else 4 * _GATHER_S) == target:
             self.saved = target
             return
         if mine.torn or mine.step != target:
-            logger.error("rank %d: in the middle of a step, its state cannot be saved", self._rank)
+            words = "rank %d: in the middle of a step, or a step behind the others: its state cannot be saved"
+            logger.error(words, self._rank)
             return
         began, leader = time.perf_counter(), min(members)
         if are_all:
@@ -224,6 +262,8 @@ class Emergency:
         """Hold the rank between two steps, from now on."""
         end = time.monotonic() + _CATCH_UP_S
         while time.monotonic() < end:
+            if self._has_failed and not until():  # its loop is over: it never comes to that
+                break
             if until() and self._lock.acquire(timeout=_GATHER_S / 2):
                 if until() and not self._is_changing:
                     return self._word(torn=False)
@@ -236,8 +276,8 @@ class Emergency:
     def _word(self, *, torn: bool) -> _Word:
         return _Word(step=self._pulse.beat.step, armed=self._holder is not None, torn=torn)
 
-    def _say(self, word: _Word) -> None:
-        write_atomic(self._folder / f"frozen-{self._rank}.json", json.dumps(vars(word)))
+    def _say(self, word: _Word, when: str = "frozen") -> None:
+        write_atomic(self._folder / f"{when}-{self._rank}.json", json.dumps(vars(word)))
 
     def _gather(self) -> dict[int, _Word]:
         found: dict[int, _Word] = {}
@@ -249,6 +289,19 @@ class Emergency:
                     found[rank] = _Word(**json.loads(path.read_bytes()))
             time.sleep(0.02)
         return found
+
+    def _settled(self, words: dict[int, _Word], target: int) -> dict[int, _Word]:
+        """The last words, once the ranks that are behind have caught up, or said that they cannot."""
+        found, end = dict(words), time.monotonic() + _CATCH_UP_S + _GATHER_S
+        behind = {rank for rank, word in words.items() if word.trains and word.step < target}
+        while behind and time.monotonic() < end:
+            there = set(os.listdir(self._folder))
+            for rank in [rank for rank in behind if f"arrived-{rank}.json" in there]:
+                found[rank] = _Word(**json.loads((self._folder / f"arrived-{rank}.json").read_bytes()))
+                behind.remove(rank)
+            time.sleep(0.02)
+        # silent ones died meanwhile
+        return {rank: replace(word, torn=True) if rank in behind else word for rank, word in found.items()}
 
     def _conclude(self, why: str, target: int, *, before_training: bool) -> None:
         """The outcome of a stop in order; all ranks leave with 0, so that torchrun sees no failure."""

@@ -21,6 +21,7 @@ from decompft.launcher.runs import RunDir
 from decompft.launcher.worker.emergency import Emergency
 from decompft.launcher.worker.loaded import Loaded, size_text
 from decompft.launcher.worker.pulse import Pulse
+from decompft.launcher.worker.quiet import quiet_imports
 from decompft.launcher.worker.startup import Startup, imported, without_collecting
 from decompft.launcher.worker.watchdog import Watchdog
 
@@ -68,7 +69,7 @@ def main() -> None:
     )  # fmt: skip
     folder = run.incarnation_dir(args.incarnation)
     emergency.start()
-    _stop_in_order_on_sigterm(run.stop_file(args.incarnation))
+    _stop_in_order_on_sigterm(run.stop_file(args.incarnation), emergency)
     try:
         outcome = run_rank(this)
         if rank == 0:
@@ -267,15 +268,18 @@ def _loading(this: Rank, what: str = "") -> Any:
     return progress
 
 
-def _stop_in_order_on_sigterm(stop_file: Path) -> None:
+def _stop_in_order_on_sigterm(stop_file: Path, emergency: Emergency) -> None:
     """Let SIGTERM ask every rank to save and stop, as the launcher does; no rank can save alone.
 
     A scheduler sends it to some or all ranks. torchrun sends it to the survivors of a dead rank, which must
-    go: at once if the dead one left word, else when the next collective fails or torchrun loses patience.
+    go: once what can be saved is saved, at once if the dead one left word and nothing is being saved, else when
+    the next collective fails or torchrun loses patience.
     """
 
     def on_sigterm(number: int, _frame: FrameType | None) -> None:
         try:
+            if emergency.outlasts_sigterm():
+                return
             has_failed_peer = any(stop_file.parent.glob("rank-*.json"))
             if not has_failed_peer:
                 stop_file.touch()
@@ -303,6 +307,7 @@ def _redirect(log: Path, *, show: bool) -> TextIO:
     os.dup2(target, 1)
     os.dup2(target, 2)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
+    quiet_imports()
     return seen
 
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import errno
-import logging
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from decompft.launcher.errors import EXIT_FAILED, DecompftError
+from decompft.launcher.worker.quiet import quiet_imports
 
 
 def run_tool(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
     """Run a tool's main and exit with the code its error stands for."""
-    # they tell of kernels that nothing here uses
-    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_imports()
     try:
         main(argv)
     except DecompftError as error:
