@@ -64,7 +64,7 @@ FILES = Cause(
 NON_FINITE = Cause(
     kind="non_finite",
     words="the loss or a gradient became non-finite (NaN or infinity)",
-    hint="lower train.learning_rate or raise train.warmup_steps; the last checkpoint is older",
+    hint="lower train.learning_rate or raise train.warmup_steps, in a fork of an earlier checkpoint",
 )
 DATA = Cause(
     kind="data",

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from decompft.launcher.checkpoints import FORMAT_VERSION, NAME, OLDEST_VERSION, find_problem, list_checkpoints
+from decompft.launcher.checkpoints import (
+    FORMAT_VERSION,
+    NAME,
+    OLDEST_VERSION,
+    SUSPECT_REASON,
+    find_problem,
+    list_checkpoints,
+)
 from decompft.launcher.runs import RunDir
 from decompft.launcher.say import Say
 
@@ -28,6 +35,7 @@ class Found:
     problem: str | None  # why it cannot be trusted, in words
     version: int | None  # of the manifest's format
     step: int | None
+    reason: str  # of the save; "" where it is not known
     world_size: int | None  # of the run that wrote it
     incarnation: int | None
     num_bytes: int
@@ -40,9 +48,9 @@ class Found:
 
     @property
     def verdict(self) -> str:
-        """A word or two: whole, damaged, or of a format that this version does not read."""
+        """A word or two: whole, suspect, damaged, or of a format that this version does not read."""
         if self.problem is None:
-            return "whole"
+            return "suspect" if self.reason == SUSPECT_REASON else "whole"
         is_other = self.version is not None and not OLDEST_VERSION <= self.version <= FORMAT_VERSION
         return f"format {self.version}" if is_other else "damaged"
 
@@ -104,6 +112,7 @@ def examine(folder: Path, say: Say, *, which: str = "") -> Found:
         problem=problem,
         version=_number(manifest, "version"),
         step=_number(manifest, "step") if manifest else int(in_name[1]) if in_name else None,
+        reason=str(manifest.get("reason", "")),
         world_size=_number(manifest, "world_size"),
         incarnation=_number(manifest, "incarnation"),
         num_bytes=num_bytes,

@@ -13,23 +13,38 @@ FORMAT_VERSION = 2  # of a checkpoint's manifest and of adapter.json, the newest
 OLDEST_VERSION = 2  # of a manifest: format 1 cut tensors at rows, which ZeRO does not
 
 NAME = re.compile(r"step-(\d{8,})")  # of a checkpoint's folder, its step
+# the reason of a save whose parameters may be what made the loss non-finite; it is in the manifest
+SUSPECT_REASON = "non-finite"
 
 
 def newest_valid(checkpoints_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are all there and unchanged.
+    """The newest checkpoint whose files are all there and unchanged; a suspect one only where no other is.
 
-    Every file is hashed, so this costs one read of the newest checkpoint (more only when it is damaged).
+    Every file is hashed, so this costs one read of the newest checkpoint (more only when it is damaged or suspect).
 
     Returns:
         The folder, or None; and one line for each newer folder that was skipped, saying why.
     """
     skipped: list[str] = []
+    suspect: tuple[Path, list[str]] | None = None  # the newest, and what is newer
     for folder in reversed(list_checkpoints(checkpoints_dir)):
         problem = find_problem(folder)
+        if problem is None and is_suspect(folder):
+            suspect = suspect or (folder, list(skipped))
+            problem = "suspect: it was saved because the next loss was not finite"
         if problem is None:
             return folder, skipped
         skipped.append(f"{folder.name}: {problem}")
-    return None, skipped
+    return suspect or (None, skipped)
+
+
+def is_suspect(checkpoint_dir: Path) -> bool:
+    """Whether it was saved because the loss after it was not finite: its own parameters may have diverged."""
+    try:
+        written = json.loads((checkpoint_dir / "manifest.json").read_bytes())
+        return bool(written["reason"] == SUSPECT_REASON)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # damaged, which find_problem says, or from before reasons were written
 
 
 def list_checkpoints(checkpoints_dir: Path) -> list[Path]:

@@ -109,7 +109,7 @@ def _many(place: Path, found: Sequence[Found], beside: Sequence[Leftover]) -> li
         rows += [_row(each) for each in found]
         lines = [str(place), *_aligned(rows)]
         lines += [f"{each.path.name}: {each.verdict}: {each.problem}" for each in found if each.problem]
-        whole = [each.path.name for each in found if each.problem is None]
+        whole = [each.path.name for each in found if each.verdict == "whole"]
         lines.append(f"the newest whole one is {whole[-1]}" if whole else "none is whole")
     if beside:
         lines.append("leftovers")
@@ -128,7 +128,7 @@ def _row(each: Found) -> tuple[str, ...]:
 
 
 def _many_report(place: Path, found: Sequence[Found], beside: Sequence[Leftover]) -> dict[str, Any]:
-    whole = [each.path.name for each in found if each.problem is None]
+    whole = [each.path.name for each in found if each.verdict == "whole"]
     return {
         "path": str(place),
         "checkpoints": [_head(each) for each in found],
@@ -143,7 +143,7 @@ def _many_report(place: Path, found: Sequence[Found], beside: Sequence[Leftover]
 def _head(each: Found) -> dict[str, Any]:
     return {
         "path": str(each.path), "step": each.step, "verdict": each.verdict, "problem": each.problem,
-        "format": each.version, "world_size": each.world_size, "incarnation": each.incarnation,
+        "format": each.version, "reason": each.reason, "world_size": each.world_size, "incarnation": each.incarnation,
         "num_bytes": each.num_bytes, "num_files": each.num_files, "saved_at": each.saved_at,
         "eval_loss": each.eval_loss,
         "method": each.adapter.get("adapter", {}).get("method"), "base": _base(each),
@@ -159,6 +159,7 @@ def _one(each: Found) -> list[str]:
     if each.world_size is not None:
         ranks = "1 rank" if each.world_size == 1 else f"{each.world_size} ranks"
         written += f", written {_age(each.saved_at)} ago by incarnation {each.incarnation} on {ranks}"
+        written += f" ({each.reason})" if each.reason else ""
     lines.append(f"{written}, format {each.version}" if each.version is not None else written)
     if each.adapter:
         lines.append(f"adapter {_method(each)} over {_base(each)}")

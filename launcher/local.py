@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from decompft.launcher.again import next_command
 from decompft.launcher.causes import describe_exit
 from decompft.launcher.checkpoints import completed_at, put_back, step_of
 from decompft.launcher.ending import conclude, report
@@ -112,8 +113,7 @@ def launch(
     finally:
         if lock is not None:
             os.close(lock)
-    words = _without_reached_stop(plan, typed, outcome.step)
-    again = shlex.join(("decompft", "launch", *words, "--resume", "auto", "--run-dir", str(path)))
+    again = next_command(begin.run, plan, typed, outcome)
     report(begin.run, incarnation, outcome, again=again, say=say)
     return outcome.exit_code
 
@@ -154,15 +154,6 @@ def forecast_line(forecast: Forecast) -> str:
     parts = ", ".join(f"{name} {size}" for name, size in shown if size != "0.00")
     of = "" if forecast.capacity_bytes is None else f" of {_gib(forecast.capacity_bytes)}"
     return f"forecast: {_gib(forecast.total_bytes)}{of} GiB a rank ({parts})"
-
-
-def _without_reached_stop(plan: Plan, typed: tuple[str, ...], step: int) -> tuple[str, ...]:
-    """The words to type next; with a stop_after_steps that was reached they would stop at once again."""
-    stop_after = plan.recipe.train.stop_after_steps
-    if stop_after is None or step < stop_after:
-        return typed
-    key = "train.stop_after_steps="
-    return (*(word for word in typed if not word.startswith(key)), f"{key}null")
 
 
 def _refuse_absent_gpus(plan: Plan) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from decompft.launcher.checkpoints import find_problem, list_checkpoints, newest_valid
+from decompft.launcher.checkpoints import find_problem, is_suspect, list_checkpoints, newest_valid
 from decompft.launcher.errors import CheckpointError, UserError
 from decompft.launcher.plan import Plan
 from decompft.launcher.recipe import AdapterSection, Recipe
@@ -19,6 +19,8 @@ _MAY_DIFFER = (
     "train.max_steps", "train.stop_after_steps", "train.micro_batch_size", "train.deterministic", "train.recompute",
     "train.cuda_graph", "quantization.cache", "model.attention",
 )  # fmt: skip
+# and what a fork may change: a run that diverged is forked before it did
+_FORK_MAY_CHANGE = ("train.learning_rate", "train.warmup_steps", "train.max_grad_norm", "train.schedule")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +52,16 @@ def choose_start(plan: Plan, *, run_dir: Path, resume: str | None) -> Start:
     return _fork(run, plan, resume)
 
 
-def check_resume(old: Plan, new: Plan) -> None:
+def check_resume(old: Plan, new: Plan, *, is_fork: bool = False) -> list[str]:
     """Refuse to continue a run under another recipe.
+
+    Returns:
+        A line for each key that only a fork may change, and changes.
 
     Raises:
         UserError: names every key that differs, with both values.
     """
-    _refuse(_flat(_filled(old.recipe)), _flat(_filled(new.recipe)))
+    return _refuse(_flat(_filled(old.recipe)), _flat(_filled(new.recipe)), is_fork=is_fork)
 
 
 def _check_bare(checkpoint: Path, plan: Plan) -> None:
@@ -72,21 +77,27 @@ def _check_bare(checkpoint: Path, plan: Plan) -> None:
     recipe = plan.recipe
     before = {"adapter": _filled_adapter(section), "train": {"seed": seed}}
     after = {"adapter": _filled_adapter(recipe.adapter), "train": {"seed": recipe.train.seed}}
-    _refuse(_flat(before), _flat(after))
+    _refuse(_flat(before), _flat(after), is_fork=True)
 
 
-def _refuse(before: dict[str, Any], after: dict[str, Any]) -> None:
-    lines = [
-        f"{key}: was {_shown(before, key)}, now {_shown(after, key)}"
+def _refuse(before: dict[str, Any], after: dict[str, Any], *, is_fork: bool) -> list[str]:
+    lines = {
+        key: f"{key}: was {_shown(before, key)}, now {_shown(after, key)}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key, _ABSENT) != after.get(key, _ABSENT)
         and not any(key == free or key.startswith(free + ".") for free in _MAY_DIFFER)
-    ]
-    if lines:
+    }
+    by_fork = [line for key, line in lines.items() if key in _FORK_MAY_CHANGE]
+    refused = [line for key, line in lines.items() if not (is_fork and key in _FORK_MAY_CHANGE)]
+    if refused:
+        instead = "start a new run with --run-dir DIR and without --resume"
+        if refused == by_fork:
+            instead = "fork the run, which may change them: --resume RUN --run-dir NEW"
         raise UserError(
-            "cannot resume with another recipe; these keys differ:\n  " + "\n  ".join(lines),
-            "set them back, or start a new run with --run-dir DIR and without --resume",
+            "cannot resume with another recipe; these keys differ:\n  " + "\n  ".join(refused),
+            f"set them back, or {instead}",
         )
+    return by_fork
 
 
 def _continue(run: RunDir, plan: Plan) -> Start:
@@ -105,6 +116,13 @@ def _continue(run: RunDir, plan: Plan) -> Start:
         raise CheckpointError(
             f"{run.path}: nothing to resume from, and not because anything is damaged: {foreign[0]}",
             "use that version or mend the disk; to start again from step 0, take another folder: --run-dir DIR",
+        )
+    if checkpoint is not None and is_suspect(checkpoint):
+        if origin is not None:
+            notes.append(f"{run.path} has only suspect checkpoints of its own: beginning at {origin} again")
+            return Start(run=run, is_new=False, checkpoint=_intact(origin), notes=tuple(notes))
+        notes.append(
+            f"{checkpoint.name} is suspect, the loss after it was not finite; {run.path} has none that is not"
         )
     if checkpoint is not None:
         notes.append(f"resuming from {checkpoint}")
@@ -135,13 +153,17 @@ def _fork(run: RunDir, plan: Plan, resume: str) -> Start:
             f"--resume {resume}: neither auto, nor a run (a path, or a name under ./runs), nor a checkpoint",
             "use --resume auto to continue the run directory itself",
         )
+    changed: list[str] = []
     if (origin / "plan.json").is_file():
-        check_resume(RunDir(origin).read_plan(), plan)
+        changed = check_resume(RunDir(origin).read_plan(), plan, is_fork=True)
     else:
         _check_bare(checkpoint, plan)
         origin = checkpoint.parent
     notes = [f"skipped checkpoint {line}" for line in skipped]
+    if is_suspect(checkpoint):
+        notes.append(f"{checkpoint.name} is suspect: the loss after it was not finite")
     notes.append(f"forking {origin} at {checkpoint.name} into {run.path}")
+    notes += [f"changed by this fork: {line}" for line in changed]
     return Start(run=run, is_new=True, checkpoint=checkpoint, notes=tuple(notes))
 
 

@@ -18,7 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from decompft.launcher import node_report
-from decompft.launcher.checkpoints import list_checkpoints, step_of
+from decompft.launcher.again import next_command
+from decompft.launcher.checkpoints import is_suspect, list_checkpoints, step_of
 from decompft.launcher.ending import conclude, report
 from decompft.launcher.errors import EXIT_AGAIN, DecompftError
 from decompft.launcher.node_file import nodes_dir
@@ -84,7 +85,8 @@ def _end(args: argparse.Namespace) -> int:
     plan = run.read_plan()
     stop_after = plan.recipe.train.stop_after_steps
     ends = cancelled_path(run).exists() or (stop_after is not None and outcome.step >= stop_after)
-    saved = [step_of(path) for path in list_checkpoints(run.checkpoints_dir)]
+    # a resume goes on before a suspect one: it is no progress
+    saved = [step_of(path) for path in list_checkpoints(run.checkpoints_dir) if not is_suspect(path)]
     decision = decide(
         outcome, read_record(run), _job(args, plan), saved_step=max(saved, default=0), ends=ends,
         cap=plan.recipe.slurm.max_failures,
@@ -117,7 +119,7 @@ def _act(run: RunDir, args: argparse.Namespace, outcome: Outcome, decision: Deci
     """Say and write down how the incarnation ended and what comes next, and tell the script."""
     write_record(run, decision.record)
     again = {
-        "exit": f"sbatch the same script; it resumes ({decision.why})",
+        "exit": f"{_after_exit(run, outcome)} ({decision.why})",
         "here": f"starting again in this job ({decision.why})",
         "requeue": f"back into the queue ({decision.why})",
     }[decision.act]
@@ -132,6 +134,12 @@ def _act(run: RunDir, args: argparse.Namespace, outcome: Outcome, decision: Deci
     # Slurm replaces a job's list of excluded nodes: it is told all of them
     print(decision.act, ",".join(decision.record.excluded if decision.exclude else ()) or "-")
     return 0
+
+
+def _after_exit(run: RunDir, outcome: Outcome) -> str:
+    if outcome.cause == "non_finite":
+        return f"{next_command(run, run.read_plan(), ('RECIPE',), outcome)} --slurm"
+    return "sbatch the same script; it resumes"
 
 
 def _at_slurms_node(run: RunDir, incarnation: int, outcome: Outcome) -> Outcome:

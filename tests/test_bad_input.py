@@ -249,12 +249,12 @@ def test_a_loss_that_becomes_nan_keeps_the_checkpoint_before(tmp_path: Path) -> 
     run = make_run(tmp_path, train=train, checkpoint={"every_steps": 1})
     ended = run_worker(run)
     assert ended.outcome.exit_code == 3
-    kept = newest_valid(run.checkpoints_dir)[0]
-    assert (
-        kept is not None
-        and f"the checkpoint of step {ended.outcome.step} has the state before it" in ended.said
-    )
-    assert kept.name == f"step-{ended.outcome.step:08d}"
+    last = ended.outcome.step
+    assert f"the checkpoint of step {last} has the state before it, marked as suspect" in ended.said
+    # its step was saved before, when nobody knew
+    kept, skipped = newest_valid(run.checkpoints_dir)
+    assert kept is not None and kept.name == f"step-{last - 1:08d}"
+    assert len(skipped) == 1 and skipped[0].startswith(f"step-{last:08d}: suspect: ")
     assert "lower train.learning_rate" in ended.said and is_plain(ended.said)
     assert len(losses(run)) == ended.outcome.step, "a step that was not taken was logged"
 

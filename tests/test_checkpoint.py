@@ -68,6 +68,7 @@ def save_all(
     world_size: int = 2,
     incarnation: int = 1,
     keep: int = 3,
+    reason: str = "interval",
     shards: Callable[[Whole, int, int], Iterable[Slice]] = shard,
     before_commit: Callable[[], None] | None = None,
 ) -> list[Path | BaseException]:
@@ -82,7 +83,7 @@ def save_all(
         return save(
             run_dir, step, shards(whole, rank, world_size), STATE, rank=rank, world_size=world_size,
             incarnation=incarnation, retention=Retention(newest=keep), adapter_json=ADAPTER_JSON,
-            patience=Patience(timeout_s=20),
+            reason=reason, patience=Patience(timeout_s=20),
         )  # fmt: skip
 
     with ThreadPoolExecutor(world_size) as pool:
@@ -90,8 +91,8 @@ def save_all(
         return [f.exception() or f.result() for f in futures]
 
 
-def saved(run_dir: Path, step: int, whole: Whole, **options: int) -> Path:
-    results = save_all(run_dir, step, whole, **options)  # type: ignore[arg-type]  # only numbers are passed
+def saved(run_dir: Path, step: int, whole: Whole, **options: int | str) -> Path:
+    results = save_all(run_dir, step, whole, **options)  # type: ignore[arg-type]  # only numbers and a reason are passed
     paths = [r for r in results if isinstance(r, Path)]
     assert len(paths) == len(results), results
     return paths[0]
@@ -283,7 +284,7 @@ def test_a_rank_whose_folder_the_leader_has_cleared_blames_another(tmp_path: Pat
     with pytest.raises(AnotherRankFailed, match="step-00000100: not saved"):
         save(
             tmp_path, 100, slices(), STATE, rank=1, world_size=2, incarnation=1, retention=Retention(newest=3),
-            adapter_json=ADAPTER_JSON, patience=Patience(timeout_s=20),
+            adapter_json=ADAPTER_JSON, reason="interval", patience=Patience(timeout_s=20),
         )  # fmt: skip
 
 

@@ -18,7 +18,9 @@ from workers import end_ranks, run_worker, start_ranks
 import decompft.launcher.worker.build as build_module
 import decompft.launcher.worker.checkpoint as checkpoint_module
 import decompft.launcher.worker.train as train_module
+from decompft.launcher.again import next_command
 from decompft.launcher.checkpoints import list_checkpoints, newest_valid
+from decompft.launcher.resume import choose_start
 from decompft.launcher.runs import RunDir
 from decompft.launcher.worker.data.ahead import Ahead
 from decompft.launcher.worker.metrics import Metrics, StepRow
@@ -181,6 +183,31 @@ def test_the_state_before_a_non_finite_loss_is_saved(
     assert ended.outcome.result == "failed" and "the loss is" in ended.outcome.message
     assert [(e["reason"], e["step"]) for e in events(run, "save")] == [("non-finite", 4)]
     assert_resumes_as_unbroken(run, unbroken)
+
+
+def test_a_loss_that_is_not_finite_costs_no_other_checkpoint_and_a_resume_goes_on_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make(tmp_path, "single", checkpoint={"every_steps": 3, "keep": 1, **GRACE})
+    with monkeypatch.context() as patch:
+        in_step(patch, 0, 4, _poison_next_backward)
+        ended = run_worker(run)
+    assert [p.name for p in list_checkpoints(run.checkpoints_dir)] == ["step-00000003", "step-00000004"]
+    command = next_command(run, run.read_plan(), ("recipe",), ended.outcome).split()
+    start = choose_start(run.read_plan(), run_dir=run.path, resume="auto")
+    assert start.checkpoint is not None and start.checkpoint.name == "step-00000003"
+    assert any("step-00000004: suspect" in note for note in start.notes)
+    # what it says to type works
+    at = {name: command[command.index(name) + 1] for name in ("--resume", "--run-dir")}
+    slower = {**TRAIN, "learning_rate": TRAIN["learning_rate"] / 2}
+    assert f"train.learning_rate={slower['learning_rate']}" in command
+    fork = make(tmp_path, "single", "fork", train=slower, checkpoint={"keep": 1})
+    begin = choose_start(fork.read_plan(), run_dir=Path(at["--run-dir"]), resume=at["--resume"])
+    assert begin.checkpoint == start.checkpoint and any("train.learning_rate" in n for n in begin.notes)
+    assert run_worker(fork, resume=begin.checkpoint).outcome.result == "finished"
+    # and so does the run itself, whose suspect checkpoint is replaced, and goes
+    assert run_worker(run, resume=start.checkpoint).outcome.result == "finished"
+    assert [p.name for p in list_checkpoints(run.checkpoints_dir)] == ["step-00000006"]
 
 
 def _poison_next_backward() -> None:

@@ -115,6 +115,18 @@ def test_a_run_of_whole_checkpoints_is_listed_and_exits_with_0(tmp_path: Path, c
     assert f"{size / 1024:.1f} KiB" in out
 
 
+def test_a_suspect_one_is_not_damaged_and_not_the_newest_whole_one(tmp_path: Path, capsys: Capture) -> None:
+    run = make_run(tmp_path / "run", 100, 200)
+    folder = run / "checkpoints/step-00000200"
+    seal(folder, json.loads((folder / "manifest.json").read_text()) | {"reason": "non-finite"})
+    assert inspect(run) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[:2] for line in out.splitlines()[2:4]] == [["100", "whole"], ["200", "suspect"]]
+    assert "the newest whole one is step-00000100" in out
+    assert inspect(folder) == 0
+    assert "by incarnation 7 on 2 ranks (non-finite)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("typed", ["run", "run/checkpoints", "named"])
 def test_a_run_by_path_by_name_or_its_folder_is_the_same(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, typed: str

@@ -40,3 +40,13 @@ def test_the_last_one_always_stays() -> None:
 def test_spans_are_counted_from_the_last_that_was_kept_for_one() -> None:
     # every 0.9 h, one an hour: the 0th, then the first that is an hour later
     assert choose(saves([None] * 5, hours=0.9), Retention(newest=1, every_hours=1.0)) == {10, 30, 50}
+
+
+def test_suspect_ones_take_no_place_and_go_when_a_newer_one_is_good() -> None:
+    good = saves([3.0, 2.0, None, None])
+    suspect = [Kept(step=25, time_s=good[1].time_s, eval_loss=0.1, is_suspect=True)]
+    found = [*good[:2], *suspect, *good[2:]]
+    for rule in (Retention(newest=3), Retention(newest=1, best=1), Retention(newest=1, every_hours=1.0)):
+        assert choose(found, rule) == choose(good, rule)
+    # as far as any rule goes the newest stays whatever it is, and beside it what is good
+    assert choose([*good[:2], *suspect], Retention(newest=1)) == {20, 25}

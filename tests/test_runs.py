@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from decompft.launcher.again import next_command
 from decompft.launcher.checkpoints import FORMAT_VERSION, completed_at, newest_valid, put_back
 from decompft.launcher.errors import UserError
 from decompft.launcher.hangs import Reading, pulse_path, to_json
@@ -49,12 +50,13 @@ def make_plan(*, ranks: int = 1, **sections: dict[str, object]) -> Plan:
     )
 
 
-def make_checkpoint(run: Path, step: int, content: bytes = b"state") -> Path:
+def make_checkpoint(run: Path, step: int, content: bytes = b"state", *, reason: str = "interval") -> Path:
     folder = run / "checkpoints" / f"step-{step:08d}"
     (folder / "state").mkdir(parents=True)
     (folder / "state" / "a.bin").write_bytes(content)
     entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    manifest = json.dumps({"version": FORMAT_VERSION, "files": {"state/a.bin": entry}}).encode()
+    head = {"version": FORMAT_VERSION, "reason": reason}
+    manifest = json.dumps({**head, "files": {"state/a.bin": entry}}).encode()
     (folder / "manifest.json").write_bytes(manifest)
     (folder / "COMPLETE").write_text(hashlib.sha256(manifest).hexdigest() + "\n")
     return folder
@@ -293,6 +295,80 @@ def test_a_fork_reads_the_old_run_and_takes_a_new_folder(tmp_path: Path) -> None
     (older / "COMPLETE").unlink()
     with pytest.raises(UserError, match="no COMPLETE"):
         choose_start(make_plan(), run_dir=new, resume=str(older))
+
+
+def test_resume_auto_goes_on_before_a_loss_that_was_not_finite(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    RunDir.create(path, recipe_text=RECIPE, plan=make_plan())
+    good = make_checkpoint(path, 6)
+    make_checkpoint(path, 8, reason="non-finite")
+    start = choose_start(make_plan(), run_dir=path, resume="auto")
+    assert start.checkpoint == good
+    assert start.notes[0].startswith("skipped checkpoint step-00000008: suspect: ")
+    assert start.notes[-1] == f"resuming from {good}"
+    shutil.rmtree(good)
+    only = choose_start(make_plan(), run_dir=path, resume="auto")
+    assert only.checkpoint == path / "checkpoints/step-00000008"
+    assert "step-00000008 is suspect" in only.notes[0]
+
+
+def test_a_fork_that_diverged_begins_at_its_origin_again(tmp_path: Path) -> None:
+    RunDir.create(tmp_path / "old", recipe_text=RECIPE, plan=make_plan())
+    origin = make_checkpoint(tmp_path / "old", 6)
+    fork = RunDir(tmp_path / "new")
+    fork.path.mkdir()
+    fork.write_origin(origin)
+    fork.record(recipe_text=RECIPE, plan=make_plan())
+    make_checkpoint(fork.path, 9, reason="non-finite")
+    start = choose_start(make_plan(), run_dir=fork.path, resume="auto")
+    assert start.checkpoint == origin and "only suspect checkpoints of its own" in start.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("learning_rate", 0.0001, "train.learning_rate: was 0.0002, now 0.0001"),
+        ("warmup_steps", 5, "train.warmup_steps: was 0, now 5"),
+        ("max_grad_norm", 0.5, "train.max_grad_norm: was 1.0, now 0.5"),
+        ("schedule", "linear", 'train.schedule: was "cosine", now "linear"'),
+    ],
+)
+def test_a_fork_may_change_what_makes_a_run_diverge_and_says_so(
+    tmp_path: Path, key: str, value: object, line: str
+) -> None:
+    old, new = tmp_path / "old", make_plan(train={key: value})
+    RunDir.create(old, recipe_text=RECIPE, plan=make_plan())
+    checkpoint = make_checkpoint(old, 100)
+    for resume in (str(old), str(checkpoint)):
+        fork = choose_start(new, run_dir=tmp_path / "new", resume=resume)
+        assert fork.checkpoint == checkpoint and f"changed by this fork: {line}" in fork.notes
+    with pytest.raises(UserError) as error:
+        choose_start(new, run_dir=old, resume="auto")
+    assert line in error.value.message and "--resume RUN --run-dir NEW" in error.value.hint
+    with pytest.raises(UserError) as error:  # what a fork may not change is still named, and alone
+        choose_start(make_plan(train={key: value, "seed": 3}), run_dir=tmp_path / "new", resume=str(old))
+    assert "train.seed: was 0, now 3" in error.value.message and line not in error.value.message
+
+
+def test_after_a_divergence_the_next_command_is_a_fork_that_is_accepted(tmp_path: Path) -> None:
+    plan = make_plan()
+    run = RunDir.create(tmp_path / "run", recipe_text=RECIPE, plan=plan)
+    (tmp_path / "run-2").mkdir()
+    outcome = Outcome(result="failed", cause="non_finite", step=8)
+    typed = ("tiny", "train.learning_rate=2e-4", "adapter.rank=8")
+    head = ["decompft", "launch", "tiny", "adapter.rank=8", "train.learning_rate=0.0001"]
+    tail = ["--run-dir", str(tmp_path / "run-3")]
+    assert next_command(run, plan, typed, outcome).split() == [*head, *tail]
+    make_checkpoint(run.path, 8, reason="non-finite")
+    suspect = str(run.path / "checkpoints/step-00000008")
+    assert next_command(run, plan, typed, outcome).split() == [*head, "--resume", suspect, *tail]
+    good = make_checkpoint(run.path, 6)
+    assert next_command(run, plan, typed, outcome).split() == [*head, "--resume", str(good), *tail]
+    lower = make_plan(train={"learning_rate": 0.0001})
+    assert choose_start(lower, run_dir=tmp_path / "run-3", resume=str(good)).checkpoint == good
+    other = Outcome(result="failed", cause="disk", step=8)
+    again = ["decompft", "launch", *typed, "--resume", "auto", "--run-dir", str(run.path)]
+    assert next_command(run, plan, typed, other).split() == again
 
 
 def test_outcomes_read_back_and_choose_the_exit_code(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from decompft.launcher.checkpoints import FORMAT_VERSION, put_back
+from decompft.launcher.checkpoints import FORMAT_VERSION, SUSPECT_REASON, put_back
 from decompft.launcher.errors import AdapterError, CheckpointError, RunFailed
 from decompft.launcher.runs import RunDir
 from decompft.launcher.worker.meeting import (
@@ -81,6 +81,7 @@ def save(
     incarnation: int,
     retention: Retention,
     adapter_json: Mapping[str, Any],
+    reason: str,
     eval_loss: float | None = None,
     patience: Patience = PATIENT,
     tag: str = "",
@@ -90,6 +91,7 @@ def save(
 
     Args:
         state: JSON that does not depend on the mesh (schedule, data cursor, seeds); rank 0's is written.
+        reason: why it is saved, for the manifest; after SUSPECT_REASON no other checkpoint is deleted.
         eval_loss: of this very step, if it was evaluated.
         tag: tells two saves of one step apart; the same on every rank.
         leader: the rank that commits; 0 unless it is gone.
@@ -104,7 +106,7 @@ def save(
     verdict = RunDir(run_dir).incarnation_dir(incarnation) / f"save{tag}.json"
     head = {
         "version": FORMAT_VERSION, "step": step, "world_size": world_size, "incarnation": incarnation,
-        "time_s": time.time(), "eval_loss": eval_loss,
+        "time_s": time.time(), "eval_loss": eval_loss, "reason": reason,
     }  # fmt: skip
 
     def commit(there: Sequence[int]) -> None:
@@ -112,7 +114,8 @@ def save(
         verify(temp)
         _refuse_stale(run_dir, incarnation)
         _move_into_place(temp, final)
-        rotate(final, retention, incarnation)
+        if reason != SUSPECT_REASON:  # the one before may be the last that is any good
+            rotate(final, retention, incarnation)
 
     try:
         _prepare(run_dir, temp, incarnation, cleans=rank == leader)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from decompft.launcher.checkpoints import FORMAT_VERSION, list_checkpoints, step_of
+from decompft.launcher.checkpoints import FORMAT_VERSION, SUSPECT_REASON, list_checkpoints, step_of
 from decompft.launcher.runs import RunDir
 
 logger = logging.getLogger(__name__)
@@ -33,11 +33,14 @@ class Kept:
     step: int
     time_s: float  # epoch seconds, when it was written
     eval_loss: float | None  # of this very step
+    is_suspect: bool = False  # the loss after it was not finite
 
 
 def choose(found: Sequence[Kept], rule: Retention) -> set[int]:
-    """The steps that stay, of checkpoints oldest first; the last always does."""
-    keep = {k.step for k in found[-rule.newest :]}
+    """The steps that stay, of checkpoints oldest first; the last always does, suspect ones before it never."""
+    keep = {k.step for k in found[-1:]}
+    found = [k for k in found if not k.is_suspect]
+    keep |= {k.step for k in found[-rule.newest :]}
     judged = sorted((k for k in found if k.eval_loss is not None), key=lambda k: (k.eval_loss, k.step))
     keep |= {k.step for k in judged[: rule.best]}
     if rule.every_hours is not None:
@@ -103,6 +106,7 @@ def _read(folder: Path) -> Kept | None:
             step=step_of(folder),
             time_s=float(manifest.get("time_s") or (folder / "COMPLETE").stat().st_mtime),
             eval_loss=None if loss is None else float(loss),
+            is_suspect=manifest.get("reason") == SUSPECT_REASON,
         )
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None

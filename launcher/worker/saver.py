@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from decompft.launcher.checkpoints import SUSPECT_REASON
 from decompft.launcher.errors import RunFailed
 from decompft.launcher.runs import RunDir
 from decompft.launcher.worker.checkpoint import Slice, save
@@ -95,10 +96,12 @@ class Saver:
     def begin(self, step: int, reason: str) -> None:
         """Copy this rank's slices and write them in the background, unless this step's were already.
 
+        What was saved before is written again where it has become suspect: its manifest must say so.
+
         Raises:
             RunFailed: the save before failed.
         """
-        if step == self.begun:
+        if step == self.begun and reason != SUSPECT_REASON:
             return
         self._pulse.at("saving")
         began = time.perf_counter()
@@ -175,19 +178,19 @@ class Saver:
         """
         held = self._held(leader == self._engine.rank != 0)
         if self._settled is None:
-            return self._save(held, None, patience, tag, leader)
+            return self._save(held, None, "emergency", patience, tag, leader)
         # a stream of its own: on the usual one a collective may hang
         torch.cuda.set_device(self._engine.device)
         stream = torch.cuda.Stream()
         stream.wait_event(self._settled)
         with torch.cuda.stream(stream):
-            return self._save(held, None, patience, tag, leader)
+            return self._save(held, None, "emergency", patience, tag, leader)
 
     def _write(self, held: Held, snapshot: Snapshot, reason: str, stall_s: float) -> None:
         began = time.perf_counter()
         try:
             snapshot.wait()
-            path = self._save(held, snapshot, Patience(called_off=self._called_off.is_set))
+            path = self._save(held, snapshot, reason, Patience(called_off=self._called_off.is_set))
         except RunFailed as error:
             self._failure = error
         except Exception as error:  # a thread's error must end the run, whatever it is
@@ -201,11 +204,17 @@ class Saver:
             self._done.append(saved)
 
     def _save(
-        self, held: Held, snapshot: Snapshot | None, patience: Patience, tag: str = "", leader: int = 0
+        self,
+        held: Held,
+        snapshot: Snapshot | None,
+        reason: str,
+        patience: Patience,
+        tag: str = "",
+        leader: int = 0,
     ) -> Path:
         return save(
             self._run.path, held.step, held.slices if snapshot is None else snapshot.slices, held.state,
             rank=self._engine.rank, world_size=self._engine.world_size, incarnation=self._incarnation,
-            retention=self._retention, adapter_json=self._adapter_json, eval_loss=held.eval_loss,
-            patience=patience, tag=tag, leader=leader,
+            retention=self._retention, adapter_json=self._adapter_json, reason=reason,
+            eval_loss=held.eval_loss, patience=patience, tag=tag, leader=leader,
         )  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 
 from decompft.adapters.copies import round_factors
 from decompft.adapters.inject import adapters
+from decompft.launcher.checkpoints import SUSPECT_REASON
 from decompft.launcher.errors import CheckpointError, RunFailed
 from decompft.launcher.outcome import Outcome
 from decompft.launcher.plan import Plan
@@ -219,7 +220,7 @@ def train(
         tell()
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
             if at.step:
-                saver.begin(at.step, "non-finite")
+                saver.begin(at.step, SUSPECT_REASON)
                 saver.finish()
                 tell()
             raise not_finite(at.step + 1, loss_value, grad_norm, step.sample_ids, saver.begun)
@@ -296,13 +297,18 @@ def seed_step(seed: int, step: int, micro_batch: int, rank: int) -> None:
 
 
 def not_finite(step: int, loss: float, grad_norm: float, ids: Sequence[int], saved: int | None) -> RunFailed:
-    """Stop before the optimizer sees it: the last checkpoint stays good."""
-    kept = f"the checkpoint of step {saved} has the state before it" if saved else "there is no checkpoint"
+    """Stop before the optimizer sees it; parameters that were finite may have diverged all the same."""
+    kept = "there is no checkpoint"
+    if saved:
+        kept = (
+            f"the checkpoint of step {saved} has the state before it, marked as suspect: it may have diverged"
+        )
     return RunFailed(
         f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; "
         f"the optimizer step was not taken and {kept}"
         f" (samples {', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''})",
-        "lower train.learning_rate, raise train.warmup_steps, or look at those samples with: decompft inspect data",
+        "lower train.learning_rate, raise train.warmup_steps or lower train.max_grad_norm, which a fork may change "
+        "(--resume CHECKPOINT --run-dir NEW); or look at those samples with: decompft inspect data",
     )
 
 
