@@ -13,6 +13,9 @@ FORMAT_VERSION = 2  # of a checkpoint's manifest and of adapter.json, the newest
 OLDEST_VERSION = 2  # of a manifest: format 1 cut tensors at rows, which ZeRO does not
 
 NAME = re.compile(r"step-(\d{8,})")  # of a checkpoint's folder, its step
+CUT_SHORT = (
+    "it has no COMPLETE file: the save was cut short"  # the problem of a folder that never was a checkpoint
+)
 # the reason of a save whose parameters may be what made the loss non-finite; it is in the manifest
 SUSPECT_REASON = "non-finite"
 
@@ -68,10 +71,21 @@ def completed_at(checkpoints_dir: Path) -> dict[str, int | None]:
 
 def put_back(checkpoints_dir: Path) -> None:
     """Undo a replacement of a checkpoint that was cut short between its two renames: the old one is the checkpoint."""
-    for aside in checkpoints_dir.glob(".old-step-*") if checkpoints_dir.is_dir() else ():
-        original = checkpoints_dir / aside.name.removeprefix(".old-")
-        if not original.exists():
-            aside.rename(original)
+    for aside, original in half_replaced(checkpoints_dir):
+        aside.rename(original)
+
+
+def half_replaced(checkpoints_dir: Path) -> list[tuple[Path, Path]]:
+    """What `put_back` would rename, from and to."""
+    found = checkpoints_dir.glob(".old-step-*") if checkpoints_dir.is_dir() else ()
+    pairs = [(aside, checkpoints_dir / aside.name.removeprefix(".old-")) for aside in found]
+    return [(aside, original) for aside, original in pairs if not original.exists()]
+
+
+def has_saved(checkpoints_dir: Path) -> bool:
+    """Whether any save was ever completed there, damaged since or not."""
+    folders = list_checkpoints(checkpoints_dir)
+    return bool(half_replaced(checkpoints_dir)) or any((folder / "COMPLETE").exists() for folder in folders)
 
 
 def fence(checkpoints_dir: Path) -> None:
@@ -106,7 +120,7 @@ def find_problem(checkpoint_dir: Path) -> str | None:
 
 def _find_problem(checkpoint_dir: Path) -> str | None:
     if not (checkpoint_dir / "COMPLETE").is_file():
-        return "it has no COMPLETE file: the save was cut short"
+        return CUT_SHORT
     try:
         manifest = (checkpoint_dir / "manifest.json").read_bytes()
         sealed = (checkpoint_dir / "COMPLETE").read_text(encoding="ascii").strip()

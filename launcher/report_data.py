@@ -15,7 +15,8 @@ from decompft.launcher.lock_holders import lock_holders
 from decompft.launcher.outcome import Outcome, read_outcome, read_ranks
 from decompft.launcher.plan import Plan
 from decompft.launcher.report_scale import gaps
-from decompft.launcher.runs import RunDir
+from decompft.launcher.runs import RunDir, read_plan
+from decompft.launcher.say import to_stderr
 
 COLUMNS = ("loss", "learning_rate", "grad_norm", "tokens_per_s", "peak_mem_bytes", "step_s", "epoch")
 _LARGEST_STEP = 2**53
@@ -103,7 +104,7 @@ def read_run(path: Path, now_s: float) -> Seen:
     Raises:
         UserError: it is not a run folder, or its plan is not one that this version reads.
     """
-    run = RunDir.open(path)
+    run = RunDir(path)
     plan = _read_plan(run)
     events = read_events(run.events_path)
     return Seen(
@@ -131,12 +132,15 @@ def resumed_step(checkpoint: object) -> int:
 
 
 def _read_plan(run: RunDir) -> Plan:
+    """plan.json, or where that is gone or unreadable the copy of the newest incarnation that has one."""
     try:
-        plan = run.read_plan()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{run.plan_path}: not text ({error.reason})", "name a folder that launch made"
-        ) from error
+        plan = RunDir.open(run.path).read_plan()
+    except UserError as error:
+        copies = run.kept_plans()
+        if not copies:
+            raise
+        to_stderr(f"{error.message}; its copy is used: {copies[0]}")
+        plan = read_plan(copies[0])
     forecast = plan.forecast
     sizes = [*(term.num_bytes for term in forecast.terms), forecast.capacity_bytes or 0, plan.num_base_params]
     if not all(0 <= size < _LARGEST for size in sizes):

@@ -7,7 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from decompft.launcher.checkpoints import find_problem, is_suspect, list_checkpoints, newest_valid
+from decompft.launcher.checkpoints import (
+    CUT_SHORT,
+    find_problem,
+    half_replaced,
+    has_saved,
+    is_suspect,
+    list_checkpoints,
+    newest_valid,
+)
 from decompft.launcher.errors import CheckpointError, UserError
 from decompft.launcher.plan import Plan
 from decompft.launcher.recipe import AdapterSection, Recipe
@@ -41,6 +49,8 @@ def choose_start(plan: Plan, *, run_dir: Path, resume: str | None) -> Start:
     """
     run = RunDir(run_dir)
     is_new = not run.plan_path.exists()
+    if is_new and has_saved(run.checkpoints_dir):
+        raise _plan_error(run, "holds checkpoints, but no plan.json that says what was trained")
     if resume == "auto":
         if is_new:
             return Start(run=run, is_new=True, checkpoint=None, notes=())
@@ -101,12 +111,17 @@ def _refuse(before: dict[str, Any], after: dict[str, Any], *, is_fork: bool) -> 
 
 
 def _continue(run: RunDir, plan: Plan) -> Start:
+    """Never from step 0 over anything that was saved: a job that is put back into the queue would not be noticed."""
     origin = run.read_origin()
     if origin is None and not list_checkpoints(run.checkpoints_dir):
         # nothing was trained that another recipe could spoil
         note = f"{run.path} has no checkpoint yet: starting afresh"
         return Start(run=run, is_new=False, checkpoint=None, notes=(note,))
-    check_resume(run.read_plan(), plan)
+    try:
+        old = run.read_plan()
+    except UserError as error:
+        raise _plan_error(run, "its plan.json cannot be read") from error
+    check_resume(old, plan)
     checkpoint, skipped = newest_valid(run.checkpoints_dir)
     notes = [f"skipped checkpoint {line}" for line in skipped]
     foreign = [
@@ -116,6 +131,15 @@ def _continue(run: RunDir, plan: Plan) -> Start:
         raise CheckpointError(
             f"{run.path}: nothing to resume from, and not because anything is damaged: {foreign[0]}",
             "use that version or mend the disk; to start again from step 0, take another folder: --run-dir DIR",
+        )
+    damaged = [line for line in skipped if not line.endswith(CUT_SHORT)]
+    # a launch that looks before it holds the run will look again, once such a one is back in its place
+    if checkpoint is None and damaged and not half_replaced(run.checkpoints_dir):
+        raise CheckpointError(
+            f"{run.path}: nothing was started, because all of its checkpoints are damaged:\n  "
+            + "\n  ".join(damaged),
+            "put back a copy of one if there is any; to start again from step 0 take another folder: "
+            "--run-dir NEW, without --resume",
         )
     if checkpoint is not None and is_suspect(checkpoint):
         if origin is not None:
@@ -134,6 +158,16 @@ def _continue(run: RunDir, plan: Plan) -> Start:
     return Start(run=run, is_new=False, checkpoint=checkpoint, notes=tuple(notes))
 
 
+def _plan_error(run: RunDir, what: str) -> UserError:
+    """For a run whose plan is gone: a copy of it may be there, and a checkpoint can do without."""
+    ways = [f"put back its copy: cp {copy} {run.plan_path}" for copy in run.kept_plans()[:1]]
+    newest, _ = newest_valid(run.checkpoints_dir)
+    if newest is not None:
+        ways.append(f"fork it: --resume {newest} --run-dir NEW")
+    ways.append("to start again from step 0 take another folder: --run-dir NEW, without --resume")
+    return UserError(f"{run.path}: {what}; nothing was started", "; or ".join(ways))
+
+
 def _fork(run: RunDir, plan: Plan, resume: str) -> Start:
     source = find_run(resume)
     skipped: list[str] = []
@@ -148,23 +182,43 @@ def _fork(run: RunDir, plan: Plan, resume: str) -> Start:
             raise CheckpointError(
                 f"{source}: no checkpoint that can be resumed from{why}", "start without --resume"
             )
+    elif has_saved(source / "checkpoints"):
+        raise _plan_error(RunDir(source), "holds checkpoints, but no plan.json that says what was trained")
     else:
         raise UserError(
             f"--resume {resume}: neither auto, nor a run (a path, or a name under ./runs), nor a checkpoint",
             "use --resume auto to continue the run directory itself",
         )
+    notes = [f"skipped checkpoint {line}" for line in skipped]
     changed: list[str] = []
-    if (origin / "plan.json").is_file():
-        changed = check_resume(RunDir(origin).read_plan(), plan, is_fork=True)
+    old = _plan_of(RunDir(origin), is_named=source == checkpoint)
+    if old is not None:
+        changed = check_resume(old, plan, is_fork=True)
     else:
         _check_bare(checkpoint, plan)
         origin = checkpoint.parent
-    notes = [f"skipped checkpoint {line}" for line in skipped]
+        notes.append("without its run's plan.json only the adapter and the seed could be compared")
     if is_suspect(checkpoint):
         notes.append(f"{checkpoint.name} is suspect: the loss after it was not finite")
     notes.append(f"forking {origin} at {checkpoint.name} into {run.path}")
     notes += [f"changed by this fork: {line}" for line in changed]
     return Start(run=run, is_new=True, checkpoint=checkpoint, notes=tuple(notes))
+
+
+def _plan_of(run: RunDir, *, is_named: bool) -> Plan | None:
+    """The plan of the run that a fork begins in; None where only a checkpoint is left of it.
+
+    Args:
+        is_named: the user named a checkpoint, not the run.
+    """
+    if not run.plan_path.is_file():
+        return None
+    try:
+        return run.read_plan()
+    except UserError as error:
+        if is_named:
+            return None
+        raise _plan_error(run, "its plan.json cannot be read") from error
 
 
 def _intact(checkpoint: Path) -> Path:

@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -149,13 +150,17 @@ class RunDir:
         Raises:
             UserError: plan.json was written by another version, or by hand.
         """
-        try:
-            return Plan.model_validate_json(self.plan_path.read_text(encoding="utf-8"))
-        except ValidationError as error:
-            raise UserError(
-                f"{self.plan_path}: not a plan of this version of decompft ({error.error_count()} problems)",
-                "start a new run with --run-dir DIR",
-            ) from error
+        return read_plan(self.plan_path)
+
+    def kept_plans(self) -> list[Path]:
+        """The copies of plan.json that incarnations have left and that can be read, the newest first."""
+        found = []
+        for number in reversed(self.incarnations()):
+            path = self.incarnation_dir(number) / "plan.json"
+            with suppress(UserError, OSError):
+                read_plan(path)
+                found.append(path)
+        return found
 
     def next_incarnation(self) -> int:
         """Claim the next number (from 1) and make its folders; from now on no older incarnation can write."""
@@ -218,6 +223,21 @@ class RunDir:
             f"{self.path}: the run directory cannot be written ({error.strerror})",
             "choose another place with --run-dir DIR",
         )
+
+
+def read_plan(path: Path) -> Plan:
+    """A run's plan.json, or a copy of it.
+
+    Raises:
+        UserError: it was written by another version, by hand, or is damaged.
+    """
+    try:
+        return Plan.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # pydantic's, or no text at all
+        num = f" ({error.error_count()} problems)" if isinstance(error, ValidationError) else ""
+        raise UserError(
+            f"{path}: not a plan of this version of decompft{num}", "start a new run with --run-dir DIR"
+        ) from error
 
 
 def find_run(typed: str) -> Path:

@@ -117,7 +117,7 @@ def with_resubmitted(seen: Glance, mine: Sequence[Queued]) -> Glance:
 def _plan(run: RunDir) -> Plan | None:
     try:
         return run.read_plan()
-    except (UserError, UnicodeDecodeError):
+    except UserError:
         return None
 
 

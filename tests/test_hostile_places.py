@@ -138,15 +138,37 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused(
 
 
 @pytest.mark.dist
-def test_where_nothing_is_whole_it_says_so_for_each(trained: RunDir, tmp_path: Path, capsys: Capture) -> None:
+def test_where_nothing_is_whole_it_says_so_for_each_and_starts_nothing(
+    trained: RunDir, tmp_path: Path, capsys: Capture
+) -> None:
     run = copied(trained, tmp_path)
     for folder in list_checkpoints(run.checkpoints_dir):
         lose_a_shard(folder)
+    before = content(run.path)
     argv = ["launch", str(trained.path.parent / "recipe.yaml"), "--run-dir", str(run.path)]
-    assert main([*argv, "--resume", "auto", "--dry-run"]) == 0
-    out = capsys.readouterr().out
-    assert all(f"skipped checkpoint {name(step)}: state/rank-00001" in out for step in (2, 4, 6))
-    assert "has no valid checkpoint: starting afresh" in out
+    assert main([*argv, "--resume", "auto"]) == 2
+    err = capsys.readouterr().err
+    assert all(f"{name(step)}: state/rank-00001" in err for step in (2, 4, 6))
+    assert "all of its checkpoints are damaged" in err and "--run-dir NEW" in err and is_plain(err)
+    (run.path / "lock").unlink(missing_ok=True)
+    assert content(run.path) == before
+
+
+def test_a_lost_plan_is_no_reason_to_train_over_what_was_saved(
+    trained: RunDir, tmp_path: Path, capsys: Capture
+) -> None:
+    run = copied(trained, tmp_path)
+    run.plan_path.unlink()
+    before = content(run.path)
+    argv = ["launch", str(trained.path.parent / "recipe.yaml"), "--run-dir"]
+    assert main([*argv, str(run.path), "--resume", "auto"]) == 2
+    err = capsys.readouterr().err
+    newest = run.checkpoints_dir / name(6)
+    assert "no plan.json" in err and f"--resume {newest} --run-dir NEW" in err and is_plain(err)
+    assert content(run.path) == before
+    assert main([*argv, str(tmp_path / "new"), "--resume", str(newest), "--dry-run"]) == 0  # as it says
+    assert main(["report", str(run.path)]) == 0  # from the copy that its incarnation keeps
+    assert f"its copy is used: {run.incarnation_dir(1)}/plan.json" in capsys.readouterr().err
 
 
 def test_checkpoints_of_a_newer_version_are_not_trained_over(

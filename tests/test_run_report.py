@@ -372,6 +372,19 @@ def test_a_damaged_plan_is_an_error_in_words(content: bytes, tmp_path: Path) -> 
         write_report([str(run.path)])
 
 
+@pytest.mark.parametrize("content", [b"", None])
+def test_without_its_plan_a_run_is_reported_from_an_incarnations_copy(
+    content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "r", [row(1)])
+    run.next_incarnation()
+    run.plan_path.unlink()
+    if content is not None:
+        run.plan_path.write_bytes(content)
+    assert write_report([str(run.path)]).exists()
+    assert "plan.json" in (err := capsys.readouterr().err) and "its copy is used" in err
+
+
 def test_a_place_that_cannot_be_written_is_an_error_in_words(tmp_path: Path) -> None:
     run = make_run(tmp_path / "r")
     with pytest.raises(UserError, match="cannot be written") as error:

@@ -371,6 +371,77 @@ def test_after_a_divergence_the_next_command_is_a_fork_that_is_accepted(tmp_path
     assert next_command(run, plan, typed, other).split() == again
 
 
+@pytest.mark.parametrize("resume", ["auto", None])
+def test_a_run_without_its_plan_is_never_started_over(tmp_path: Path, resume: str | None) -> None:
+    run = RunDir.create(tmp_path / "run", recipe_text=RECIPE, plan=make_plan())
+    run.next_incarnation()
+    newest = make_checkpoint(run.path, 9)
+    run.plan_path.unlink()
+    with pytest.raises(UserError, match=r"holds checkpoints, but no plan\.json") as error:
+        choose_start(make_plan(), run_dir=run.path, resume=resume)
+    assert error.value.exit_code == 2
+    assert f"cp {run.path}/incarnations/1/plan.json {run.plan_path}" in error.value.hint
+    assert f"--resume {newest} --run-dir NEW" in error.value.hint
+    with pytest.raises(UserError, match=r"no plan\.json"):
+        choose_start(make_plan(), run_dir=tmp_path / "new", resume=str(run.path))
+    shutil.copy(run.incarnation_dir(1) / "plan.json", run.plan_path)  # as it says
+    assert choose_start(make_plan(), run_dir=run.path, resume="auto").checkpoint == newest
+    # also where its only checkpoint was being replaced
+    run.plan_path.unlink()
+    newest.rename(newest.with_name(f".old-{newest.name}"))
+    with pytest.raises(UserError, match=r"no plan\.json"):
+        choose_start(make_plan(), run_dir=run.path, resume=resume)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"\xff\xfe"])
+def test_a_plan_that_cannot_be_read_blocks_no_checkpoint(tmp_path: Path, content: bytes) -> None:
+    run = RunDir.create(tmp_path / "run", recipe_text=RECIPE, plan=make_plan())
+    newest = make_checkpoint(run.path, 9)
+    section = make_plan().recipe.adapter.model_dump(mode="json")
+    (newest / "adapter.json").write_text(json.dumps({"adapter": section, "seed": 0}))
+    run.plan_path.write_bytes(content)
+    for run_dir, resume in ((run.path, "auto"), (tmp_path / "new", str(run.path))):
+        with pytest.raises(UserError, match=r"its plan\.json cannot be read; nothing was started") as error:
+            choose_start(make_plan(), run_dir=run_dir, resume=resume)
+        assert f"--resume {newest} --run-dir NEW" in error.value.hint
+    start = choose_start(make_plan(), run_dir=tmp_path / "new", resume=str(newest))  # as it says
+    assert start.checkpoint == newest and "only the adapter and the seed" in start.notes[0]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_never_started_over(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run", recipe_text=RECIPE, plan=make_plan())
+    folders = [make_checkpoint(run.path, step) for step in (3, 6, 9)]
+    for folder in folders:
+        (folder / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="all of its checkpoints are damaged") as error:
+        choose_start(make_plan(), run_dir=run.path, resume="auto")
+    assert error.value.exit_code == 2 and "--run-dir NEW" in error.value.hint
+    assert all(f"{folder.name}: manifest.json is damaged" in error.value.message for folder in folders)
+    # one that is being replaced will be put back once the run is this launch's
+    folders[2].rename(run.checkpoints_dir / ".old-step-00000012")
+    assert choose_start(make_plan(), run_dir=run.path, resume="auto").checkpoint is None
+    put_back(run.checkpoints_dir)
+    with pytest.raises(UserError, match="all of its checkpoints are damaged"):
+        choose_start(make_plan(), run_dir=run.path, resume="auto")
+
+
+def test_a_job_that_was_killed_before_or_in_its_first_save_starts_again(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path / "run", recipe_text=RECIPE, plan=make_plan())
+    run.next_incarnation()
+    (run.checkpoints_dir / ".tmp-step-00000003-inc1/state").mkdir(parents=True)
+    start = choose_start(make_plan(), run_dir=run.path, resume="auto")
+    assert (start.is_new, start.checkpoint) == (False, None)
+    # and where a disk shows no more of the save than its folder
+    (make_checkpoint(run.path, 3) / "COMPLETE").unlink()
+    start = choose_start(make_plan(), run_dir=run.path, resume="auto")
+    assert (start.is_new, start.checkpoint) == (False, None)
+    assert (
+        start.notes[0] == "skipped checkpoint step-00000003: it has no COMPLETE file: the save was cut short"
+    )
+    run.plan_path.unlink()  # prepared, and forgotten again
+    assert choose_start(make_plan(), run_dir=run.path, resume="auto").is_new
+
+
 def test_outcomes_read_back_and_choose_the_exit_code(tmp_path: Path) -> None:
     assert read_outcome(tmp_path) is None
     codes = {"finished": 0, "user_error": 2, "failed": 3, "checkpointed": 75}
