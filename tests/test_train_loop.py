@@ -3,9 +3,10 @@
 import json
 
 import pytest
-from tiny import losses, make_run, recipe_data, run_ranks
+from tiny import losses, make_run, metrics, recipe_data, run_ranks
+from workers import Ended, run_worker
 
-from decompft.launcher.outcome import Outcome
+from decompft.launcher.checkpoints import newest_valid
 from decompft.launcher.runs import RunDir
 
 pytestmark = pytest.mark.dist
@@ -48,6 +49,39 @@ def test_stops_early_when_the_evaluation_does_not_improve(tmp_path):
     assert (run.path / "adapter" / "adapter.json").is_file()
 
 
+def go_on(folder, run: RunDir, **train) -> Ended:
+    """A fork of the newest checkpoint with another `train` section."""
+    data = {**recipe_data(folder)["data"], "eval_fraction": 0.2}
+    fork = make_run(folder, "fork", data=data, train={**TRAIN, **train})
+    return run_worker(fork, resume=newest_valid(run.checkpoints_dir)[0])
+
+
+def test_a_resume_says_how_another_length_makes_the_rate_jump(tmp_path):
+    run = run_with_eval(tmp_path, max_steps=4)
+    ended = go_on(tmp_path, run, max_steps=8)
+    rows = [*metrics(run), *metrics(RunDir(tmp_path / "fork"))]
+    before, after = rows[3]["learning_rate"], rows[4]["learning_rate"]
+    assert after > 2 * before
+    words = f"the learning rate jumps from {before:.3g} at step 4 to {after:.3g} at step 5"
+    assert f"{words}: the schedule was laid out for 4 steps, now it is for 8" in ended.screen
+
+
+@pytest.mark.parametrize("train", [{}, {"schedule": "constant"}])
+def test_a_resume_says_nothing_where_the_rate_goes_on(tmp_path, train):
+    run = run_with_eval(tmp_path, stop_after_steps=3, **train)
+    longer = {**train, "max_steps": 9} if train else {}
+    assert "jumps" not in go_on(tmp_path, run, **longer).screen
+
+
+def test_past_the_end_nothing_is_trained_and_no_change_claimed_that_was_not_measured(tmp_path):
+    run = run_with_eval(tmp_path, stop_after_steps=4)
+    assert [row["step"] for row in events(run, "eval")] == [0]
+    ended = go_on(tmp_path, run, max_steps=3)
+    assert ended.outcome.exit_code == 0
+    assert "nothing was left to train: the checkpoint is of step 4, the run ends at step 3" in ended.screen
+    assert "held-out loss" not in ended.outcome.message and "jumps" not in ended.screen
+
+
 def test_recomputation_changes_no_number(tmp_path):
     plain = make_run(tmp_path, "plain", train={**TRAIN, "recompute": "none"})
     full = make_run(tmp_path, "full", train={**TRAIN, "recompute": "full"})
@@ -84,9 +118,10 @@ def test_a_fork_with_nothing_left_to_train_still_has_its_own_adapter(tmp_path):
     assert (fork.path / "adapter" / "adapter.safetensors").is_file()
 
 
-def test_finished_says_what_was_gained():
-    from decompft.launcher.worker.train import Progress, _summary
+def test_finished_says_what_was_gained_where_it_was_measured():
+    from decompft.launcher.worker.train import Progress, held_out_change
 
-    text = _summary(Progress(step=9, trained_tokens=1234, start_eval=2.0, last_eval=1.5))
-    assert text == "finished after step 9, 1,234 trained tokens; held-out loss 2.0000 -> 1.5000 (-25.0 %)"
-    assert Outcome(result="finished").exit_code == 0
+    at = Progress(step=9, trained_tokens=1234, start_eval=2.0, last_eval=1.5, eval_step=9)
+    assert held_out_change(at) == "; held-out loss 2.0000 -> 1.5000 (-25.0 %)"
+    at.eval_step = 6
+    assert held_out_change(at) == ""

@@ -7,7 +7,8 @@ each with it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from decompft.launcher.recipe import TrainSection
 
@@ -31,6 +32,32 @@ def factor_of(train: TrainSection, total_steps: int) -> Callable[[int], float]:
         return step / max(1, warmup) if step < warmup else after(step)
 
     return factor
+
+
+def position(train: TrainSection, total_steps: int, step: int) -> dict[str, Any]:
+    """What a checkpoint of `step` keeps of the schedule: its length and the rates of the steps on both sides."""
+    factor = factor_of(train, total_steps)
+    before, after = (train.learning_rate * factor(max(0, at)) for at in (step - 1, step))
+    return {"total_steps": total_steps, "rate": before, "next_rate": after}
+
+
+def jump(saved: Mapping[str, Any] | None, train: TrainSection, total_steps: int, step: int) -> str:
+    """In words how the learning rate jumps where a checkpoint of `step` is resumed; "" where it goes on as laid out.
+
+    Args:
+        saved: what `position` gave when it was written; None in one from before that was kept.
+        total_steps: of the schedule from now on.
+    """
+    now = position(train, total_steps, step)
+    if saved is None or step == 0 or step >= total_steps:
+        return ""
+    if math.isclose(saved["next_rate"], now["next_rate"], rel_tol=1e-6):
+        return ""
+    why = "this recipe has another rate or schedule"
+    if (laid_out := saved["total_steps"]) != total_steps:
+        why = f"the schedule was laid out for {laid_out} steps, now it is for {total_steps} (train.max_steps)"
+    ends = f"from {saved['rate']:.3g} at step {step} to {now['next_rate']:.3g} at step {step + 1}"
+    return f"the learning rate jumps {ends}: {why}"
 
 
 def _left(step: int, warmup: int, total: int) -> float:

@@ -36,6 +36,7 @@ from decompft.launcher.worker.recorded import make_passes
 from decompft.launcher.worker.report import peak_bytes
 from decompft.launcher.worker.retention import Retention
 from decompft.launcher.worker.saver import Held, Saver
+from decompft.launcher.worker.schedule import jump, position
 from decompft.launcher.worker.startup import Startup
 from decompft.launcher.worker.state import restore, slices
 
@@ -113,6 +114,9 @@ def train(
             )
         phases.resume(resume.step)
         at = Progress.of(resume)
+        if jumps := jump(resume.state.get("schedule"), recipe.train, total, at.step):
+            metrics.message(jumps)
+    first = at.step
     passes = make_passes(plan, model, engine, parameters, pulse=pulse, say=metrics.message)
 
     row: StepRow | None = None  # of the last step, where that is logged
@@ -122,6 +126,7 @@ def train(
             step=at.step, slices=slices(built, optimizer, engine, phases.averages(), stands_in=stands_in),
             state={
                 "progress": dict(vars(at)), "base": adapter_json["base"], "data": data_key, "strategy": plan.strategy,
+                "schedule": position(recipe.train, data.total_steps, at.step),
                 # rank 0 died with it, perhaps before it was written down
                 **({"row": asdict(row)} if stands_in and row is not None else {}),
             },
@@ -272,7 +277,12 @@ def train(
         message = f"stopped in order after step {at.step} of {total}"
         message += ", before its evaluation" if at.eval_due else ""
         return Outcome(result="checkpointed", step=at.step, message=message)
-    return Outcome(result="finished", step=at.step, message=_summary(at))
+    if resume is None or at.step > first:
+        done = f"finished after step {at.step}, {at.trained_tokens:,} trained tokens"
+    else:
+        end = f"the checkpoint is of step {at.step}, the run ends at step {data.total_steps}"
+        done = f"nothing was left to train: {end}"
+    return Outcome(result="finished", step=at.step, message=done + held_out_change(at))
 
 
 def evaluate(
@@ -312,9 +322,9 @@ def not_finite(step: int, loss: float, grad_norm: float, ids: Sequence[int], sav
     )
 
 
-def _summary(at: Progress) -> str:
-    text = f"finished after step {at.step}, {at.trained_tokens:,} trained tokens"
-    if at.start_eval and at.last_eval is not None:
-        change = 100 * (at.last_eval / at.start_eval - 1)
-        text += f"; held-out loss {at.start_eval:.4f} -> {at.last_eval:.4f} ({change:+.1f} %)"
-    return text
+def held_out_change(at: Progress) -> str:
+    """Only where this very step was evaluated."""
+    if not at.start_eval or at.last_eval is None or not at.step or at.eval_step != at.step:
+        return ""
+    change = 100 * (at.last_eval / at.start_eval - 1)
+    return f"; held-out loss {at.start_eval:.4f} -> {at.last_eval:.4f} ({change:+.1f} %)"
