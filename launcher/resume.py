@@ -172,6 +172,9 @@ def _fork(run: RunDir, plan: Plan, resume: str) -> Start:
     source = find_run(resume)
     skipped: list[str] = []
     checkpoint: Path | None
+    if source.parent.name == "checkpoints" and not source.is_dir():
+        there = ", ".join(folder.name for folder in list_checkpoints(source.parent)) or "none"
+        raise UserError(f"--resume {resume}: no such checkpoint", f"{source.parent} has: {there}")
     if (source / "manifest.json").is_file() or source.parent.name == "checkpoints":
         checkpoint, origin = _intact(source), source.parent.parent
     elif (source / "plan.json").is_file():

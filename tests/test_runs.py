@@ -292,6 +292,9 @@ def test_a_fork_reads_the_old_run_and_takes_a_new_folder(tmp_path: Path) -> None
         choose_start(make_plan(), run_dir=old, resume=str(old))
     with pytest.raises(UserError, match="neither auto, nor a run"):
         choose_start(make_plan(), run_dir=new, resume=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="step-00000099: no such checkpoint") as error:
+        choose_start(make_plan(), run_dir=new, resume=str(old / "checkpoints/step-00000099"))
+    assert "step-00000100, step-00000200" in error.value.hint
     (older / "COMPLETE").unlink()
     with pytest.raises(UserError, match="no COMPLETE"):
         choose_start(make_plan(), run_dir=new, resume=str(older))
