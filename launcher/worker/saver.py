@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from decompft.launcher.checkpoint_survey import size_of
 from decompft.launcher.checkpoints import SUSPECT_REASON
 from decompft.launcher.errors import RunFailed
 from decompft.launcher.runs import RunDir
@@ -48,7 +49,7 @@ class Saved:
     reason: str
     stall_s: float  # for which training stood still, waiting for the save before included
     save_s: float  # from its first byte to its rename
-    bytes: int  # this rank's state
+    bytes: int  # of the whole folder, all ranks' files; only rank 0, which tells it, looks
 
 
 class Saver:
@@ -191,6 +192,7 @@ class Saver:
         try:
             snapshot.wait()
             path = self._save(held, snapshot, reason, Patience(called_off=self._called_off.is_set))
+            num_bytes = size_of(path)[0] if self._engine.rank == 0 else 0
         except RunFailed as error:
             self._failure = error
         except Exception as error:  # a thread's error must end the run, whatever it is
@@ -199,7 +201,7 @@ class Saver:
             self._in_place = held.step
             saved = Saved(
                 step=held.step, path=path, reason=reason, stall_s=stall_s,
-                save_s=time.perf_counter() - began, bytes=snapshot.num_bytes,
+                save_s=time.perf_counter() - began, bytes=num_bytes,
             )  # fmt: skip
             self._done.append(saved)
 

@@ -23,7 +23,6 @@ class Snapshot:
 
     def __init__(self, slices: list[Slice], copied: Any) -> None:
         self.slices = slices
-        self.num_bytes = sum(s.tensor.numel() * s.tensor.element_size() for s in slices)
         self._copied = copied
 
     def wait(self) -> None:
