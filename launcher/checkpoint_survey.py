@@ -19,11 +19,13 @@ from decompft.launcher.checkpoints import (
     find_problem,
     list_checkpoints,
 )
+from decompft.launcher.manifest import find_oddity
 from decompft.launcher.runs import RunDir
 from decompft.launcher.say import Say
 
 _LARGE_BYTES = 256 * 2**20  # hashing more takes long enough to wonder
 _INCARNATION = re.compile(r"-inc(\d+)")
+_OF_ANY_FORMAT = ("version", "step", "world_size", "incarnation")
 _LEFTOVER = re.compile(r"(\.tmp-|\.old-|abandoned-).+")
 
 
@@ -105,7 +107,6 @@ def examine(folder: Path, say: Say, *, which: str = "") -> Found:
         say(f"verifying {folder.name}{which}: {size_text(num_bytes)}")
     problem = find_problem(folder)
     manifest = _sealed_manifest(folder)
-    is_read = manifest.get("version") in range(OLDEST_VERSION, FORMAT_VERSION + 1)
     in_name = NAME.search(folder.name)
     return Found(
         path=folder,
@@ -120,8 +121,8 @@ def examine(folder: Path, say: Say, *, which: str = "") -> Found:
         saved_at=float(manifest.get("time_s") or marker_time),
         eval_loss=manifest.get("eval_loss"),
         adapter=_object(folder / "adapter.json"),
-        state=manifest["state"] if is_read and "state" in manifest else {},
-        tensors=manifest["tensors"] if is_read and "tensors" in manifest else {},
+        state=manifest.get("state", {}),
+        tensors=manifest.get("tensors", {}),
     )
 
 
@@ -185,14 +186,21 @@ def _has_ended(run: RunDir, incarnation: int) -> bool:
 
 
 def _sealed_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest if it is as it was written, else {}: what it says could not be relied on."""
+    """The manifest if it is as it was written, else {}: what it says could not be relied on.
+
+    Of another format only the version: what else it says may be said otherwise there.
+    """
     try:
         content = (folder / "manifest.json").read_bytes()
         sealed = (folder / "COMPLETE").read_text(encoding="ascii").strip()
         written = json.loads(content) if sealed == hashlib.sha256(content).hexdigest() else {}
     except (OSError, ValueError):
         return {}
-    return written if isinstance(written, dict) else {}
+    if not isinstance(written, dict):
+        return {}
+    if written.get("version") not in range(OLDEST_VERSION, FORMAT_VERSION + 1):
+        return {key: written[key] for key in _OF_ANY_FORMAT if isinstance(written.get(key), int)}
+    return {} if find_oddity(written) else written
 
 
 def _object(path: Path) -> dict[str, Any]:

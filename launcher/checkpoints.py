@@ -9,6 +9,8 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from decompft.launcher.manifest import find_oddity
+
 FORMAT_VERSION = 2  # of a checkpoint's manifest and of adapter.json, the newest that is read
 OLDEST_VERSION = 2  # of a manifest: format 1 cut tensors at rows, which ZeRO does not
 
@@ -131,6 +133,8 @@ def _find_problem(checkpoint_dir: Path) -> str | None:
             return f"it was written by a newer version of decompft (format {written['version']})"
         if written["version"] < OLDEST_VERSION:
             return f"it was written by an older version of decompft (format {written['version']})"
+        if odd := find_oddity(written):
+            return f"manifest.json is not as decompft writes it: {odd}"
         files = written["files"]
         entries = [(name, int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()]
     except FileNotFoundError:

@@ -146,7 +146,7 @@ def _head(each: Found) -> dict[str, Any]:
         "format": each.version, "reason": each.reason, "world_size": each.world_size, "incarnation": each.incarnation,
         "num_bytes": each.num_bytes, "num_files": each.num_files, "saved_at": each.saved_at,
         "eval_loss": each.eval_loss,
-        "method": each.adapter.get("adapter", {}).get("method"), "base": _base(each),
+        "method": _object(each.adapter, "adapter").get("method"), "base": _base(each),
     }  # fmt: skip
 
 
@@ -238,20 +238,26 @@ def _shortened(value: Any) -> str:
 
 
 def _method(each: Found) -> str:
-    section = each.adapter.get("adapter", {})
+    section = _object(each.adapter, "adapter")
     method, rank = section.get("method"), section.get("rank")
     return f"{method} r={rank}" if method and rank else str(method or "-")
 
 
 def _base(each: Found) -> str:
     """Name, format and the beginning of the hash that decides whether it is the same base."""
-    base = each.state.get("base") or each.adapter.get("base") or {}
-    name = base.get("id") or Path(base.get("source") or "").name
+    base = _object(each.state, "base") or _object(each.adapter, "base")
+    name = base.get("id") or Path(str(base.get("source") or "")).name
     if not name and "config" in base:
-        name = f"{base['config'].get('model_type', 'model')} from a config"
-    quantization = base.get("quantization", {}).get("format")
-    parts = (name, quantization, str(base.get("sha256", ""))[:12])
+        name = f"{_object(base, 'config').get('model_type', 'model')} from a config"
+    quantization = _object(base, "quantization").get("format")
+    parts = (str(name), str(quantization or ""), str(base.get("sha256", ""))[:12])
     return " ".join(part for part in parts if part) or "-"
+
+
+def _object(holder: dict[str, Any], key: str) -> dict[str, Any]:
+    """What was written by hand may hold anything."""
+    value = holder.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def _deletable(leftover: Leftover) -> str:

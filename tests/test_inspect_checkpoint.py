@@ -19,8 +19,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from decompft.launcher.checkpoint_survey import leftovers, survey
-from decompft.launcher.checkpoints import FORMAT_VERSION
+from decompft.launcher.checkpoints import FORMAT_VERSION, newest_valid
 from decompft.launcher.cli import main
+from decompft.launcher.errors import CheckpointError
+from decompft.launcher.worker.restore import open_checkpoint
 
 Capture = pytest.CaptureFixture[str]
 Whole = dict[tuple[str, str], Tensor]  # (name, kind) -> the whole tensor
@@ -125,6 +127,42 @@ def test_a_suspect_one_is_not_damaged_and_not_the_newest_whole_one(tmp_path: Pat
     assert "the newest whole one is step-00000100" in out
     assert inspect(folder) == 0
     assert "by incarnation 7 on 2 ranks (non-finite)" in capsys.readouterr().out
+
+
+_PART = {"file": "adapter.json", "start": 0, "numel": "8"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tensors": [], "state": 3}, "state is no object"),
+        ({"tensors": []}, "tensors is no object"),
+        ({"files": {}}, "it names no files"),
+        ({"step": "200"}, "step is no whole number"),
+        ({"world_size": None}, "world_size is no whole number"),
+        ({"eval_loss": "low", "tensors": {}}, "eval_loss is no number"),
+        ({"state": {"base": "org/llama"}}, "state.base is no object"),
+        ({"tensors": {"A": 3}}, "tensors of A is not described as a tensor is"),
+        (
+            {"tensors": {"A": {"param": {"dtype": "float32", "shape": [8], "parts": [_PART]}}}},
+            "param of A is not",
+        ),
+    ],
+)
+def test_a_sealed_manifest_of_wrong_types_is_damaged_in_words(
+    tmp_path: Path, capsys: Capture, change: dict[str, Any], words: str
+) -> None:
+    run = make_run(tmp_path / "run", 100, 200)
+    folder = run / "checkpoints/step-00000200"
+    seal(folder, json.loads((folder / "manifest.json").read_text()) | change)
+    for place in (run, folder):
+        assert inspect(place) == 3
+        out = capsys.readouterr().out
+        assert "step-00000200: damaged: manifest.json is not as decompft writes it" in out and words in out
+    newest, skipped = newest_valid(run / "checkpoints")
+    assert newest == run / "checkpoints/step-00000100" and words in skipped[0]
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("typed", ["run", "run/checkpoints", "named"])

@@ -55,7 +55,8 @@ def make_checkpoint(run: Path, step: int, content: bytes = b"state", *, reason: 
     (folder / "state").mkdir(parents=True)
     (folder / "state" / "a.bin").write_bytes(content)
     entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    head = {"version": FORMAT_VERSION, "reason": reason}
+    head = {"version": FORMAT_VERSION, "reason": reason, "step": step, "world_size": 1, "incarnation": 1}
+    head |= {"state": {}, "tensors": {}}
     manifest = json.dumps({**head, "files": {"state/a.bin": entry}}).encode()
     (folder / "manifest.json").write_bytes(manifest)
     (folder / "COMPLETE").write_text(hashlib.sha256(manifest).hexdigest() + "\n")

@@ -98,6 +98,8 @@ def _read(folder: Path) -> Kept | None:
         if manifest["version"] > FORMAT_VERSION:  # a newer decompft's, which only that may judge
             return Kept(step=-1, time_s=0.0, eval_loss=None)
         files = manifest["files"]
+        if not files:
+            return None
         whole = all((folder / name).stat().st_size == record["size"] for name, record in files.items())
         if not (whole and (folder / "COMPLETE").exists()):
             return None
