@@ -63,7 +63,8 @@ def report(run: RunDir, incarnation: int, outcome: Outcome, *, again: str, say: 
                 say(f"    | {line}")
     for line in words(outcome):
         say(line)
-    say(f"next: {again}")
+    # what the user has not mended yet will be refused again
+    say(f"next, when that is mended: {again}" if outcome.result == "user_error" else f"next: {again}")
     try:
         run.append_event(
             "failure", incarnation=incarnation, result=outcome.result, cause=outcome.cause, meaning=outcome.meaning,

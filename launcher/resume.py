@@ -117,6 +117,11 @@ def _continue(run: RunDir, plan: Plan) -> Start:
         # nothing was trained that another recipe could spoil
         note = f"{run.path} has no checkpoint yet: starting afresh"
         return Start(run=run, is_new=False, checkpoint=None, notes=(note,))
+    if origin is not None and not list_checkpoints(run.checkpoints_dir):
+        # as if it were forked now: what was wrong with the recipe may have been mended since
+        told = _compare(_intact(origin), plan, is_named=True)
+        told.append(f"{run.path} has no valid checkpoint of its own: beginning at {origin} again")
+        return Start(run=run, is_new=False, checkpoint=origin, notes=tuple(told))
     try:
         old = run.read_plan()
     except UserError as error:
@@ -177,6 +182,8 @@ def _fork(run: RunDir, plan: Plan, resume: str) -> Start:
         raise UserError(f"--resume {resume}: no such checkpoint", f"{source.parent} has: {there}")
     if (source / "manifest.json").is_file() or source.parent.name == "checkpoints":
         checkpoint, origin = _intact(source), source.parent.parent
+        if not (origin / "plan.json").is_file():
+            origin = source.parent
     elif (source / "plan.json").is_file():
         origin = source
         checkpoint, skipped = newest_valid(source / "checkpoints")
@@ -193,19 +200,24 @@ def _fork(run: RunDir, plan: Plan, resume: str) -> Start:
             "use --resume auto to continue the run directory itself",
         )
     notes = [f"skipped checkpoint {line}" for line in skipped]
-    changed: list[str] = []
-    old = _plan_of(RunDir(origin), is_named=source == checkpoint)
-    if old is not None:
-        changed = check_resume(old, plan, is_fork=True)
-    else:
-        _check_bare(checkpoint, plan)
-        origin = checkpoint.parent
-        notes.append("without its run's plan.json only the adapter and the seed could be compared")
+    changed = _compare(checkpoint, plan, is_named=source == checkpoint)
     if is_suspect(checkpoint):
         notes.append(f"{checkpoint.name} is suspect: the loss after it was not finite")
     notes.append(f"forking {origin} at {checkpoint.name} into {run.path}")
-    notes += [f"changed by this fork: {line}" for line in changed]
-    return Start(run=run, is_new=True, checkpoint=checkpoint, notes=tuple(notes))
+    return Start(run=run, is_new=True, checkpoint=checkpoint, notes=(*notes, *changed))
+
+
+def _compare(checkpoint: Path, plan: Plan, *, is_named: bool) -> list[str]:
+    """Refuse a fork of a run whose recipe was another one; lines on what the fork changes, or could not compare.
+
+    Args:
+        is_named: the user named this checkpoint, not the run.
+    """
+    old = _plan_of(RunDir(checkpoint.parent.parent), is_named=is_named)
+    if old is None:
+        _check_bare(checkpoint, plan)
+        return ["without its run's plan.json only the adapter and the seed could be compared"]
+    return [f"changed by this fork: {line}" for line in check_resume(old, plan, is_fork=True)]
 
 
 def _plan_of(run: RunDir, *, is_named: bool) -> Plan | None:

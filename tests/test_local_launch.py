@@ -238,6 +238,8 @@ def test_a_users_mistake_on_a_rank_ends_with_2_and_no_log(job: Job) -> None:
     text = job.report(outcome)
     assert "cannot train: rank 1: adapter.targets: no such layer" in text and "hint: try q_proj" in text
     assert "noise" not in text
+    # the same command would only fail again
+    assert text.splitlines()[-1] == "next, when that is mended: decompft launch x --resume auto"
 
 
 def test_the_last_step_comes_from_this_incarnations_metrics(job: Job) -> None:

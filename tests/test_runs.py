@@ -262,6 +262,10 @@ def test_a_fork_that_died_before_its_first_checkpoint_begins_at_its_origin_again
     assert (start.is_new, start.checkpoint) == (False, origin)
     with pytest.raises(UserError, match="train.seed"):
         choose_start(make_plan(train={"seed": 3}), run_dir=fork.path, resume="auto")
+    # its first start was refused for another base, say: with the right one it begins, as a new fork would
+    fork.record(recipe_text=RECIPE, plan=make_plan(train={"seed": 3}))
+    assert choose_start(make_plan(), run_dir=fork.path, resume="auto").checkpoint == origin
+    fork.record(recipe_text=RECIPE, plan=make_plan())
     own = make_checkpoint(fork.path, 200)
     assert choose_start(make_plan(), run_dir=fork.path, resume="auto").checkpoint == own
     shutil.rmtree(own)
@@ -409,7 +413,7 @@ def test_a_plan_that_cannot_be_read_blocks_no_checkpoint(tmp_path: Path, content
             choose_start(make_plan(), run_dir=run_dir, resume=resume)
         assert f"--resume {newest} --run-dir NEW" in error.value.hint
     start = choose_start(make_plan(), run_dir=tmp_path / "new", resume=str(newest))  # as it says
-    assert start.checkpoint == newest and "only the adapter and the seed" in start.notes[0]
+    assert start.checkpoint == newest and "only the adapter and the seed" in start.notes[-1]
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_never_started_over(tmp_path: Path) -> None:
