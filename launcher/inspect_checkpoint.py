@@ -110,7 +110,12 @@ def _many(place: Path, found: Sequence[Found], beside: Sequence[Leftover]) -> li
         lines = [str(place), *_aligned(rows)]
         lines += [f"{each.path.name}: {each.verdict}: {each.problem}" for each in found if each.problem]
         whole = [each.path.name for each in found if each.verdict == "whole"]
-        lines.append(f"the newest whole one is {whole[-1]}" if whole else "none is whole")
+        nothing = (
+            "none is whole but what is suspect"
+            if any(not each.problem for each in found)
+            else "none is whole"
+        )
+        lines.append(f"the newest whole one is {whole[-1]}" if whole else nothing)
     if beside:
         lines.append("leftovers")
         lines += _aligned(

@@ -127,6 +127,9 @@ def test_a_suspect_one_is_not_damaged_and_not_the_newest_whole_one(tmp_path: Pat
     assert "the newest whole one is step-00000100" in out
     assert inspect(folder) == 0
     assert "by incarnation 7 on 2 ranks (non-finite)" in capsys.readouterr().out
+    shutil.rmtree(run / "checkpoints/step-00000100")
+    assert inspect(run) == 0
+    assert "none is whole but what is suspect" in capsys.readouterr().out
 
 
 _PART = {"file": "adapter.json", "start": 0, "numel": "8"}
