@@ -102,8 +102,16 @@ def begin(args: argparse.Namespace, say: Say) -> tuple[object, ...]:
     return (
         "start", incarnation, address, len(hosts), ",".join(hosts),
         round(plan.recipe.checkpoint.grace_s + 2 * measured_save_s(run) + _PATIENCE_S),
-        "-" if start.checkpoint is None else start.checkpoint.name,
+        _word_for(start),
     )  # fmt: skip
+
+
+def _word_for(start: Start) -> str:
+    """The checkpoint: its name in the run, or the whole path of one of the run that this one was forked from."""
+    if start.checkpoint is None:
+        return "-"
+    is_own = start.checkpoint.parent == start.run.checkpoints_dir
+    return start.checkpoint.name if is_own else str(start.checkpoint)
 
 
 def address_towards(peer: str) -> str:

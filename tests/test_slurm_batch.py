@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,6 +79,21 @@ def test_begin_makes_the_run_and_then_continues_it(
     assert not Path("runs/x").exists()
 
 
+def test_begin_names_the_whole_path_of_a_checkpoint_that_a_fork_begins_with(
+    submitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The script looks for a name in the run's own folder, where it is not."""
+    begin(capsys=capsys)
+    origin = make_checkpoint(submitted, 1).rename(submitted.parent / "step-00000001")
+    (origin.parent / "checkpoints").mkdir()
+    origin = origin.rename(origin.parent / "checkpoints/step-00000001")
+    shutil.copy(submitted / "plan.json", submitted.parent / "plan.json")
+    RunDir(submitted).write_origin(origin)
+    assert begin(capsys=capsys)[-1] == str(origin.absolute())
+    make_checkpoint(submitted, 2)
+    assert begin(capsys=capsys)[-1] == "step-00000002"
+
+
 NODES = "127.0.0.1 127.0.0.2 127.0.0.3 127.0.0.4"  # names that resolve everywhere
 
 
@@ -136,6 +152,28 @@ def test_end_turns_the_outcome_into_an_act(
     run.next_incarnation()
     write_outcome(run.incarnation_dir(1), Outcome(result=result, step=3))  # type: ignore[arg-type]
     assert ended(run, capsys) == does
+
+
+def test_a_suspect_checkpoint_is_no_progress_and_giving_up_names_a_fork(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each start goes on before it and comes to it again."""
+    run = RunDir.create(tmp_path / "run", recipe_text="", plan=make_plan(slurm={"max_failures": 2}))
+    run.next_incarnation()
+    good = make_checkpoint(run.path, 6)
+    make_checkpoint(run.path, 8, reason="non-finite")
+    write_outcome(run.incarnation_dir(1), Outcome(result="failed", cause="non_finite", step=8))
+    acts = []
+    for _ in range(3):
+        write_record(run, replace(read_record(run), step=6))  # as `begin` does
+        assert batch.main(["end", str(run.path), "1", "1", "--hosts=vn-1 vn-2"]) == 0
+        told = capsys.readouterr()
+        acts.append(told.out.split()[0])
+    assert acts[-1] == "exit" and "exit" not in acts[:-1]
+    lower = (
+        f"decompft launch RECIPE train.learning_rate=0.0001 --resume {good} --run-dir {run.path}-2 --slurm"
+    )
+    assert f"next: {lower} (" in told.err
 
 
 def test_a_run_that_was_cancelled_or_reached_its_stop_is_not_requeued(
