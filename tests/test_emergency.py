@@ -27,6 +27,7 @@ from decompft.launcher.worker.metrics import Metrics, StepRow
 from decompft.launcher.worker.phases import Phases
 from decompft.launcher.worker.pulse import Pulse
 from decompft.launcher.worker.restore import load_adapter, open_checkpoint
+from decompft.launcher.worker.saver import Saver
 
 pytestmark = pytest.mark.dist
 
@@ -108,8 +109,17 @@ def test_an_exception_between_the_agreement_and_the_update(
             fail()
         at(self, what, step)
 
+    write = Saver.write
+
+    def slow(self: Saver, *args: Any) -> Path:
+        time.sleep(
+            1.0
+        )  # the save of step 4 that was under way has been called off, and the main thread failed
+        return write(self, *args)
+
     with monkeypatch.context() as patch:
         patch.setattr(Pulse, "at", faulty)
+        patch.setattr(Saver, "write", slow)
         began = time.monotonic()
         ended = run_worker(run)
     assert ended.outcome.result == "failed" and ended.outcome.rank == rank

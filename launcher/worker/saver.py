@@ -78,6 +78,7 @@ class Saver:
         self._snapshots = Snapshots(engine.device)
         self._thread: threading.Thread | None = None
         self._called_off = threading.Event()
+        self._is_given_up = False
         self._failure: RunFailed | None = None
         self._done: list[Saved] = []
         self.begun = saved_step  # the newest save's step, in place or under way
@@ -86,7 +87,7 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether a save of this rank failed; the other ranks learn it where all agree."""
+        """Whether a save of this rank failed, not one that was called off; the others learn it where all agree."""
         return self._failure is not None
 
     @property
@@ -163,7 +164,8 @@ class Saver:
         return self._in_place
 
     def call_off(self, wait_s: float) -> None:
-        """Give up the save under way, for a newer one."""
+        """Give up the save under way, for one that takes its place. Any thread."""
+        self._is_given_up = True
         self._called_off.set()
         if self._thread is not None:
             self._thread.join(wait_s)
@@ -194,7 +196,8 @@ class Saver:
             path = self._save(held, snapshot, reason, Patience(called_off=self._called_off.is_set))
             num_bytes = size_of(path)[0] if self._engine.rank == 0 else 0
         except RunFailed as error:
-            self._failure = error
+            # a rank whose main thread fails meanwhile waits for the other save all the same
+            self._failure = None if self._is_given_up else error
         except Exception as error:  # a thread's error must end the run, whatever it is
             self._failure = RunFailed(f"step {held.step}: not saved: {type(error).__name__}: {error}")
         else:
