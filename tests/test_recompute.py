@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -211,6 +212,19 @@ def test_an_input_is_got_once() -> None:
     host.get(away)
     with pytest.raises(AssertionError, match="asked for twice"):
         host.get(away)
+
+
+@pytest.mark.parametrize("mode", ["full", "offloaded"])
+def test_nobody_holds_an_input_that_has_left(llama, mode) -> None:
+    model = built(llama, PLAIN, LORA, recompute=mode).model.train()
+    inputs = []
+    for block in blocks(model.model):
+        block.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0])))
+    loss = model(batch())
+    gc.collect()
+    held = [ref() is not None for ref in inputs[1:]]  # the first is the embedding's output
+    assert held and held == [mode == "full"] * len(held), held
+    loss.backward()
 
 
 def test_a_graph_that_is_dropped_takes_its_inputs_with_it(llama) -> None:

@@ -25,11 +25,12 @@ def checkpoint_on_host(*, draws: bool) -> Callable[..., Any]:
     host = HostInputs()
 
     def run(function: Callable[..., Any], *args: Any) -> Any:
-        given = args[0]
+        # not the tensor: torch holds the hook, and what it holds, until the backward pass
+        address, shape = args[0].data_ptr(), args[0].shape
 
         def pack(tensor: Tensor) -> Any:
             # a checkpoint saves its inputs and nothing else; all but the hidden states are shared by the blocks
-            if tensor.data_ptr() == given.data_ptr() and tensor.shape == given.shape:
+            if tensor.data_ptr() == address and tensor.shape == shape:
                 return host.put(tensor.detach())
             return tensor if tensor.grad_fn is None else tensor.detach()
 
