@@ -135,7 +135,7 @@ def run_ours(
     asked, losses = plan["recipe"], [r["loss"] for r in rows]
     return {
         "stack": "decompft", "case": name, "adapter": asked["adapter"]["method"],
-        "format": asked["quantization"]["format"], "compute": asked["quantization"]["compute"],
+        "quantization": _format(asked["quantization"]), "compute": asked["quantization"]["compute"],
         "recompute": plan["recompute"], "strategy": plan["strategy"], "ranks": plan["world"]["ranks_per_node"],
         "micro_batch": plan["batch"]["micro_size"], "accumulation": plan["batch"]["accumulation"],
         "sequence_length": asked["data"]["sequence_length"], "losses": losses, "ok": losses[-1] < losses[0],
@@ -144,6 +144,11 @@ def run_ours(
         **memory(events["memory"]), "load": events["load"] | {"cache_dir": None}, "wall_s": round(wall, 1),
         "command": command(recipe, overrides),
     }  # fmt: skip
+
+
+def _format(asked: dict[str, Any]) -> str:
+    is_double = asked["format"] in ("nf4", "fp4") and asked["double_quant"]
+    return asked["format"] + "+dq" * is_double
 
 
 def flops_per_token(plan: dict[str, Any]) -> float:

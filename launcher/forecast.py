@@ -65,6 +65,8 @@ FP8_FROM_BLOCKS_BYTES, FP8_FROM_WIDE_BYTES, FP8_ON_CPU_BYTES = 2, 5, 10
 FP8_INPUT_BYTES, FP8_CPU_INPUT_BYTES, FP8_CPU_PRODUCT_BYTES = 1, 5, 4
 # LLM.int8's forward: the input in int8, the product in int32
 INT8_INPUT_BYTES, INT8_PRODUCT_BYTES = 1, 4
+# linears whose outputs attention and the activation keep as they are
+_KEPT_BY_THE_MODEL = frozenset({"v_proj", "gate_proj", "up_proj"})
 # rows are quantized in chunks of at most this size in float32
 LOAD_CHUNK_BYTES = 64 << 20
 # slices of the largest tensor that are read ahead of the one being quantized, that one included
@@ -78,8 +80,7 @@ def forecast(
     is_cuda = layout.device == "cuda"
     held = states(work, layout)
     beside = (
-        *_activations(work, layout),
-        _logits(work, layout),
+        *_one_after_the_other(_activations(work, layout), _logits(work, layout)),
         *_dequantized(work, layout),
         *gathered(work, layout),
     )
@@ -149,6 +150,14 @@ def _activations(work: Workload, layout: Layout) -> list[Term]:
     ]  # fmt: skip
 
 
+def _one_after_the_other(activations: list[Term], logits: Term) -> list[Term]:
+    """What a layer's backward pass makes again comes when the loss is done: the larger counts."""
+    again = [term for term in activations if term.name.startswith("recomputed")]
+    if not again:
+        return [*activations, logits]
+    return [*(t for t in activations if t not in again), max(*again, logits, key=lambda t: t.num_bytes)]
+
+
 def _input_bytes(work: Workload, layout: Layout) -> int:
     """Of one layer's input, of a micro batch."""
     tokens = layout.micro_size * work.recipe.data.sequence_length
@@ -194,9 +203,22 @@ def _thin_bytes(work: Workload, e: int, only: Callable[[str], bool] = lambda nam
         total += spec.num_columns(out, in_, config) * e
         if config.dropout > 0 and spec.num_columns(out, in_, config):
             total += in_ * (e + 1)  # the dropped input and a mask of bytes
-        if spec.keeps_output(config):
+        if spec.keeps_output(config) and not _is_kept_anyway(work, name):
             total += out * e
     return total, -(-total // work.shape.num_layers)
+
+
+def _is_kept_anyway(work: Workload, name: str) -> bool:
+    """Whether a linear's output, that a row's scale wants for its slope, is an array that the model keeps as well.
+
+    Only where the scale is multiplied into the weight (over a dense one the output before it is kept), and nothing is
+    added to the output or written over it: q and k are turned in place, o and down added to the residual.
+    """
+    recipe = work.recipe
+    folds = FORMAT_SPECS[recipe.quantization.format].is_quantized or recipe.quantization.compute == "fp8"
+    biased = {linear.name.rpartition(".")[2] for linear in work.shape.linears if linear.bias}
+    last = name.rpartition(".")[2]
+    return folds and last in _KEPT_BY_THE_MODEL and last not in biased
 
 
 def _logits(work: Workload, layout: Layout) -> Term:

@@ -1,9 +1,9 @@
 """What a device, its host and their links were measured to do: every constant of the time forecast, with its run.
 
 To refit: time the rows of benchmarks/results again, change the constants until tests/test_simulator_measured.py
-holds. Fitted to one GPU: `flops`, `launch_s`, `FORWARD_SHARE`, `METHODS`, single's `tail_s`. Fitted to two at micro
-batch 4: the other `tail_s`, `zero_hook_s`, `zero3_gather_s`. `gather_s` was measured by itself (docs/parallel.md).
-Not measured: links.
+holds. Fitted to one GPU: `flops`, `fp8_flops`, `launch_s`, `FORWARD_SHARE`, `METHODS`, single's `tail_s`. Fitted to two
+at micro batch 4, before linears computed in one node: the other `tail_s`, `zero_hook_s`, `zero3_gather_s`. `gather_s`
+was measured by itself (docs/parallel.md). Not measured: links.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ class Rates:
 
     name: str
     flops: float  # FLOP/s of needed work (simulator.flops) while busy with LoRA
+    fp8_flops: float | None = None  # the same where the frozen products are in fp8; None: not measured
     launch_s: float = 0.0  # host: a kernel's launch, with autograd's share of it
     gather_s: float = 0.0  # host: fsdp's gathering of a tensor, whatever its size
     zero_hook_s: float = 0.0  # host: ZeRO-1 and 2's hook of a trained tensor, a micro batch
@@ -31,10 +32,13 @@ class Rates:
 
 H200 = Rates(
     name="H200",
-    # LoRA, 8 rows: 0.9014 s busy for 16,384 tokens of 28.2 GFLOP (adapters_7b.json, mean of three)
-    flops=16_384 * 28.2e9 / 0.9014,
-    # MAP, 4 rows: 16,230 launches in 523 ms (docs/speed.md; on a slower host of the same kind in 775)
-    launch_s=523e-3 / 16_230,
+    # LoRA, 4 rows: 18,443 tokens/s of 28.2 GFLOP, less the tail (single_gpu.json, lora-none-bfloat16)
+    flops=8_192 * 28.2e9 / (8_192 / 18_443 - 9e-3),
+    # between LoRA's and MAP's rows in fp8, with and without recomputation
+    fp8_flops=730e12,
+    # at most: MAP in fp8 takes 341 ms and the tail (single_gpu.json), over the 16,230 launches that METHODS counts;
+    # there are fewer since
+    launch_s=330e-3 / 16_230,
     gather_s=0.1e-3,
     # zero2, 4 rows: 591 ms a step (matrix.json), less MAP's launches and the tail, over 896 tensors
     zero_hook_s=42e-6,

@@ -122,7 +122,7 @@ def _micro(
     launches, dearer = _method(work)
     again = _again(work, layout)
     forward, backward = flops(work, layout.micro_size * work.recipe.data.sequence_length)
-    scale = dearer / rates.flops
+    scale = dearer / (rates.fp8_flops if _is_fp8(work) and rates.fp8_flops else rates.flops)
     host = launches * work.shape.num_layers * rates.launch_s * (1 + again * FORWARD_SHARE)
     host += _engine_host_s(work, layout, rates, again)
     links, exposed = _gather_s(work, layout, fabric, nodes)
@@ -132,6 +132,10 @@ def _micro(
         forward=forward * scale, backward=backward * scale, again=again * forward * scale, host=host, links=links,
         exposed=exposed,
     )  # fmt: skip
+
+
+def _is_fp8(work: Workload) -> bool:
+    return work.recipe.quantization.compute == "fp8"
 
 
 def _method(work: Workload) -> tuple[float, float]:

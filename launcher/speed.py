@@ -26,8 +26,10 @@ def step_time(
     """The time of an optimizer step, or None where nothing like it was measured."""
     rates = _rates(machine.gpu_name)
     is_measured = layout.device == "cuda" and not layout.cpu_offload and work.shape.hidden >= MIN_KNOWN_HIDDEN
-    is_known = work.recipe.quantization.compute == "bfloat16"
-    if rates is None or not is_measured or not is_known:
+    if rates is None or not is_measured:
+        return None
+    known = {"bfloat16": rates.flops, "fp8": rates.fp8_flops}
+    if known.get(work.recipe.quantization.compute) is None:
         return None
     joined = fabric(machine.network_gbit_per_s or NETWORK_GBIT_PER_S)
     return simulate(work, layout, rates, joined, nodes=world.nodes, accumulation=accumulation)

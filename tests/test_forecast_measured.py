@@ -18,7 +18,10 @@ GIB = 2**30
 RESULTS = ROOT / "benchmarks" / "results"
 TOLERANCE = 0.05
 # rows whose forecast is further off, as FILE/CASE: why; a row that is met again must leave this table
-KNOWN_MISSES: dict[str, str] = {}
+KNOWN_MISSES: dict[str, str] = {
+    # 8.75 GiB before linears computed in one node; the same case since, single_gpu/map-full-bfloat16: 8.30
+    "matrix/nf4-single-full-4": "measured with more memory than the step takes today",
+}
 
 
 def measured() -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from test_forecast import layout, run, work
+from test_forecast import TINY, layout, run, work
 
 from decompft.launcher.forecast import forecast
 from decompft.launcher.forecast_fitted import GIB
@@ -14,12 +14,16 @@ def test_selective_keeps_norms_inputs_and_attention_by_hand() -> None:
     # per token: 2 norm inputs, q k v, attention's output; log-sum; A x of q, k, v, o and down
     elements = 2 * 64 + (64 + 2 * 32) + 64
     assert got["activations"] == 2048 * 2 * (elements * 2 + 4 * 4 + 5 * 4 * 2)
-    # a norm's output, 3 x intermediate; A x of gate and up
-    assert got["recomputed MLP"] == 2048 * ((64 + 3 * 128) * 2 + 2 * 4 * 2)
+    # a norm's output, 3 x intermediate; A x of gate and up; less than the logits, which are gone by then
+    again = 2048 * ((64 + 3 * 128) * 2 + 2 * 4 * 2)
+    assert "recomputed MLP" not in got and again < got["logits and loss"]
+    few_words = work(TINY | {"vocab_size": 8}, adapter={"rank": 4})
+    small = run(few_words, micro_size=1, recompute="selective")
+    assert "logits and loss" not in small and small["recomputed MLP"] == again
 
 
 def test_llama7b_fits_into_20_gib_with_selective() -> None:
-    # the target of micro batch 4; not run on a GPU yet
+    # the target of micro batch 4
     w = work("meta-llama/Llama-2-7b-hf")
     totals = {m: forecast(w, layout(recompute=m), capacity_bytes=None).total_bytes / GIB for m in MODES}
     assert totals["selective"] < 20 and list(totals.values()) == sorted(totals.values(), reverse=True)

@@ -2,7 +2,7 @@
 
 cuBLAS makes its handle and workspace at the first product, NCCL its channels at the first collective: late, either may
 find no memory, in the middle of a step. The project's own kernels are compiled where they prove themselves
-(chosen_kernels.py), before the base as well. Not run on a GPU yet.
+(chosen_kernels.py), before the base as well.
 """
 
 from __future__ import annotations
