@@ -2,18 +2,20 @@
 # A session on the GPU machine, in calls of at most ten minutes that overlap with the work:
 #   begin GPUS MINUTES PART...   what call 1 carried (.carry/1) is unpacked; the parts start in the background, and what
 #                                of them can end early does so, so many minutes after this
-#   go                           what call 2 carried (.carry/2) completes the model that the scoreboard trains
+#   go                           for the scoreboard: what call 2 carried (.carry/2) completes the model that it trains
 #   wait SECONDS                 look after them for so long, or until all have ended; results go to $OUT
 # Parts, run in the order given; each has the GPUs to itself but drills and scoreboard, which share them:
 #   drills       kill, preempt and resume of a 7B shape over two GPUs, with kernels that add in a fixed order
 #   scoreboard   its missing cells, SHARE of them at once on each GPU (default 14), BOARD_MINUTES long (default: to the end)
 #   methods      every method's step beside LoRA's at 7B
-#   tests        pytest -m gpu, for TESTS_S seconds at most (default 300)
+#   tests        pytest -m gpu, for TESTS_S seconds at most (default 300), on the first GPU, and beside it on the last:
+#                products and kernels by themselves, and a step's kernels by class, of PROFILES (default: see below)
 #   rows         the table of speed on one GPU, a part of it on each, the peers beside it; ROWS: names, default all
 #   pair         that on two; PAIR: names
+#   sweeps       tokens/s over sequence length, rank and depth (one GPU), and ranks (two)
 # benchmarks/gpu_pack.sh, run before on the other machine, makes both folders. Give all calls at once: the machine is taken
 # back half a minute after the last. A session of its own (setsid) lets the work go on between calls.
-# E.g. for what was never run, then what is missing of scoreboard and drills: TESTS_S=240 begin 2 25 tests drills scoreboard rows
+# E.g. after kernels have changed: begin 2 25 tests rows pair methods, and the next time: begin 2 25 sweeps
 set -euo pipefail
 work=$PWD/.bench/session; mkdir -p "$work"
 after() { while [ ! -e "$work/$1.done" ]; do sleep 0.5; done; }
@@ -47,9 +49,20 @@ methods() {
   wait
 }
 tests() { # only files with such tests: others want packages that are not there
+  (CUDA_VISIBLE_DEVICES=$((gpus - 1)) part kernels) &
   # shellcheck disable=SC2046 # several words
-  timeout -s INT -k 15 "${TESTS_S:-300}" python3 -m pytest -v --tb=short -m gpu -p no:cacheprovider \
+  CUDA_VISIBLE_DEVICES=0 timeout -s INT -k 15 "${TESTS_S:-300}" python3 -m pytest -v --tb=short -m gpu -p no:cacheprovider \
     tests/test_kernels_proved.py $(grep -l "mark.gpu" tests/test_*.py)
+  wait
+}
+kernels() {
+  local which
+  own kernels
+  for which in products fp8_kernels_time; do timeout 60 python3 "benchmarks/$which.py" || true; done
+  for which in ${PROFILES:-lora,bfloat16 map,bfloat16 lora,fp8 map,fp8 dora,bfloat16}; do
+    timeout 90 python3 benchmarks/profile_step.py "adapter.method=${which%,*}" "quantization.compute=${which#*,}" \
+      parallel.gpus_per_node=1 --out "$work/profile.txt" || true
+  done
 }
 own() { # a folder of its own for runs and data, which the recipes reach under the same names
   mkdir -p "$work/$1"; cp -r benchmarks "$work/$1/"; cd "$work/$1"
@@ -64,6 +77,15 @@ rows() {
   done
   wait
 }
+sweeps() {
+  local k
+  for k in $(seq 0 $((gpus - 1))); do
+    (own "sweeps-$k" && CUDA_VISIBLE_DEVICES=$k timeout "$(left)" python3 benchmarks/scaling.py --device cuda \
+      --only length adapter depth --part "$k/$gpus" --out "$work/sweep-$k.json") &
+  done
+  wait
+  (own sweeps-ranks && timeout "$(left)" python3 benchmarks/scaling.py --device cuda --only ranks --out "$work/sweep-ranks.json")
+}
 pair() { timeout "$(left)" python3 benchmarks/gpu_7b.py --gpus 2 ${PAIR:+--only $PAIR} --out "$work/pair.json"; }
 
 case ${1:?begin, go or wait} in
@@ -71,7 +93,8 @@ begin)
   gpus=$2; echo $(($(date +%s) + 60 * $3)) >"$work/deadline"; shift 3
   nvidia-smi --query-gpu=index,name,memory.total --format=csv,noheader; nproc
   tar xJf .carry/1/site.tar.xz
-  mkdir -p "$work/input"; tar xJf .carry/1/data.tar.xz -C "$work/input"; cp .carry/1/model.aa "$work/input/"
+  mkdir -p "$work/input"; tar xJf .carry/1/data.tar.xz -C "$work/input"
+  [ ! -e .carry/1/model.aa ] || cp .carry/1/model.aa "$work/input/"
   # every call brings the checkout anew, while processes of the call before read theirs: they get a copy
   rm -rf "$work/tree" "$work"/*.done "$work"/*.log; mkdir "$work/tree"
   cp -r adapters launcher recipes slurm benchmarks tests pyproject.toml "$work/tree/"; ln -s "$PWD/.gpu-site" "$work/tree/.gpu-site"
@@ -80,7 +103,7 @@ begin)
   export DECOMPFT_CACHE=$work/cache OMP_NUM_THREADS=4 gpus work
   python3 -c 'import bitsandbytes, liger_kernel, torch, decompft.launcher.planner; print(torch.__version__, torch.cuda.device_count())'
   part() { "$1" >"$work/$1.log" 2>&1 || echo "exit code $?" >>"$work/$1.log"; touch "$work/$1.done"; }
-  export -f after left minutes own drills scoreboard methods tests rows pair part
+  export -f after left minutes own drills scoreboard methods tests kernels sweeps rows pair part
   setsid bash -c '
     for name in "$@"; do
       case $name in drills | scoreboard) part "$name" & ;; *) wait; part "$name" ;; esac
@@ -106,7 +129,8 @@ esac
 # what there is so far; eight files at most come back
 cat "$work"/7b-*.jsonl >"$OUT/adapters_7b.jsonl" 2>/dev/null || true
 for name in all pair; do cp "$work/$name.json" "$OUT/" 2>/dev/null || true; done
-for kind in rows drill; do # lists
+cp "$work/profile.txt" "$OUT/" 2>/dev/null || true
+for kind in rows drill sweep; do # lists
   python3 -c 'import json, sys; print(json.dumps([r for p in sys.argv[1:] for r in json.load(open(p))], indent=1))' \
     $(ls "$work/$kind"-*.json 2>/dev/null) >"$OUT/$kind.json" || true
 done

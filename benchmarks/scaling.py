@@ -136,17 +136,20 @@ def main() -> None:
     parser.add_argument("--device", choices=tuple(SETTINGS), required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="*", default=[], help="sweeps: ranks, length, adapter, depth")
+    parser.add_argument("--part", default="0/1", help="K/N: every N-th cell from the K-th on")
     parser.add_argument("--note", default="", help="what else the machine did")
     args = parser.parse_args()
     setting = SETTINGS[args.device]
+    first, step = map(int, args.part.split("/"))
+    chosen = [c for c in cells(setting) if not args.only or c.sweep in args.only][first::step]
     write_rows()
     rows = json.loads(args.out.read_text()) if args.out.exists() else []
     done = {row["name"] for row in rows if "error" not in row}
     if "links" not in done and (not args.only or "ranks" in args.only):
         rows.append({"name": "links", "note": args.note, "device": args.device, **measure_links(args.device)})
         args.out.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
-    for cell in cells(setting):
-        if cell.name in done or (args.only and cell.sweep not in args.only):
+    for cell in chosen:
+        if cell.name in done:
             continue
         rows = [row for row in rows if row["name"] != cell.name]
         rows.append(measure(cell, setting, args.device) | {"note": args.note})
