@@ -86,6 +86,16 @@ def compile_all() -> None:
         tile | {"R": 64, "ROWS": changed.rows_of(64), "DOUBLE": True, "FUSED": True, "EXACT": True, "SLOPE": True},
     )  # fmt: skip
 
+    from decompft.adapters.kernels import visit, visit_triton
+
+    for pointer, padded, tiles in itertools.product(("*bf16", "*fp16"), (16, 32), (1, 2, 4, 8)):
+        types = {name: pointer for name in ("dy_ptr", "up_ptr", "hq_ptr")}
+        tile = {"R": padded, "ROWS": visit._ROWS, "COLUMNS": visit._COLUMNS, "TILES": tiles}
+        compile_one(visit_triton.visit_parts, types, tile, num_warps=4, num_stages=visit._STAGES)
+    for pointer in ("*bf16", "*fp16"):
+        sums = {"SIZE": visit._SIZE, "PARTS": visit._PARTS}
+        compile_one(visit_triton.visit_sums, {"gu_ptr": pointer, "scale": "fp32"}, sums)
+
 
 def compile_one(kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: Any) -> None:
     """Down to machine code.
@@ -104,9 +114,12 @@ def compile_one(kernel: Any, types: dict[str, str], constants: dict[str, Any], *
 
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     signature = {name: type_of(name) for name in kernel.arg_names}
-    # pointers of whole allocations, as they mostly are: loads and stores of 16 bytes
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n.endswith("_ptr")}
-    for attributes in ({}, {k: v for k, v in aligned.items() if k not in places}):
+    # pointers of whole allocations, as they mostly are: loads and stores of 16 bytes; with sizes and strides that are
+    # multiples of 16, as a model's widths are, of tiles too
+    multiple, names = [["tt.divisibility", 16]], [n for n in kernel.arg_names if n not in constants]
+    pointers, sizes = ([n for n in names if signature[n].startswith(kind)] for kind in ("*", "i32"))
+    for aligned in ((), pointers, pointers + sizes):
+        attributes = {(kernel.arg_names.index(n),): multiple for n in aligned}
         source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
         made = triton.compile(source, target=GPUTarget("cuda", SM, 32), options=options)
     module = kernel.fn.__module__.rpartition(".")[2].removesuffix("_triton")
@@ -135,14 +148,42 @@ def interpret() -> None:
         proof = importlib.import_module(f"decompft.adapters.kernels.{name}").PROVED
         # as on a GPU before training; bfloat16 is held to exact rounding there, which is not the interpreter's
         for dtype in proof.dtypes or (torch.float16, torch.float32):
+            if proof.computes is not None and dtype not in proof.computes:
+                continue
             proof.example(torch.device("cpu"), dtype)
             print(f"interpreter: {name}'s own proof in {str(dtype).removeprefix('torch.')}: passed")
+    check_visits()
     for shape, dtype in itertools.product(SHAPES, POINTERS.values()):
         # columns of a wider array: rows are further apart than they are long
         a, b = (torch.randn(shape[0], shape[1] + 4).to(dtype)[:, : shape[1]] for _ in range(2))
         scale = torch.randn(shape[1])
         check(a, b, scale)
         print(f"interpreter: {tuple(shape)} {str(dtype).removeprefix('torch.')}: as torch")
+
+
+# rows, columns, rank: within one tile, odd sides, two stretches of eight tiles, more parts than are read at once
+VISITS = ((1, 8, 1), (70, 300, 8), (129, 257, 16), (1030, 264, 32), (40, 4400, 3))
+
+
+def check_visits() -> None:
+    """Raises: AssertionError: as `check`."""
+    from decompft.adapters.kernels import visit
+
+    # the interpreter multiplies bfloat16's bits as integers; float32 is not asked for on a GPU, but is the same code
+    for shape, dtype, tiles in itertools.product(VISITS, (torch.float16, torch.float32), (1, visit._TILES)):
+        num_rows, num_columns, rank = shape
+        dy, up = (
+            torch.randn(n, width).to(dtype) for n, width in ((num_rows, num_columns), (num_columns, rank))
+        )
+        hq, gu = (torch.randn(num_rows, rank + 5).to(dtype)[:, 2 : 2 + rank] for _ in range(2))
+        exact = torch.empty(gu.shape, dtype=torch.float64)
+        exact_d_up = visit.plain(dy.double(), up.double(), hq.double(), exact, 0.7)
+        d_up = visit._launch(dy, up, hq, gu, 0.7, tiles)
+        bound = 2**-24 * num_columns * (dy.double().abs() @ up.double().abs())
+        bound += torch.finfo(dtype).eps * exact.abs() + torch.finfo(dtype).smallest_normal
+        close("visit's gu", gu, exact, bound)
+        close("visit's d_up", d_up, exact_d_up, 2**-24 * num_rows * (dy.double().abs().T @ hq.double().abs()))
+        print(f"interpreter: visit: {shape} {str(dtype).removeprefix('torch.')}, {tiles} tiles: as torch")
 
 
 def check(a: Tensor, b: Tensor, scale: Tensor) -> None:

@@ -28,6 +28,7 @@ _NAMES = (
     ("activation", r"swiglu|silu|geglu"),
     ("cross-entropy", r"cross_entropy|nll|softmax"),
     ("optimizer", r"multi_tensor|adam|lpnorm"),
+    ("thin products, two at once", r"^visit_"),
     ("products", r"nvjet|gemm|cutlass|splitK|gemv"),
 )
 

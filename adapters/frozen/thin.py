@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from decompft.adapters.frozen.rounded import copy_of, stacked_copy_of
+from decompft.adapters.kernels import visit
 from decompft.adapters.kernels.columns import dot_columns, times_columns
 
 if TYPE_CHECKING:
@@ -100,24 +101,15 @@ def thin_back(
     h_TK, scale_K, down_copy, *up_copies = tensors
     assert h_TK is not None
     dtype, widths = d_TI.dtype, [len(down) for down in downs]
-    g_TOs, h_TRs = [gs[p] for p in places], h_TK.split(widths, 1)
-    gu_TK = torch.empty_like(h_TK)
-    for f, g_TO, up, copy, h_TR, gu_TR in zip(
-        thin, g_TOs, ups, up_copies, h_TRs, gu_TK.split(widths, 1), strict=True
-    ):
-        if g_TO is None:
-            gu_TR.zero_()
-            continue
-        torch.mm(g_TO, up.to(dtype) if copy is None else copy, out=gu_TR)
-        if f.relu:  # h is 0 where it was cut, scaled or not
-            gu_TR.mul_(h_TR != 0)
+    g_TOs = [gs[p] for p in places]
+    up_ORs = [up.to(dtype) if copy is None else copy for up, copy in zip(ups, up_copies, strict=True)]
+    hq_TK = h_TK if scale_K is None else _times(h_TK, scale_K)
+    gq_TK, d_ups = _through_ups(g_TOs, up_ORs, h_TK, hq_TK, [f.relu for f in thin], scale)
     d_qs: Sequence[Tensor | None] = [None] * len(places)
-    if scale_K is None:
-        gq_TK, hq_TK = (gu_TK if scale == 1.0 else gu_TK.mul_(scale)), h_TK
-    else:
-        d_qs = _sums(dot_columns(gu_TK, h_TK), widths)
-        gq_TK, hq_TK = _times(gu_TK, scale_K), _times(h_TK, scale_K)
-    found = _gradients(g_TOs, d_TI, gq_TK, hq_TK, widths)
+    if scale_K is not None:
+        d_qs = _sums(dot_columns(gq_TK, h_TK), widths)
+        gq_TK = _times(gq_TK, scale_K)
+    found = _gradients(g_TOs, d_TI, gq_TK, hq_TK, d_ups, widths)
     for place, g_TO, f, d_q, (d_up, d_down) in zip(places, g_TOs, thin, d_qs, found, strict=True):
         if g_TO is not None:
             back.grads[place] = d_up, d_down, d_q if isinstance(f.q, Tensor) else None
@@ -126,21 +118,56 @@ def thin_back(
     return back
 
 
+def _through_ups(
+    g_TOs: Sequence[Tensor | None],
+    up_ORs: Sequence[Tensor],
+    h_TK: Tensor,
+    hq_TK: Tensor,
+    relus: Sequence[bool],
+    scale: float,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """What comes back through the ups (T, K), times `scale`; and d_ups, where one reading of g makes both."""
+    widths = [up.shape[1] for up in up_ORs]
+    gu_TK = torch.empty_like(h_TK)
+    h_TRs, hq_TRs, gu_TRs = (a_TK.split(widths, 1) for a_TK in (h_TK, hq_TK, gu_TK))
+    d_ups: list[Tensor | None] = [None] * len(widths)
+    visits = all(g is None or visit.fits(g, up, hq) for g, up, hq in zip(g_TOs, up_ORs, hq_TRs, strict=True))
+    for k, (g_TO, up_OR, gu_TR) in enumerate(zip(g_TOs, up_ORs, gu_TRs, strict=True)):
+        if g_TO is None:
+            gu_TR.zero_()
+            continue
+        if visits:
+            d_ups[k] = visit.visit(g_TO, up_OR, hq_TRs[k], gu_TR, scale)
+        else:
+            torch.mm(g_TO, up_OR, out=gu_TR)
+        if relus[k]:  # h is 0 where it was cut, scaled or not
+            gu_TR.mul_(h_TRs[k] != 0)
+    if scale != 1.0 and not visits:
+        gu_TK.mul_(scale)
+    return gu_TK, d_ups
+
+
 def _gradients(
-    g_TOs: Sequence[Tensor | None], d_TI: Tensor, gq_TK: Tensor, hq_TK: Tensor, widths: list[int]
+    g_TOs: Sequence[Tensor | None],
+    d_TI: Tensor,
+    gq_TK: Tensor,
+    hq_TK: Tensor,
+    d_ups: Sequence[Tensor | None],
+    widths: list[int],
 ) -> list[tuple[Tensor, Tensor]]:
-    """Of each member's up and down: pieces of one flat array, which is cast by one launch."""
-    shapes = [(0 if g is None else g.shape[1], w) for g, w in zip(g_TOs, widths, strict=True)]
+    """Of each member's up and down: pieces of one flat array, which is cast by one launch; `d_ups` are made already."""
+    left = [g if d_up is None else None for g, d_up in zip(g_TOs, d_ups, strict=True)]
+    shapes = [(0 if g is None else g.shape[1], w) for g, w in zip(left, widths, strict=True)]
     sizes = [gq_TK.shape[1] * d_TI.shape[1], *(o * r for o, r in shapes)]
     flat = torch.empty(sum(sizes), dtype=d_TI.dtype, device=d_TI.device)
     first, *others = flat.split(sizes)
     torch.mm(gq_TK.T, d_TI, out=first.view(-1, d_TI.shape[1]))
-    for g_TO, hq_TR, piece, shape in zip(g_TOs, hq_TK.split(widths, 1), others, shapes, strict=True):
+    for g_TO, hq_TR, piece, shape in zip(left, hq_TK.split(widths, 1), others, shapes, strict=True):
         if g_TO is not None:
             torch.mm(g_TO.T, hq_TR, out=piece.view(shape))
     first, *others = flat.to(wide(flat.dtype)).split(sizes)
-    d_downs = first.view(-1, d_TI.shape[1]).split(widths)
-    return [(piece.view(shape), d) for piece, shape, d in zip(others, shapes, d_downs, strict=True)]
+    made = [p.view(shape) if d is None else d for p, shape, d in zip(others, shapes, d_ups, strict=True)]
+    return list(zip(made, first.view(-1, d_TI.shape[1]).split(widths), strict=True))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 SWITCH = "DECOMPFT_TRITON"  # 0: no kernel of ours runs, to find out whether one is at fault
 
 # each has a `PROVED`
-_MODULES = ("columns", "dequantize", "norm", "rows", "changed", "fp8")
+_MODULES = ("columns", "dequantize", "norm", "rows", "changed", "visit", "fp8")
 
 
 class WrongKernelError(Exception):
@@ -42,6 +42,7 @@ class Proved:
     methods: tuple[str, ...] | None = None
     formats: tuple[str, ...] | None = None
     dtypes: tuple[torch.dtype, ...] | None = None  # that it is ever asked for; None: the compute dtype
+    computes: tuple[torch.dtype, ...] | None = None  # compute dtypes that it is for; None: any
     is_asked_for: bool = False  # left out by `prove_all`: who wants it has it proved
     _reasons: dict[tuple[torch.device, torch.dtype], str] = field(default_factory=dict)
 
@@ -120,6 +121,8 @@ def prove_all(device: torch.device, compute: torch.dtype, methods: Collection[st
         if proved.methods is not None and not set(proved.methods) & set(methods):
             continue
         if proved.formats is not None and base_format not in proved.formats:
+            continue
+        if proved.computes is not None and compute not in proved.computes:
             continue
         reasons = [r for d in proved.dtypes or (compute,) if (r := proved.reason(device, d))]
         if reasons:
