@@ -45,7 +45,8 @@ def _obstacle(recipe: Recipe, layout: Layout) -> tuple[str, str]:
         )
     if layout.recompute == "offloaded":
         return "offloaded recomputation moves inputs to the host meanwhile", "set train.recompute: full"
-    if layout.recompute != "none" and _drops(recipe):
+    # of what is run again, norms draw nothing
+    if layout.recompute not in ("none", "norms") and _drops(recipe):
         return (
             "recomputation under adapter.dropout reads the state of the random numbers on the host",
             "set adapter.dropout: 0 or train.recompute: none",

@@ -9,7 +9,7 @@ from typing import ClassVar
 from decompft.adapters.formats import FORMAT_SPECS
 from decompft.launcher.forecast import forecast
 from decompft.launcher.layers import forbidden_engines
-from decompft.launcher.recompute import MODES, Recompute, pieces_of
+from decompft.launcher.recompute import BY_PIECES, MODES, Recompute, pieces_of
 from decompft.launcher.refusals import fits_blocks
 from decompft.launcher.strategies import Strategy
 from decompft.launcher.workload import Layout, Workload
@@ -85,8 +85,12 @@ class _Changed:
     layout: Layout
 
 
+def _norms(work: Workload, layout: Layout) -> _Changed | None:
+    return _mode(work, layout, "norms")
+
+
 def _selective(work: Workload, layout: Layout) -> _Changed | None:
-    return _mode(work, layout, "selective") if pieces_of(work.shape.model_type) else None
+    return _mode(work, layout, "selective")
 
 
 def _full(work: Workload, layout: Layout) -> _Changed | None:
@@ -99,6 +103,8 @@ def _offloaded(work: Workload, layout: Layout) -> _Changed | None:
 
 def _mode(work: Workload, layout: Layout, mode: Recompute) -> _Changed | None:
     if MODES.index(mode) <= MODES.index(layout.recompute):
+        return None
+    if mode in BY_PIECES and pieces_of(work.shape.model_type) is None:
         return None
     return _Changed("train.recompute", mode, work, replace(layout, recompute=mode))
 
@@ -156,7 +162,7 @@ def _sharded(work: Workload, layout: Layout) -> Strategy | None:
 
 _Change = Callable[[Workload, Layout], _Changed | None]
 _CHANGES: tuple[_Change, ...] = (
-    _selective, _full, _micro_one, _offloaded, _int8, _nf4, _shard_all, _offload,
+    _norms, _selective, _full, _micro_one, _offloaded, _int8, _nf4, _shard_all, _offload,
 )  # fmt: skip
 
 

@@ -25,7 +25,9 @@ from decompft.launcher.forecast_fitted import (
 from decompft.launcher.forecast_recompute import (
     ON_THE_WAY,
     host_bytes,
+    kept_by_norms,
     kept_by_selective,
+    made_again_by_norms,
     made_again_by_selective,
 )
 from decompft.launcher.forecast_states import (
@@ -124,6 +126,14 @@ def _activations(work: Workload, layout: Layout) -> list[Term]:
     if mode == "none":
         note = f"{tokens} tokens, {layers} layers, all kept"
         return [Term(name="activations", num_bytes=layer * layers + thin * tokens, note=note)]
+    if mode == "norms":
+        kept = (kept_by_norms(shape, e, is_fused=is_fused) * layers + thin) * tokens
+        made = made_again_by_norms(shape, e, is_fused=is_fused) * tokens
+        note = f"{tokens} tokens, {layers} layers, all but norms' outputs"
+        return [
+            Term(name="activations", num_bytes=kept, note=note),
+            Term(name="recomputed norm", num_bytes=made, note="one layer's, its output"),
+        ]
     if mode == "selective":
         pieces = pieces_of(shape.model_type)
         assert pieces is not None, f"the planner takes full for {shape.model_type}"

@@ -2,7 +2,7 @@
 
 The ladder of `strategy: auto` goes from the fastest to the most frugal: single on one rank, else
 ddp; hsdp where there are several nodes; fsdp; with offload of the base to the host; each of them first
-without recomputation, then with selective, full and offloaded. The first rung that fits is taken. zero1
+without recomputation, then with norms, selective, full and offloaded. The first rung that fits is taken. zero1
 to zero3 are never taken unasked: they save what fsdp saves and start slower; they are for users whose
 cluster is built around DeepSpeed.
 """
@@ -24,7 +24,7 @@ from decompft.launcher.models import ModelShape
 from decompft.launcher.plan import Batch, Device, Plan, World
 from decompft.launcher.plan import to_json as to_json
 from decompft.launcher.recipe import Recipe
-from decompft.launcher.recompute import MODES, Recompute, pieces_of
+from decompft.launcher.recompute import BY_PIECES, MODES, Recompute, pieces_of
 from decompft.launcher.refusals import (
     absent_deepspeed,
     allowed_strategies,
@@ -43,6 +43,7 @@ MAX_CPU_MICRO = 8
 Rung = tuple[Strategy, Recompute, bool]  # and cpu_offload
 _TITLES: dict[Recompute, list[str]] = {
     "none": [],
+    "norms": ["recomputation of norms"],
     "selective": ["selective recomputation"],
     "full": ["recomputation"],
     "offloaded": ["recomputation from the host"],
@@ -159,11 +160,12 @@ def _modes(recipe: Recipe, world: World, shape: ModelShape, strategy: Strategy) 
     wanted = recipe.train.recompute
     known = pieces_of(shape.model_type) is not None
     if wanted != "auto":
-        return ["full" if wanted == "selective" and not known else wanted]
+        # full keeps less than was asked for: what was counted on to fit does
+        return ["full" if wanted in BY_PIECES and not known else wanted]
     # a cut base is gathered for each micro batch, and full takes several times as many rows at once
     gathers_more = STRATEGIES[strategy].shards_base and recipe.train.micro_batch_size == "auto"
     # on a CPU the host is the device
-    absent = ["selective"] * (gathers_more or not known) + ["offloaded"] * (world.device == "cpu")
+    absent = [*BY_PIECES] * (gathers_more or not known) + ["offloaded"] * (world.device == "cpu")
     return [mode for mode in MODES if mode not in absent]
 
 
@@ -316,9 +318,9 @@ def _warnings(shape: ModelShape, recipe: Recipe, budget: Budget, work: Workload,
             f"the forecast leaves less than {Budget.HEADROOM:.0%} of the memory free; "
             "if it runs out, lower train.micro_batch_size"
         )
-    if recipe.train.recompute == "selective" and layout.recompute != "selective":
+    if (wanted := recipe.train.recompute) in BY_PIECES and layout.recompute != wanted:
         found.append(
-            f"train.recompute: selective does not know the blocks of {shape.model_type}; {layout.recompute} is taken"
+            f"train.recompute: {wanted} does not know the blocks of {shape.model_type}; {layout.recompute} is taken"
         )
     if layout.recompute == "offloaded" and layout.device == "cpu":
         found.append(

@@ -1,13 +1,14 @@
 """What a device, its host and their links were measured to do: every constant of the time forecast, with its run.
 
 To refit: time the rows of benchmarks/results again, change the constants until tests/test_simulator_measured.py
-holds. Fitted to one GPU: `flops`, `fp8_flops`, `launch_s`, `FORWARD_SHARE`, `METHODS`, single's `tail_s`. Fitted to two
-at micro batch 4, before linears computed in one node: the other `tail_s`, `zero_hook_s`, `zero3_gather_s`. `gather_s`
-was measured by itself (docs/parallel.md). Not measured: links.
+holds. Fitted to one GPU: `flops`, `fp8_flops`, `norm_bytes_per_s`, `launch_s`, `FORWARD_SHARE`, `METHODS`, single's
+`tail_s`. Fitted to two at micro batch 4, before linears computed in one node: the other `tail_s`, `zero_hook_s`,
+`zero3_gather_s`. `gather_s` was measured by itself (docs/parallel.md). Not measured: links.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,6 +23,9 @@ class Rates:
     name: str
     flops: float  # FLOP/s of needed work (simulator.flops) while busy with LoRA
     fp8_flops: float | None = None  # the same where the frozen products are in fp8; None: not measured
+    norm_bytes_per_s: float = (
+        math.inf
+    )  # a norm's forward pass: what it reads and writes; not measured, it is free
     launch_s: float = 0.0  # host: a kernel's launch, with autograd's share of it
     gather_s: float = 0.0  # host: fsdp's gathering of a tensor, whatever its size
     zero_hook_s: float = 0.0  # host: ZeRO-1 and 2's hook of a trained tensor, a micro batch
@@ -36,6 +40,8 @@ H200 = Rates(
     flops=8_192 * 28.2e9 / (8_192 / 18_443 - 9e-3),
     # between LoRA's and MAP's rows in fp8, with and without recomputation
     fp8_flops=730e12,
+    # LoRA, 4 rows: Liger's 65 norms of 8,192 tokens of 4,096 bfloat16 numbers in 2.31 ms (profile_step.py, 2026-11-23)
+    norm_bytes_per_s=65 * 2 * 8_192 * 4_096 * 2 / 2.31e-3,
     # at most: MAP in fp8 takes 341 ms and the tail (single_gpu.json), over the 16,230 launches that METHODS counts;
     # there are fewer since
     launch_s=330e-3 / 16_230,

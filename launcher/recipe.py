@@ -213,8 +213,8 @@ class TrainSection(Section):
     max_grad_norm: float = Field(1.0, ge=0, description="global-norm clipping; 0 turns it off")
     recompute: Recompute | Auto = Field(
         "auto",
-        description="what the backward pass computes again: nothing; norms and the MLP but its last linear; each "
-        "block, from its input; the same with the inputs in host memory. auto: the first that the forecast fits",
+        description="what the backward pass computes again: nothing; norms; norms and the MLP but its last linear; "
+        "each block, from its input; the same with the inputs in host memory. auto: the first that the forecast fits",
     )
     deterministic: bool = Field(
         False,

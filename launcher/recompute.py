@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 # fastest and largest first
-Recompute = Literal["none", "selective", "full", "offloaded"]
-MODES: tuple[Recompute, ...] = ("none", "selective", "full", "offloaded")
+Recompute = Literal["none", "norms", "selective", "full", "offloaded"]
+MODES: tuple[Recompute, ...] = ("none", "norms", "selective", "full", "offloaded")
+# these run parts of a block again, and must know them by name
+BY_PIECES: tuple[Recompute, ...] = ("norms", "selective")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pieces:
-    """The modules of a block that `selective` runs again, by their names in the block."""
+    """The modules of a block that `selective` runs again, by their names in the block; `norms` the norms alone."""
 
     norms: tuple[str, ...]  # only their inputs are kept; some are absent from some configs
     last: str  # the linear that ends the MLP: all before it is run again, it is not
@@ -37,7 +39,7 @@ _PIECES: dict[str, Pieces] = {
 
 
 def pieces_of(model_type: str) -> Pieces | None:
-    """The pieces of a family's block; None where `selective` does not know it."""
+    """The pieces of a family's block; None where `norms` and `selective` do not know it."""
     return _PIECES.get(model_type)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from decompft.adapters.spec import spec_of
 from decompft.launcher.collectives import Fabric, Group, all_gather_s, all_reduce_s
+from decompft.launcher.forecast_recompute import norm_numbers
 from decompft.launcher.plan import StepTime, TimeTerm
 from decompft.launcher.rates import (
     FORWARD_SHARE,
@@ -23,7 +24,7 @@ from decompft.launcher.rates import (
     Rates,
 )
 from decompft.launcher.recompute import pieces_of, runs_again
-from decompft.launcher.workload import Layout, Workload, storage_bytes, weight_bytes
+from decompft.launcher.workload import Layout, Workload, compute_bytes, storage_bytes, weight_bytes
 
 # a guess: the inputs' copies to the host and back, beside the products
 OFFLOAD_DEARER = 1.03
@@ -105,8 +106,12 @@ def flops(work: Workload, tokens: int) -> tuple[float, float]:
     return tokens * forward, tokens * (2.0 * weights + 4.0 * adapters + 4.0 * attention)
 
 
-def _again(work: Workload, layout: Layout) -> float:
+def _again(work: Workload, layout: Layout, rates: Rates, forward_s: float) -> float:
     """The part of a forward pass that is run again in the backward pass; `none` and `full` were measured."""
+    if layout.recompute == "norms":  # by time, which goes into reading and writing
+        tokens = layout.micro_size * work.recipe.data.sequence_length
+        numbers = 2 * norm_numbers(work.shape) * work.shape.num_layers * tokens
+        return numbers * compute_bytes(work.recipe) / rates.norm_bytes_per_s / forward_s
     if layout.recompute != "selective":
         return {"none": 0.0, "full": 1.0, "offloaded": OFFLOAD_DEARER}[layout.recompute]
     pieces = pieces_of(work.shape.model_type)
@@ -120,9 +125,9 @@ def _micro(
     work: Workload, layout: Layout, rates: Rates, fabric: Fabric, nodes: int, *, reduces: bool
 ) -> _Micro:
     launches, dearer = _method(work)
-    again = _again(work, layout)
     forward, backward = flops(work, layout.micro_size * work.recipe.data.sequence_length)
     scale = dearer / (rates.fp8_flops if _is_fp8(work) and rates.fp8_flops else rates.flops)
+    again = _again(work, layout, rates, forward * scale)
     host = launches * work.shape.num_layers * rates.launch_s * (1 + again * FORWARD_SHARE)
     host += _engine_host_s(work, layout, rates, again)
     links, exposed = _gather_s(work, layout, fabric, nodes)

@@ -1,12 +1,31 @@
-"""What the forecast says of selective and offloaded recomputation, by hand."""
+"""What the forecast says of recomputing norms, selective and offloaded recomputation, by hand."""
 
 from __future__ import annotations
 
+import pytest
 from test_forecast import TINY, layout, run, work
 
 from decompft.launcher.forecast import forecast
 from decompft.launcher.forecast_fitted import GIB
+from decompft.launcher.forecast_recompute import norm_numbers
 from decompft.launcher.recompute import MODES
+
+
+def test_norms_keep_all_but_what_norms_gave_by_hand() -> None:
+    w = work(adapter={"rank": 4})
+    none, norms = (run(w, micro_size=1, recompute=mode) for mode in ("none", "norms"))
+    # of 2 layers: what q, k, v read, and what gate and up read
+    assert none["activations"] - norms["activations"] == 2 * 2048 * 2 * 64 * 2
+    assert "recomputed norm" not in norms  # less than the logits, which are gone by then
+    # on a CPU the eager norms' own copies in float32 go, too: then an input of bfloat16 numbers is left
+    none, norms = (run(w, micro_size=1, recompute=mode, device="cpu") for mode in ("none", "norms"))
+    assert none["activations"] - norms["activations"] == 2 * 2048 * (2 * 64 * 2 + 2 * 64 * (4 - 2))
+    assert "recomputed norm" not in norms
+
+
+def test_norms_and_queries_that_are_normed_give_as_much_as_they_read() -> None:
+    w = work(TINY | {"model_type": "qwen3", "head_dim": 32})
+    assert norm_numbers(w.shape) == 2 * 64 + (4 + 2) * 32
 
 
 def test_selective_keeps_norms_inputs_and_attention_by_hand() -> None:
@@ -22,8 +41,9 @@ def test_selective_keeps_norms_inputs_and_attention_by_hand() -> None:
     assert "logits and loss" not in small and small["recomputed MLP"] == again
 
 
-def test_llama7b_fits_into_20_gib_with_selective() -> None:
-    # the target of micro batch 4
+def test_llama7b_fits_into_34_gib_with_norms_and_20_with_selective() -> None:
+    # the targets of micro batch 4
     w = work("meta-llama/Llama-2-7b-hf")
     totals = {m: forecast(w, layout(recompute=m), capacity_bytes=None).total_bytes / GIB for m in MODES}
+    assert totals["norms"] < 34.5 and totals["none"] - totals["norms"] == pytest.approx(4.0, abs=0.001)
     assert totals["selective"] < 20 and list(totals.values()) == sorted(totals.values(), reverse=True)

@@ -18,6 +18,7 @@ LORA = AdapterSection(method="lora", rank=4, alpha=8.0)
 MODES = {
     "eval": (False, "none"),
     "train": (True, "none"),
+    "train-norms": (True, "norms"),
     "train-selective": (True, "selective"),
     "train-full": (True, "full"),
 }
@@ -29,7 +30,7 @@ def models(request, tmp_path_factory):
     folder, _ = saved(tmp_path_factory.mktemp(request.param), FAMILIES[request.param])
     return {
         recompute: built(section(folder), PLAIN, LORA, recompute=recompute).model
-        for recompute in ("none", "selective", "full")
+        for recompute in ("none", "norms", "selective", "full")
     }
 
 

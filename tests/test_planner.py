@@ -71,7 +71,8 @@ def test_one_rank_is_single() -> None:
     [
         (LLAMA_7B, 80, "ddp", "none", False),
         (LLAMA_7B, 9, "ddp", "full", False),
-        (LLAMA_70B, 80, "ddp", "selective", False),
+        (LLAMA_70B, 80, "ddp", "norms", False),
+        (LLAMA_70B, 70, "ddp", "selective", False),
         (LLAMA_70B, 24, "fsdp", "full", False),
         (LLAMA_70B, 10, "fsdp", "full", True),
     ],
@@ -171,6 +172,12 @@ def test_batch_law_holds_exactly(size: int, num_gpus: int) -> None:
             LLAMA_7B,
             {**ALONE, "train": {"micro_batch_size": 4, "recompute": "none"}},
             "train.recompute: selective",
+        ),
+        (
+            gpus(1, 36),
+            LLAMA_7B,
+            {**ALONE, "train": {"micro_batch_size": 4, "recompute": "none"}},
+            "train.recompute: norms",
         ),
         (
             gpus(1, 12),

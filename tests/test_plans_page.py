@@ -28,18 +28,19 @@ prints on a machine without GPUs. `parallel.gpu_memory_gib` and `parallel.gpus_p
 `parallel.strategy: auto` takes the first of these that fits by the forecast, with the largest micro batch that fits:
 
 1. `single` on one rank, `ddp` on several: the base is whole on every rank.
-2. The same with recomputation of activations: `selective`, `full`, then `offloaded`
+2. The same with recomputation of activations: `norms`, `selective`, `full`, then `offloaded`
    ([what each keeps](speed.md#recomputation)).
 3. `hsdp` on several nodes: the base is cut inside a node, nodes hold copies. First without recomputation, then with.
 4. `fsdp`: the base is cut over all ranks. First without recomputation, then with. `hsdp` and `fsdp` gather the base for
-   each micro batch: where the recipe leaves its size open, `selective` is left out, as `full` takes more rows at once.
+   each micro batch: where the recipe leaves its size open, `norms` and `selective` are left out, as `full` takes more
+   rows at once.
 5. `fsdp` with `parallel.cpu_offload`: the pieces live in host memory. Slow, so that it comes last.
 
 `zero1`, `zero2` and `zero3` are never taken unasked. DeepSpeed cuts what fsdp cuts or less of it, holds its buckets
 beside, and starts slower; the strategies are there for those whose cluster is built around it.
 
 The forecast's constants were fitted to measurements of one and two H200s; `tests/test_forecast_measured.py` compares
-each run. What was never measured (selective and offloaded recomputation, hsdp, offload, several nodes) is arithmetic.
+each run. What was never measured (recomputation but `full`, hsdp, offload, several nodes) is arithmetic.
 The time of a step is said where the GPU was measured; `--gpu H200` plans for such GPUs ([scaling](scaling.md)).
 """
 
@@ -81,14 +82,14 @@ CASES = (
         recipe=LARGE,
         overrides="parallel.gpus_per_node=2 parallel.gpu_memory_gib=80",
         sentence="The whole 4-bit base fits on each GPU, so that nothing has to be gathered while training.",
-        expected=("ddp", "selective", False),
+        expected=("ddp", "norms", False),
     ),
     Case(
         title="70B on eight GPUs of 80 GiB",
         recipe=LARGE,
         overrides="parallel.gpus_per_node=8 parallel.gpu_memory_gib=80",
         sentence="As on two: each GPU takes an eighth of the rows.",
-        expected=("ddp", "selective", False),
+        expected=("ddp", "norms", False),
     ),
     Case(
         title="70B on four nodes of eight GPUs of 80 GiB",
@@ -96,7 +97,7 @@ CASES = (
         overrides="parallel.nodes=4 parallel.gpus_per_node=8 parallel.gpu_memory_gib=80",
         sentence="Of 64 rows a step, two are left for each of 32 ranks; nothing else changes. Several nodes are "
         "started with `decompft sbatch`.",
-        expected=("ddp", "selective", False),
+        expected=("ddp", "norms", False),
     ),
     Case(
         title="70B on four nodes of eight GPUs of 24 GiB",

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from decompft.adapters.base import Adapter
 from decompft.launcher.planner import make as make_plan
 from decompft.launcher.recipe import AdapterSection, ModelSection, QuantizationSection
-from decompft.launcher.recompute import MODES, pieces_of
+from decompft.launcher.recompute import BY_PIECES, MODES, pieces_of
 from decompft.launcher.worker.data.batches import collate
 from decompft.launcher.worker.host_inputs import HostInputs
 from decompft.launcher.worker.model import blocks
@@ -109,11 +109,11 @@ def memory_told() -> Iterator[profile]:
         gc.enable()
 
 
-def kept(family: str, layers: int, mode, compute: str) -> int:
+def kept(family: str, layers: int, mode, compute: str, adapter: AdapterSection = LORA) -> int:
     """Bytes that a forward pass of 64 tokens leaves in memory, by what torch's allocator reports."""
     quantization = QuantizationSection(format="none", compute=compute)
     source = ModelSection(config=sized(family, layers), weights="random")
-    model = built(source, quantization, LORA, recompute=mode).model.train()
+    model = built(source, quantization, adapter, recompute=mode).model.train()
     one = collate([row((64,))], pad_id=0)
     model(one).backward()  # what is made once, gradients and buffers among it
     with memory_told() as told:
@@ -122,12 +122,12 @@ def kept(family: str, layers: int, mode, compute: str) -> int:
     return sum(event.self_cpu_memory_usage for event in told.key_averages())
 
 
-def forecast_activations(family: str, layers: int, mode, compute: str) -> int:
+def forecast_activations(family: str, layers: int, mode, compute: str, adapter: AdapterSection = LORA) -> int:
     data = {"sequence_length": 64, "packing": True}
     train = {"global_batch_size": 1, "micro_batch_size": 1, "recompute": mode}
     asked = recipe(
         sized(family, layers), data=data, train=train, quantization={"format": "none", "compute": compute},
-        adapter={"method": "lora", "rank": 4, "alpha": 8.0},
+        adapter=adapter.model_dump(exclude_unset=True),
     )  # fmt: skip
     (term,) = [t for t in make_plan(asked, machine=CPU).forecast.terms if t.name == "activations"]
     return term.num_bytes
@@ -137,16 +137,30 @@ def forecast_activations(family: str, layers: int, mode, compute: str) -> int:
 @pytest.mark.parametrize("family", ["llama", "gemma", "qwen3", "gpt2"])
 def test_a_layer_keeps_what_the_forecast_says(family, compute) -> None:
     found, expected = {}, {}
-    for mode in ("none", "selective", "full"):
+    for mode in ("none", "norms", "selective", "full"):
         # of two layers more: embeddings, head and loss fall out
         found[mode], expected[mode] = (
             count(family, 4, mode, compute) - count(family, 2, mode, compute)
             for count in (kept, forecast_activations)
         )
     # a layer norm's means and deviations, float32, and torch's checkpoint of the generator's state
-    assert found["selective"] == pytest.approx(expected["selective"], abs=2 * 64 * 16)
+    for mode in ("norms", "selective"):
+        assert found[mode] == pytest.approx(expected[mode], abs=2 * 64 * 16), mode
     assert found["full"] - expected["full"] in range(0, 2 * 6000)
-    assert found["none"] > found["selective"] > found["full"]
+    assert found["none"] > found["norms"] > found["selective"] > found["full"]
+
+
+@pytest.mark.parametrize("compute", ["bfloat16", "fp8"])
+@pytest.mark.parametrize("method", ["lora-dropout", "dora", "liera", "ia3"])
+def test_no_method_keeps_a_norms_output_for_itself(method, compute) -> None:
+    """A linear by itself (dropout, LieRA), one that scales its input (ia3) or its rows (dora), and fp8 products."""
+    saves = [
+        [count("llama", n, mode, compute, METHODS[method]) for n in (4, 2) for mode in ("none", "norms")]
+        for count in (kept, forecast_activations)
+    ]
+    found, expected = (none4 - norms4 - (none2 - norms2) for none4, norms4, none2, norms2 in saves)
+    # two norms of two layers keep a float32 a token, too
+    assert 0 <= found - expected <= 2 * 2 * 64 * 4
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -171,8 +185,23 @@ def test_selective_runs_the_front_of_the_mlp_again_and_nothing_else(llama) -> No
     assert runs == once | {"gate_proj": 2 * layers, "up_proj": 2 * layers}
 
 
-def test_a_graph_may_be_walked_twice(llama) -> None:
-    found = built(llama, PLAIN, LORA, recompute="selective")
+def test_norms_run_twice_and_nothing_else(llama) -> None:
+    """Once more for all that read its output: q, k and v, or gate and up, and the norm's own backward pass."""
+    hf = built(llama, PLAIN, LORA, recompute="norms").model.train()
+    runs: Counter[str] = Counter()
+    for name, module in hf.named_modules():
+        if name.endswith(("_proj", "norm")):
+            module.register_forward_hook(lambda *_, name=name: runs.update([name.rpartition(".")[2]]))
+    hf(batch()).backward()
+    layers = FAMILIES["llama"]["num_hidden_layers"]
+    linears = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    norms = ("input_layernorm", "post_attention_layernorm")
+    assert runs == {"norm": 1} | dict.fromkeys(linears, layers) | dict.fromkeys(norms, 2 * layers)
+
+
+@pytest.mark.parametrize("mode", BY_PIECES)
+def test_a_graph_may_be_walked_twice(llama, mode) -> None:
+    found = built(llama, PLAIN, LORA, recompute=mode)
     loss = found.model.train()(batch())
     loss.backward(retain_graph=True)
     once = {n: p.grad.clone() for n, p in found.trained.items()}
@@ -260,7 +289,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @pytest.mark.parametrize("lengths", [(9, 1, 13), (20,)])
 @pytest.mark.parametrize(("family", "heads"), [("qwen3", {}), ("gemma3_text", {"num_key_value_heads": 1})])
 def test_a_rotary_that_writes_in_place_is_not_undone(monkeypatch, family, heads, lengths) -> None:
-    """q and k come out of norms that selective runs again: what attention saved lies there, turned."""
+    """q and k come out of norms that are run again: what attention saved lies there, turned."""
     module = import_module(
         f"transformers.models.{family.removesuffix('_text')}.modeling_{family.removesuffix('_text')}"
     )
@@ -269,7 +298,7 @@ def test_a_rotary_that_writes_in_place_is_not_undone(monkeypatch, family, heads,
     )
     config = {**FAMILIES[family], **heads} | ({"sliding_window": 64} if heads else {})
     found = []
-    for mode in ("none", "selective"):
+    for mode in ("none", *BY_PIECES):
         source = ModelSection(config=config, weights="random")
         made = built(source, PLAIN, LORA, recompute=mode)
         draw = torch.Generator().manual_seed(3)
@@ -278,5 +307,5 @@ def test_a_rotary_that_writes_in_place_is_not_undone(monkeypatch, family, heads,
                 parameter += 0.1 * torch.randn(parameter.shape, generator=draw)
         loss = made.model.train()(collate([row(lengths)], pad_id=0))
         found.append((loss, *torch.autograd.grad(loss, list(made.trained.values()))))
-    for kept_whole, run_again in zip(*found, strict=True):
-        assert torch.equal(kept_whole, run_again)
+    for kept_whole, *run_again in zip(*found, strict=True):
+        assert all(torch.equal(kept_whole, again) for again in run_again)

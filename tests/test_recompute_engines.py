@@ -43,7 +43,7 @@ def test_no_engine_has_other_numbers(tmp_path, world) -> None:
 
 
 def test_a_run_goes_on_under_another_mode(tmp_path) -> None:
-    modes = ["full", "selective", "none"]
+    modes = ["full", "selective", "norms"]
     unbroken = make_run(tmp_path, "unbroken", train={**TRAIN, "recompute": "none"})
     run_ranks(unbroken)
     told, before = [], None

@@ -70,16 +70,18 @@ def fixed_order(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("method", METHODS)
 def test_modes_have_equal_losses_and_less_memory(method: str) -> None:
     plain = steps("none", method)
-    kept = [plain[2]]
+    kept = {"none": plain[2]}
     for mode in MODES[1:]:
         losses, gradients, bytes_kept, _ = steps(mode, method)
         assert losses == plain[0], mode
         apart = [name for name, expected in plain[1].items() if not torch.equal(gradients[name], expected)]
         assert not apart, f"{mode}: {apart}"
-        kept.append(bytes_kept)
-    assert kept == sorted(kept, reverse=True)
-    # offloaded: inputs of all layers but the two newest have left
-    assert kept[2] - kept[3] >= (LAYERS - 3) * TOKENS * HIDDEN * 2
+        kept[mode] = bytes_kept
+    assert list(kept.values()) == sorted(kept.values(), reverse=True), kept
+    # two norms' outputs of each layer
+    assert kept["none"] - kept["norms"] >= LAYERS * 2 * TOKENS * HIDDEN * 2, kept
+    # inputs of all layers but the two newest have left
+    assert kept["full"] - kept["offloaded"] >= (LAYERS - 3) * TOKENS * HIDDEN * 2, kept
 
 
 def test_inputs_on_the_host_come_back_whole() -> None:

@@ -66,7 +66,7 @@ def masks_for(batch: Batch) -> AbstractContextManager[None]:
 
 @pytest.mark.parametrize(
     ("base", "recompute"),
-    [("nf4", "none"), ("nf4", "full"), ("int8", "none"), ("fp8", "none"), ("none", "none")],
+    [("nf4", "none"), ("nf4", "norms"), ("nf4", "full"), ("int8", "none"), ("fp8", "none"), ("none", "none")],
 )
 def test_a_training_pass_of_every_method_makes_no_data_dependent_host_read(
     base: str, recompute: Recompute
@@ -291,6 +291,12 @@ def test_what_no_graph_can_hold_is_an_error_or_off_in_words(machine: Any, sectio
     assert (
         not plan.cuda_graph and plan.cuda_graph_reason.startswith("off: ") and why in plan.cuda_graph_reason
     )
+
+
+def test_norms_draw_nothing_when_they_run_again() -> None:
+    assert make(
+        gpus(1, 80), adapter={"dropout": 0.1}, train={"recompute": "norms", "cuda_graph": True}
+    ).cuda_graph
 
 
 def test_auto_wants_rows_of_one_shape_and_true_does_not() -> None:

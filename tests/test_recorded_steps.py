@@ -162,7 +162,7 @@ def test_steps_of_two_shapes_equal_the_plain_ones(device: str, name: str) -> Non
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("dropout", "recompute"), [(0.2, "none"), (0.0, "full")])
+@pytest.mark.parametrize(("dropout", "recompute"), [(0.2, "none"), (0.2, "norms"), (0.0, "full")])
 def test_dropout_draws_the_same_and_recomputation_is_recorded(
     device: str, dropout: float, recompute: Recompute
 ) -> None:

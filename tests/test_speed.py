@@ -27,6 +27,10 @@ def time_of(model: Any = SEVEN_B, gpu: str | None = "NVIDIA H200", **changes: An
     return step_time(work(model), layout(**changes), world, 1, Machine(num_gpus=1, gpu_name=gpu))
 
 
+def term_of(time: StepTime, name: str) -> float:
+    return sum(term.seconds for term in time.terms if term.name == name)
+
+
 @pytest.mark.parametrize(
     "changes, gpu", [({}, "NVIDIA A100"), ({}, None), ({"device": "cpu"}, "NVIDIA H200")]
 )
@@ -38,12 +42,15 @@ def test_speed_is_unknown_where_nothing_was_measured(changes: dict[str, Any], gp
 
 def test_what_was_not_timed_lies_between_what_was() -> None:
     """Selective runs gate and up again, of all linears of a block; offloaded all, and its copies cost a little."""
-    none, selective, full, offloaded = (time_of(recompute=mode) for mode in MODES)
-    assert none and selective and full and offloaded
+    none, norms, selective, full, offloaded = (time_of(recompute=mode) for mode in MODES)
+    assert none and norms and selective and full and offloaded
     linears = {x.name.rpartition(".")[2]: x.num_weights for x in work(SEVEN_B).shape.linears}
     share = (linears["gate_proj"] + linears["up_proj"]) / sum(linears.values())
     expected = none.seconds + share * (full.seconds - none.seconds)
     assert selective.seconds == pytest.approx(expected, rel=0.01)
+    # 64 of the 65 norms whose forward pass was timed at 2.31 ms
+    assert term_of(norms, "recomputation") == pytest.approx(2.31e-3 * 64 / 65)
+    assert none.seconds < norms.seconds < selective.seconds
     assert full.seconds < offloaded.seconds <= 1.03 * full.seconds
 
 

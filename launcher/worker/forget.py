@@ -1,4 +1,4 @@
-"""Selective recomputation: a block keeps what its attention made, and runs its norms and the front of its MLP again.
+"""Recomputation by pieces: a block runs its norms again, and under `selective` the front of its MLP; the rest it keeps.
 
 A piece is a function of one tensor, run once in the forward pass and, if the backward pass asks for anything that it
 left behind, once more. Left behind are two kinds of tensors: those that autograd saved inside, and the piece's output
@@ -29,8 +29,12 @@ from decompft.launcher.recompute import Pieces
 _Function = Callable[[Tensor], Tensor]
 
 
-def forget(block: nn.Module, pieces: Pieces) -> None:
-    """Let a block run `pieces` again in the backward pass. Before anything is sharded, after kernels are chosen."""
+def forget(block: nn.Module, pieces: Pieces, *, mlp_too: bool) -> None:
+    """Let a block run its norms again in the backward pass. Before anything is sharded, after kernels are chosen.
+
+    Args:
+        mlp_too: and its MLP but the last linear.
+    """
     passes: list[_Pass] = []  # the forward pass that is under way, if any
     for name in pieces.norms:
         parent, _, own = name.rpartition(".")
@@ -39,8 +43,9 @@ def forget(block: nn.Module, pieces: Pieces) -> None:
             # Liger's rotary writes over what the attention's own norms give, unseen by autograd: whoever saved that
             # would be given it unturned; and nobody else keeps it
             _set_forward(norm, _rerun_norm(norm, passes, is_kept=not parent))
-    mlp = block.get_submodule(pieces.mlp)
-    _set_forward(mlp, _split_mlp(mlp, pieces.last, passes))
+    if mlp_too:
+        mlp = block.get_submodule(pieces.mlp)
+        _set_forward(mlp, _split_mlp(mlp, pieces.last, passes))
     _set_forward(block, _watch(block.forward, passes))
 
 

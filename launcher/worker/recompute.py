@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from decompft.adapters.inject import adapters
-from decompft.launcher.recompute import MODES, Recompute, pieces_of
+from decompft.launcher.recompute import BY_PIECES, MODES, Recompute, pieces_of
 from decompft.launcher.worker.forget import forget
 from decompft.launcher.worker.host_inputs import checkpoint_on_host
 
@@ -22,11 +22,11 @@ def set_recompute(hf: Any, blocks: list[nn.Module], mode: Recompute) -> None:
     assert mode in MODES, mode
     if mode == "none":
         return
-    if mode == "selective":
+    if mode in BY_PIECES:
         pieces = pieces_of(hf.config.model_type)
         assert pieces is not None, f"the plan takes full for {hf.config.model_type}"
         for block in blocks:
-            forget(block, pieces)
+            forget(block, pieces, mlp_too=mode == "selective")
         return
     # the state of random numbers cannot be read while a CUDA graph is recorded, and nothing draws without dropout
     drops = any(a.config.dropout for _, a in adapters(hf))
