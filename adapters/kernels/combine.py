@@ -91,8 +91,8 @@ def plain_(owns: Sequence[Tensor], x_TC: Tensor | None, thin: Product | None) ->
 
 
 def add_product_(y_TC: Tensor, left_TK: Tensor, right_KC: Tensor) -> Tensor:
-    """y += left right, in place; y contiguous."""
-    if not fits(y_TC, (left_TK, right_KC)):
+    """y += left right, in place."""
+    if not (y_TC.is_contiguous() and fits(y_TC, (left_TK, right_KC))):
         return y_TC.addmm_(left_TK, right_KC)
     add_([y_TC], None, (left_TK, right_KC))
     return y_TC
