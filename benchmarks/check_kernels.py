@@ -22,13 +22,14 @@ import check_fp8_kernels
 import torch
 from torch import Tensor
 
-from decompft.adapters.kernels import columns, dequantize, proved
+from decompft.adapters.kernels import columns, combine, dequantize, proved
 
 SM = 90
 POINTERS = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32}
 VARIANTS = ((True, False), (False, True), (True, True))  # DOTS, SCALES
 SOURCES = {"codes_ptr": "*u8", "bytes_ptr": "*u8"}
 FLOATS = {"eps": "fp32", "eps_over_s": "fp32", "s": "fp32", "tiny": "fp32", "limit": "fp32"}
+INNERS = (16, 48, 192)  # of the thin product that `combine` adds
 SHAPES = ((1, 1), (3, 129), (257, 128), (600, 300))
 # of an element that is rounded once: Triton's interpreter cuts bfloat16 off instead of rounding to the nearest
 SPACING = {torch.bfloat16: 2**-7, torch.float16: 0.0, torch.float32: 0.0}
@@ -47,21 +48,22 @@ def main() -> None:
 
 
 def compile_all() -> None:
-    from decompft.adapters.kernels.columns_triton import kernel as columns_kernel
-    from decompft.adapters.kernels.dequantize_triton import kernel as dequantize_kernel
+    from decompft.adapters.kernels import columns_triton, dequantize_triton
 
     tile = {"ROWS": columns._ROWS, "COLUMNS": columns._COLUMNS, "TILES": columns._TILES}
     for pointer, (dots, scales) in itertools.product(POINTERS, VARIANTS):
         left_out = ({} if dots else {"parts_ptr": None}) | ({} if scales else {"scale_ptr": None})
         types = {"a_ptr": pointer, "b_ptr": pointer, "out_ptr": pointer}
-        compile_one(columns_kernel, types, tile | {"DOTS": dots, "SCALES": scales} | left_out)
+        compile_one(columns_triton.columns, types, tile | {"DOTS": dots, "SCALES": scales} | left_out)
     for pointer, double, fused, times, half in itertools.product(
         POINTERS, (True, False), (True, False), (0, 1, 2), (32, 64)
     ):
         constants = {"DOUBLE": double, "FUSED": fused, "TIMES": times, "HALF": half, "BLOCKS": 2048 // half}
         if fused and not double:
             continue
-        compile_one(dequantize_kernel, SOURCES | {"out_ptr": pointer}, constants, enable_fp_fusion=False)
+        compile_one(
+            dequantize_triton.dequantize, SOURCES | {"out_ptr": pointer}, constants, enable_fp_fusion=False
+        )
 
     from decompft.adapters.kernels import norm, norm_triton, rows, rows_triton
 
@@ -74,18 +76,46 @@ def compile_all() -> None:
         )
         compile_one(rows_triton.factors, FLOATS, {"R": padded, "ROWS": rows.rows_of(padded)})
         compile_one(rows_triton.pull, FLOATS, {"R": padded, "ROWS": rows.rows_of(padded)})
-    from decompft.adapters.kernels import changed
-    from decompft.adapters.kernels.changed_triton import kernel as changed_kernel
+    from decompft.adapters.kernels import changed, changed_triton
 
     tile = {"R": 16, "ROWS": changed.rows_of(16), "COLUMNS": changed._COLUMNS, "TIMES": 0}
     for pointer, double, exact, slope in itertools.product(POINTERS, *[(True, False)] * 3):
         constants = tile | {"DOUBLE": double, "FUSED": double, "EXACT": exact, "SLOPE": slope}
-        compile_one(changed_kernel, SOURCES | FLOATS | {"out_ptr": pointer}, constants)
+        compile_one(changed_triton.changed, SOURCES | FLOATS | {"out_ptr": pointer}, constants)
     compile_one(
-        changed_kernel, SOURCES | FLOATS | {"out_ptr": "*bf16"},
+        changed_triton.changed, SOURCES | FLOATS | {"out_ptr": "*bf16"},
         tile | {"R": 64, "ROWS": changed.rows_of(64), "DOUBLE": True, "FUSED": True, "EXACT": True, "SLOPE": True},
     )  # fmt: skip
+    compile_combine()
+    compile_visit()
 
+
+def compile_combine() -> None:
+    """As y, whose thin product's right factor is transposed, and as a slope, whose is not."""
+    from decompft.adapters.kernels import combine_triton
+
+    for pointer, num, dots, inner, tall in itertools.product(
+        POINTERS, (1, 2, 3), (False, True), (0, *INNERS), (False, True)
+    ):
+        dtype = POINTERS[pointer]
+        if tall and (num > 1 or dots or not inner):
+            continue
+        if dtype == torch.float32 and inner > combine._MAX_INNER_FLOAT32:
+            continue
+        present = {"own_2_ptr": num > 1, "own_3_ptr": num > 2, "x_ptr": dots, "parts_ptr": dots}
+        present |= {"left_ptr": inner > 0, "right_ptr": inner > 0}
+        constants = {
+            "M": num, "DOTS": dots, "THIN": inner > 0, "K": combine.padded(inner), "ROWS": combine.rows_of(dtype),
+            "COLUMNS": combine._COLUMNS, "TILES": combine._TILES,
+            "right_inner_stride" if tall else "right_column_stride": 1,
+        }  # fmt: skip
+        constants |= {name: None for name, is_there in present.items() if not is_there}
+        types = dict.fromkeys(("own_1_ptr", *present), pointer) | {"parts_ptr": "*fp32"}
+        kernel = combine_triton.combine
+        compile_one(kernel, types, constants, num_warps=combine._WARPS, num_stages=1)
+
+
+def compile_visit() -> None:
     from decompft.adapters.kernels import visit, visit_triton
 
     for pointer, padded, tiles in itertools.product(("*bf16", "*fp16"), (16, 32), (1, 2, 4, 8)):
@@ -153,6 +183,15 @@ def interpret() -> None:
             proof.example(torch.device("cpu"), dtype)
             print(f"interpreter: {name}'s own proof in {str(dtype).removeprefix('torch.')}: passed")
     check_visits()
+    for dtype, num, dots, inner in itertools.product(
+        POINTERS.values(), (1, 2, 3), (False, True), (0, *INNERS)
+    ):
+        # the interpreter multiplies bfloat16 as if their bits were integers
+        if dtype == torch.float16 or not inner or (dtype == torch.float32 and inner == min(INNERS)):
+            combine.example(
+                torch.device("cpu"), dtype, num=num, dots=dots, inner=inner, tall=num == 1, size=(70, 70)
+            )
+    print(f"interpreter: combine of 1 to 3 arrays, dots, inner sizes 0, {INNERS}: as torch")
     for shape, dtype in itertools.product(SHAPES, POINTERS.values()):
         # columns of a wider array: rows are further apart than they are long
         a, b = (torch.randn(shape[0], shape[1] + 4).to(dtype)[:, : shape[1]] for _ in range(2))

@@ -18,8 +18,8 @@ Saved for backward: x, x_d, h (T, K), the trained tensors, and the packed weight
 gradient of W is made. A format may round x inside its product (int8 with an outlier threshold): the backward pass is
 that of the dequantized weight all the same. Gradients of the scales need no further pass over the weight:
 - a scalar `row`: d row = <dy, W x> = <W^T dy, x>, and W^T dy is computed for dx anyway, by itself: as the difference
-  between <dx, x> after it and before, of a dx that is rounded, it would be less exact; d q = <up^T dy, h>; `col`
-  likewise, by columns.
+  between <dx, x> after it and before, of a dx that is rounded, it would be less exact. Where kernels/combine.py runs,
+  one pass makes dx of all that, and these dots. d q = <up^T dy, h>; `col` likewise, by columns.
 - a vector `row` that multiplies the weight while it is dequantized: with Y the output without bias, kept by
   reference, d row_o = (sum_t dY_to Y_to - sum_k up_ok (dup)_ok) / row_o, as the thin part of Y has the slope dup.
 - a vector `row` over a dense bfloat16 weight, which scaled and rounded again would be what it was for every scale
@@ -40,7 +40,8 @@ from torch import Tensor
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.frozen.slope import Slope
 from decompft.adapters.frozen.thin import add_thin, thin_back, wide
-from decompft.adapters.kernels.columns import dot, dot_columns, dot_columns_and_scale_, times_columns
+from decompft.adapters.kernels import combine
+from decompft.adapters.kernels.columns import dot_columns, dot_columns_and_scale_, times_columns
 
 # what a row's scale of exactly 0 is taken for: its slope is found by a division
 _NEARLY_ZERO = 1e-20
@@ -187,24 +188,39 @@ class _FrozenLinears(torch.autograd.Function):
             if g is not None
         ]
         thin_first = needs_dx and dropped is None and not any(_needs_own(*member) for member in live)
-        dx = Slope(x_TI, needs_dx, thin.slope() if thin_first else None)
+        thin_last = dropped is None and not thin_first
+        in_one_pass = (
+            thin_last and all(f.col is None for _, f, _ in live) and combine.fits(x_TI, thin.factors())
+        )
+        dx = Slope(x_TI, needs_dx, thin.slope() if thin_first else None, in_one_pass=in_one_pass)
+        d_trained: list[Grads] = [(None,) * len(trained) for _, trained, *_ in own]
+
+        def pull_back(k: int, g_TO: Tensor, found: _Found) -> None:
+            _, adapter, _, _, folds = ctx.facts[k]
+            _, trained, fixed, _, noted, _ = own[k]
+            if adapter is not None:
+                grads = _finished(g_TO, factors[k], folds, thin.grads[k], found, dx.dots)
+                d_trained[k] = adapter.pull_back(trained, (*fixed, *noted), factors[k], grads, found.weight)
+
+        waiting: list[tuple[int, Tensor, _Found]] = []
+        for k, ((base, adapter, _, _, folds), g_TO) in enumerate(zip(ctx.facts, gs, strict=True)):
+            if g_TO is None:
+                continue
+            pulls = adapter is not None and adapter.pulls_through_weight
+            kept_TO, storage = own[k][0][0], own[k][3]
+            found = _back_through_base(g_TO, dx, base, storage, factors[k], kept_TO, folds, pulls)
+            if pulls:
+                pull_back(k, g_TO, found)
+            else:
+                waiting.append((k, g_TO, found))
+            del found  # one dense weight at a time
+        dx.finish(thin if thin_last else None)
+        for k, g_TO, found in waiting:
+            pull_back(k, g_TO, found)
         d_tensors: list[Tensor | None] = []
-        for k, (base, adapter, _, _, folds) in enumerate(ctx.facts):
-            (kept_TO, *_), trained, fixed, storage, noted, _ = own[k]
-            d_trained: Grads = (None,) * len(trained)
-            if (g_TO := gs[k]) is not None:
-                f, pulls = factors[k], adapter is not None and adapter.pulls_through_weight
-                weight, row, col = _back_through_base(g_TO, dx, base, storage, f, kept_TO, folds, pulls)
-                if adapter is not None:
-                    grads = _finished(g_TO, f, folds, thin.grads[k], row, col)
-                    d_trained = adapter.pull_back(trained, (*fixed, *noted), f, grads, weight)
-                del weight  # one dense weight at a time
-            d_tensors += (*d_trained, *[None] * (len(fixed) + len(storage)))
-        dd_TI = None
-        if dropped is None and not thin_first:
-            thin.add_to(dx.sum_TI)
-        elif dropped is not None and needs_dropped:
-            dd_TI = thin.slope()
+        for d_own, (_, _, fixed, storage, *_) in zip(d_trained, own, strict=True):
+            d_tensors += (*d_own, *[None] * (len(fixed) + len(storage)))
+        dd_TI = thin.slope() if dropped is not None and needs_dropped else None
         d_dropped = None if dd_TI is None else dd_TI.view(dropped.shape)
         dx_TI = None if dx.sum_TI is None else dx.sum_TI.view(x.shape)
         return (dx_TI, d_dropped, None, *d_tensors)
@@ -297,6 +313,15 @@ def _needs_own(base: FrozenLinear, f: Factors, kept_TO: Tensor | None) -> bool:
     return not base.adds_back or f.col is not None or (f.row is not None and kept_TO is None)
 
 
+class _Found(NamedTuple):
+    """What a member's product with its base left for `_finished`."""
+
+    weight: Tensor | None  # if it was asked for
+    row: Tensor | None = None
+    place: int | None = None  # among `Slope.dots`, of a row that is one number
+    col: Tensor | None = None
+
+
 def _back_through_base(
     g_TO: Tensor,
     dx: Slope,
@@ -306,8 +331,8 @@ def _back_through_base(
     kept_TO: Tensor | None,
     folds: bool,
     pulls: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Adds this base's product to dx; the weight if it was asked for, and the gradients of row and col.
+) -> _Found:
+    """Adds this base's product to dx; finds the gradients of row and col.
 
     Where the row's scale is folded into the weight, its gradient is still to be finished: see `_finished`.
     """
@@ -330,30 +355,32 @@ def _back_through_base(
 
     scalar = scale if kept_TO is None else None
     if f.col is None and scalar is None:
-        dx.add(product)
-        return weight, row, None
+        dx.add(product, adds=base.adds_back)
+        return _Found(weight, row)
     own_TI, col = product(None), None
     if f.col is not None:
         col = dot_columns_and_scale_(dx.x_TI, own_TI, f.col)
     if scalar is not None:
-        # products summed in float32. own holds row W^T dy: at row == 0 exactly the quotient is NaN and stops the
-        # run, in words
-        row = (dot(dx.x_TI, own_TI) / scalar).reshape(1)
+        return _Found(weight, place=dx.dot_and_add(own_TI), col=col)
     dx.add_own(own_TI)
-    return weight, row, col
+    return _Found(weight, row, col=col)
 
 
 def _finished(
-    g_TO: Tensor, f: Factors, folds: bool, thin: Grads, row: Tensor | None, col: Tensor | None
+    g_TO: Tensor, f: Factors, folds: bool, thin: Grads, found: _Found, dots: Sequence[Tensor]
 ) -> Factors:
     """The gradients of all factors."""
-    up, down, q = thin
+    (up, down, q), row = thin, found.row
+    if found.place is not None and f.row is not None:
+        # products summed in float32 of what holds row W^T dy: at row == 0 exactly the quotient is NaN and stops the
+        # run, in words
+        row = (dots[found.place] / f.row).reshape(1)
     if folds and row is not None and f.row is not None:
         if up is not None and f.up is not None:
             row -= torch.linalg.vecdot(up, f.up)
         row /= f.row
     bias = None if f.bias is None else g_TO.sum(0, dtype=wide(g_TO.dtype))
-    return Factors(up=up, down=down, q=q, row=row, col=col, bias=bias)  # type: ignore[arg-type]
+    return Factors(up=up, down=down, q=q, row=row, col=found.col, bias=bias)  # type: ignore[arg-type]
 
 
 def _split_each(

@@ -104,9 +104,9 @@ def plain(weight: Tensor, change: Change, slope: Tensor | None = None) -> Tensor
 @cache
 def _triton() -> Any:
     # triton only where a GPU is
-    from decompft.adapters.kernels.changed_triton import kernel
+    from decompft.adapters.kernels import changed_triton
 
-    return kernel
+    return changed_triton.changed
 
 
 def _example(device: torch.device, dtype: torch.dtype) -> None:

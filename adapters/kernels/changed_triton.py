@@ -9,7 +9,7 @@ from decompft.adapters.kernels.dequantize_triton import block_scale
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def kernel(  # type: ignore[no-untyped-def]
+def changed(  # type: ignore[no-untyped-def]
     codes_ptr,  # (rows, width / 2) bytes, the first code of two in the high half
     bytes_ptr,
     floats_ptr,

@@ -96,9 +96,9 @@ def _launch(
 @cache
 def _triton() -> Any:
     # triton only where a GPU is
-    from decompft.adapters.kernels.columns_triton import kernel
+    from decompft.adapters.kernels import columns_triton
 
-    return kernel
+    return columns_triton.columns
 
 
 def _example(device: torch.device, dtype: torch.dtype) -> None:

@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def kernel(  # type: ignore[no-untyped-def]
+def columns(  # type: ignore[no-untyped-def]
     a_ptr,  # (rows, columns), contiguous along columns, as b and out
     b_ptr,
     scale_ptr,  # (columns,) float32

@@ -104,9 +104,9 @@ def _addcmul_is_fused(device: torch.device) -> bool:
 @cache
 def _triton() -> Any:
     # triton only where a GPU is
-    from decompft.adapters.kernels.dequantize_triton import kernel
+    from decompft.adapters.kernels import dequantize_triton
 
-    return kernel
+    return dequantize_triton.dequantize
 
 
 def plain(

@@ -39,7 +39,7 @@ def block_scale(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def kernel(  # type: ignore[no-untyped-def]
+def dequantize(  # type: ignore[no-untyped-def]
     codes_ptr,  # (blocks of all rows, HALF) bytes, the first code of two in the high half
     bytes_ptr,
     floats_ptr,

@@ -1,0 +1,185 @@
+"""Up to three arrays and a thin product summed into the first array, and their dots with another, in one pass.
+
+    own_1 <- sum_m own_m + left right,    dot_m = sum over all rows and columns of own_m x
+
+Where each linear's part of a slope is wanted by itself, or a product cannot add to what is there, torch's operators
+read and write all of the slope for each sum, each dot and the thin product. Here each array is read once and one is
+written. Sums are float32, rounded once to the arrays' dtype. Dots are taken over fixed tiles, then over the tiles: the
+same input gives the same bits.
+
+Shapes: T rows, C columns, K the inner size of the thin product. own, x (T, C), left (T, K), right (K, C).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from decompft.adapters.kernels.proved import Proved, close_to
+
+MOST = 3  # arrays, which lie in registers together
+MAX_INNER = 192  # `right` stays in shared memory as a tile's loads pass; padded to 256
+# float32 products do not run on tensor cores: a tile of more is machine code that takes seconds to compile
+_MAX_INNER_FLOAT32 = 32
+# What bounds this is memory, so that loads must be on their way while others are computed with: by several programs
+# of 4 warps on a multiprocessor. 64 rows are the least that a warp group's tensor cores take, 64 columns of bfloat16
+# are 128 contiguous bytes of a row. Compiled for sm_90, three arrays with dots and 48 inner then take 166 registers a
+# thread: three programs of 32 KiB of loads each. A tile of 128 columns takes 255 and spills.
+_COLUMNS = 64
+_TILES = 4  # a program's, one below the other: `right` is read once for all
+_WARPS = 4
+
+Product = tuple[Tensor, Tensor]  # left, right
+
+
+def fits(x_TC: Tensor, thin: Product | None) -> bool:
+    """Whether `add_` runs on arrays like x, contiguous, and this product."""
+    return (
+        x_TC.is_cuda
+        and x_TC.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and x_TC.stride(1) == 1
+        and x_TC.numel() > 0
+        and (thin is None or _is_thin(*thin, x_TC.dtype))
+        and PROVED.runs(x_TC.device, x_TC.dtype)
+    )
+
+
+def add_(owns: Sequence[Tensor], x_TC: Tensor | None, thin: Product | None) -> Tensor | None:
+    """owns[0] becomes the sum; returns the dots of each with x, (len(owns),) float32. Only where it `fits`.
+
+    Args:
+        owns: one to `MOST`, contiguous, of one dtype, each in memory of its own.
+        x_TC: None: no dots are wanted, and None is returned.
+        thin: what else is added; right may have any strides.
+    """
+    assert all(own.is_contiguous() for own in owns), [own.stride() for own in owns]
+    num_rows, num_columns = owns[0].shape
+    rows = rows_of(owns[0].dtype)
+    grid = (-(-num_columns // _COLUMNS), -(-num_rows // (rows * _TILES)))
+    parts = None
+    if x_TC is not None:
+        parts = torch.empty(len(owns), grid[0] * grid[1], dtype=torch.float32, device=owns[0].device)
+    left, right = (None, None) if thin is None else thin
+    inner = 0 if left is None else left.shape[1]
+    others = [*owns[1:], *[None] * (MOST - len(owns))]
+    with torch.cuda.device(owns[0].device):
+        _triton()[grid](
+            owns[0], *others, x_TC, left, right, parts, num_rows, num_columns, inner,
+            0 if x_TC is None else x_TC.stride(0), 0 if left is None else left.stride(0),
+            *((0, 0) if right is None else right.stride()),
+            M=len(owns), DOTS=parts is not None, THIN=thin is not None, K=padded(inner),
+            ROWS=rows, COLUMNS=_COLUMNS, TILES=_TILES, num_warps=_WARPS, num_stages=1,
+        )  # fmt: skip
+    return None if parts is None else parts.sum(1)
+
+
+def plain_(owns: Sequence[Tensor], x_TC: Tensor | None, thin: Product | None) -> Tensor | None:
+    """The twin of `add_`, in float32 or better."""
+    wide = torch.promote_types(owns[0].dtype, torch.float32)
+    dots = None
+    if x_TC is not None:
+        dots = torch.stack([(own.to(wide) * x_TC).sum() for own in owns])
+    total = torch.stack([own.to(wide) for own in owns]).sum(0)
+    if thin is not None:
+        total += thin[0].to(wide) @ thin[1].to(wide)
+    owns[0].copy_(total)
+    return dots
+
+
+def add_product_(y_TC: Tensor, left_TK: Tensor, right_KC: Tensor) -> Tensor:
+    """y += left right, in place."""
+    if not (y_TC.is_contiguous() and fits(y_TC, (left_TK, right_KC))):
+        return y_TC.addmm_(left_TK, right_KC)
+    add_([y_TC], None, (left_TK, right_KC))
+    return y_TC
+
+
+def rows_of(dtype: torch.dtype) -> int:
+    """Of a tile; a float32 product takes its registers from the tile."""
+    return 32 if dtype == torch.float32 else 64
+
+
+def padded(inner: int) -> int:
+    """The inner size of a tile's product: a power of 2, of which a tensor core takes 16."""
+    return max(16, 1 << (inner - 1).bit_length()) if inner else 16
+
+
+def _is_thin(left_TK: Tensor, right_KC: Tensor, dtype: torch.dtype) -> bool:
+    most = _MAX_INNER_FLOAT32 if dtype == torch.float32 else MAX_INNER
+    return (
+        left_TK.dtype == right_KC.dtype == dtype and 0 < left_TK.shape[1] <= most and left_TK.stride(1) == 1
+    )
+
+
+@cache
+def _triton() -> Any:
+    # triton only where a GPU is
+    from decompft.adapters.kernels import combine_triton
+
+    return combine_triton.combine
+
+
+def example(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    num: int,
+    dots: bool,
+    inner: int,
+    tall: bool,
+    size: tuple[int, int],
+) -> None:
+    """Run `add_` and compare it with the twin in float64.
+
+    Args:
+        num: of arrays.
+        inner: of the thin product; 0 for none.
+        tall: its right factor is a transposed array.
+
+    Raises:
+        WrongKernelError: it is further from it than rounding allows.
+    """
+    draw = torch.Generator().manual_seed(0)
+
+    def made(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw).to(device, dtype)
+
+    owns, x = [made(*size) for _ in range(num)], made(size[0], size[1] + 16)[:, : size[1]] if dots else None
+    thin = None
+    if inner:
+        # columns of a wider array, as one member's part of all
+        left = made(size[0], inner + 16)[:, :inner]
+        thin = left, made(size[1], inner).T if tall else made(inner, size[1])
+    wide = [own.double() for own in owns]
+    sizes = sum((own.abs() for own in wide), torch.zeros_like(wide[0]))
+    if thin is not None:
+        sizes += thin[0].double().abs() @ thin[1].double().abs()
+    dot_sizes = None if x is None else torch.stack([(own * x.double()).abs().sum() for own in wide])
+    exact_dots = plain_(
+        wide,
+        None if x is None else x.double(),
+        None if thin is None else (thin[0].double(), thin[1].double()),
+    )
+    found = add_(owns, x, thin)
+    # float32 sums, of which a tensor core may cut two bits off, then one rounding
+    bound = torch.finfo(dtype).eps * wide[0].abs() + 2**-22 * (inner + num) * sizes
+    close_to(owns[0], wide[0].to(dtype), bound)
+    if found is not None and exact_dots is not None and dot_sizes is not None:
+        # float32 sums of at most 256 terms one after the other: a thread's, then over threads, tiles and programs
+        close_to(found, exact_dots.float(), 2**-24 * 256 * dot_sizes)
+
+
+def _example(device: torch.device, dtype: torch.dtype) -> None:
+    """Rows and columns that fill no tile: as y, as the slope of gate and up, as that of q, k and v."""
+    size = rows_of(dtype) * _TILES + 5, _COLUMNS + 16
+    example(device, dtype, num=1, dots=False, inner=5, tall=True, size=size)
+    example(device, dtype, num=2, dots=True, inner=0, tall=False, size=size)
+    example(device, dtype, num=3, dots=True, inner=24, tall=False, size=size)
+
+
+# not named by method or format: with `quantization.compute: fp8` all of them want it
+PROVED = Proved(name="combine", instead="torch's operators", example=_example)
