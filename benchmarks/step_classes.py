@@ -20,9 +20,12 @@ import torch
 THIN = 256
 # by a kernel's name, the first that fits
 _NAMES = (
-    ("attention", r"sdpa|flash|fmha|attention"),
-    ("unpack the weights", r"dequant|unpack"),
-    ("round to float8", r"quantize|fp8"),
+    ("attention", r"sdpa|flash|fmha|attention|cudnn"),
+    ("unpack the weights", r"dequant|unpack|^changed"),
+    ("round to float8", r"quantize|fp8|^fourbit_|^rows$|^block_highs"),
+    ("parts of dx, thin branches of y", r"^combine"),
+    ("scales of rows and columns", r"^columns"),
+    ("small tensors of MAP and DoRA", r"^(gram|finish|pull|factors)$"),
     ("norms", r"rms_?norm|layer_?norm"),
     ("rotary", r"rope|rotary"),
     ("activation", r"swiglu|silu|geglu"),
@@ -191,4 +194,7 @@ def _block_bytes(sizes: Sizes) -> dict[str, float]:
         "rotary": every * 2 * 4 * 2 * h,
         "activation": every * (3 + 5) * 2 * i,
         "unpack the weights": 2 * weights * (0.5 + 1 / 64 + 2),
+        # each weight in both orders; x of four nodes and dy of seven linears, read in bfloat16
+        "round to float8": 2 * weights * (0.5 + 1 / 64 + 1) + every * (8 * h + 3 * i) * (2 + 1),
+        "thin products, two at once": every * (5 * h + 2 * i) * 2,
     }
