@@ -29,9 +29,12 @@ LARGEST = 448.0
 # a row whose largest magnitude is below this is rounded as if it were this: its scale is still a normal number
 SMALLEST = 1e-30
 _WIDEST = 1 << 16  # columns that one program holds in registers
-_ROWS, _BYTES = 4, 256  # of a tile along rows
-_TALL_ROWS, _TALL_BYTES = 64, 32  # of one that is transposed
+# no GPU has chosen yet: benchmarks/fp8_kernels_time.py times the candidates beside these
+_ROW_WARPS = 2  # to an output row
+_TALL_WARPS, _TALL_PIECES = 2, 2  # of 128 output rows each; of 64 inputs, one after the other
 _HIGH_ROWS = 16
+# of a 4-bit weight: a thread of the transposing kernel has 64 inputs of a block, and writes four rows as a word
+_BLOCKS_OF, _ROWS_OF = 64, 4
 
 
 class Rows(NamedTuple):
@@ -79,7 +82,7 @@ def quantize_rows(x_TK: Tensor, times_K: Tensor | None = None, *, pad_to: int = 
 
 def fourbit_rows(weight: FourBit) -> Rows:
     """The dequantized weight (O, I) with a scale an output row."""
-    if not _fits(weight.codes):
+    if not _fits_fourbit(weight):
         absmax_OB = absmax(weight)
         scale_O = scale_of(absmax_OB.amax(1))
         return Rows(_values(weight, absmax_OB / scale_O[:, None]).to(E4M3), scale_O)
@@ -94,7 +97,7 @@ def fourbit_rows(weight: FourBit) -> Rows:
 
 def fourbit_columns(weight: FourBit) -> Rows:
     """The transposed dequantized weight (I, O), contiguous, with a scale an input."""
-    if not _fits(weight.codes):
+    if not (_fits_fourbit(weight) and len(weight.codes) % _ROWS_OF == 0):
         absmax_OB = absmax(weight)
         scale_B = scale_of(absmax_OB.amax(0))
         codes = _values(weight, absmax_OB / scale_B).to(E4M3).T.contiguous()
@@ -148,6 +151,10 @@ def _fits(tensor: Tensor) -> bool:
     return tensor.is_cuda and tensor.numel() > 0 and PROVED.runs(tensor.device, torch.bfloat16)
 
 
+def _fits_fourbit(weight: FourBit) -> bool:
+    return weight.block_size % _BLOCKS_OF == 0 and _fits(weight.codes)
+
+
 def launch_rows(x_TK: Tensor, times_K: Tensor | None, out_TK: Tensor, scale_T: Tensor) -> None:
     num_rows, num_columns = x_TK.shape
     width = 1 << (num_columns - 1).bit_length()
@@ -159,32 +166,41 @@ def launch_rows(x_TK: Tensor, times_K: Tensor | None, out_TK: Tensor, scale_T: T
 
 
 def launch_fourbit_rows(weight: FourBit, out_OI: Tensor, scale_O: Tensor) -> None:
-    num_rows = len(weight.codes)
     with torch.cuda.device(weight.codes.device):
-        _triton().fourbit_rows[(-(-num_rows // _ROWS),)](
-            *_pointers(weight), out_OI, scale_O, num_rows, **_sizes(weight), ROWS=_ROWS, BYTES=_BYTES
-        )
+        _triton().fourbit_rows[(len(weight.codes),)](
+            *_pointers(weight), out_OI.view(torch.int32), scale_O, **_sizes(weight),
+            THREADS=32 * _ROW_WARPS, num_warps=_ROW_WARPS,
+        )  # fmt: skip
 
 
 def launch_block_highs(weight: FourBit, high_NB: Tensor) -> None:
     num_rows = len(weight.codes)
-    codes, *scales, _ = _pointers(weight)
     with torch.cuda.device(weight.codes.device):
-        _triton().block_highs[(len(high_NB),)](*scales, high_NB, num_rows, **_sizes(weight), ROWS=_HIGH_ROWS)
+        _triton().block_highs[(len(high_NB),)](
+            weight.scales.contiguous(), _floats(weight), high_NB, num_rows, **_sizes(weight), ROWS=_HIGH_ROWS
+        )
 
 
 def launch_fourbit_columns(weight: FourBit, high_B: Tensor, out_IO: Tensor, scale_I: Tensor) -> None:
-    num_rows, num_bytes = weight.codes.shape
-    grid = (-(-num_rows // _TALL_ROWS), -(-num_bytes // _TALL_BYTES))
+    """Output rows in multiples of four."""
+    fours, threads = len(weight.codes) // _ROWS_OF, 32 * _TALL_WARPS
+    grid = (-(-weight.num_inputs // (_BLOCKS_OF * _TALL_PIECES)), -(-fours // threads))
     with torch.cuda.device(weight.codes.device):
         _triton().fourbit_columns[grid](
-            *_pointers(weight), high_B, out_IO, scale_I, num_rows, **_sizes(weight),
-            ROWS=_TALL_ROWS, BYTES=_TALL_BYTES,
+            *_pointers(weight), high_B, out_IO.view(torch.int32), scale_I, fours, **_sizes(weight),
+            THREADS=threads, PIECES=_TALL_PIECES, num_warps=_TALL_WARPS,
         )  # fmt: skip
 
 
 def _pointers(weight: FourBit) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return weight.codes.contiguous(), weight.scales.contiguous(), _floats(weight), weight.levels
+    return _words(weight.codes), weight.scales.contiguous(), _floats(weight), weight.levels
+
+
+def _words(of_bytes: Tensor) -> Tensor:
+    """int32, four bytes each; a copy where 16 bytes cannot be read at once."""
+    whole = of_bytes.contiguous()
+    aligned = whole.storage_offset() % 4 == 0 and whole.data_ptr() % 16 == 0
+    return (whole if aligned else whole.clone()).view(torch.int32)
 
 
 def _sizes(weight: FourBit) -> dict[str, int]:
@@ -213,7 +229,7 @@ def _example(device: torch.device, dtype: torch.dtype) -> None:
         launch_rows(x.to(device), None if factor is None else factor.to(device), *found)
         _near(found, quantize_rows(x, factor))
     for double_quant in (True, False):
-        stored = example_storage(torch.device("cpu"), double_quant=double_quant)
+        stored = example_storage(torch.device("cpu"), double_quant=double_quant, num_rows=12)
         codes, scales = (s.view(torch.uint8) for s in stored)
         weight = FourBit(codes, scales, levels("nf4", codes.device), 64, double_quant)
         there = weight._replace(**{n: getattr(weight, n).to(device) for n in ("codes", "scales", "levels")})

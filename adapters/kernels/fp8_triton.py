@@ -1,6 +1,10 @@
 """The Triton side of fp8.py: imported only on a GPU.
 
-Every kernel casts to its output's element type at the very end: Triton's interpreter rounds to e4m3 wrongly
+A block of 4-bit codes has one factor, so that its weights are 16 numbers in e4m3: 16 bytes, which a thread keeps in
+four registers. Eight codes, a word, become eight bytes of that table by `prmt`, which picks four of eight bytes at
+once: no weight is multiplied, converted or looked up in memory. See fp8_words.py for the instructions.
+
+`rows` casts to its output's element type at the very end: Triton's interpreter rounds to e4m3 wrongly
 (triton pull request 11897), and is asked for float32 instead.
 """
 
@@ -9,8 +13,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from decompft.adapters.kernels.fp8_words import looked_up, packed, transposed
+
 SMALLEST = tl.constexpr(1e-30)
 LARGEST = tl.constexpr(448.0)
+PIECE = tl.constexpr(64)  # inputs of a thread of fourbit_columns: never more than a block
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -59,49 +66,73 @@ def absmax(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def dequantized(codes_ptr, levels_ptr, row, at, times, mask, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Levels of the bytes `at` of rows, two a byte, times (rows, bytes)."""
-    pair = tl.load(codes_ptr + row[:, None] * WIDTH + at[None, :], mask=mask, other=0).to(tl.int32)
-    return tl.interleave(tl.load(levels_ptr + (pair >> 4)) * times, tl.load(levels_ptr + (pair & 15)) * times)
+def four_levels(levels_ptr, FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = levels_ptr + FIRST
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.jit
+def quarter(levels, times):  # type: ignore[no-untyped-def]
+    """Four levels times a block's factor, as bytes of a word."""
+    return packed(levels[0] * times, levels[1] * times, levels[2] * times, levels[3] * times)
+
+
+@triton.jit
+def four_words(codes_ptr, at, mask):  # type: ignore[no-untyped-def]
+    """Words at, at + 1, at + 2, at + 3 in one load of 16 bytes; 0 where masked.
+
+    Args:
+        at: (N,), multiples of 4.
+    """
+    word = tl.load(codes_ptr + at[:, None] + tl.arange(0, 4)[None, :], mask=mask[:, None], other=0)
+    even, odd = tl.split(tl.reshape(word, (word.shape[0], 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def fourbit_rows(  # type: ignore[no-untyped-def]
-    codes_ptr,  # (rows, INPUTS / 2) bytes
+    codes_ptr,  # (rows, INPUTS / 8) int32, 16-byte aligned
     bytes_ptr,
     floats_ptr,
     levels_ptr,  # (16,) float32
-    out_ptr,  # (rows, INPUTS)
+    out_ptr,  # (rows, INPUTS / 4) int32
     scale_ptr,  # (rows,) float32
-    num_rows,
     INPUTS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCKS_POWER: tl.constexpr,
     SCALE_BYTES: tl.constexpr,
     DOUBLE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BYTES: tl.constexpr,
+    THREADS: tl.constexpr,  # each has 32 weights at a time, half a block or less
 ):
-    WIDTH: tl.constexpr = INPUTS // 2
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    in_rows = row < num_rows
+    CHUNKS: tl.constexpr = INPUTS // 32
+    row = tl.program_id(0).to(tl.int64)
     blocks = tl.arange(0, BLOCKS_POWER)
-    known = in_rows[:, None] & (blocks < BLOCKS)[None, :]
-    of_blocks = absmax(bytes_ptr, floats_ptr, row[:, None], blocks[None, :], known, SCALE_BYTES, DOUBLE)
-    scale = tl.maximum(tl.max(of_blocks, axis=1), SMALLEST) / LARGEST
-    tl.store(scale_ptr + row, scale, mask=in_rows)
-    for start in range(0, WIDTH, BYTES):
-        at = start + tl.arange(0, BYTES)
-        mask = in_rows[:, None] & (at < WIDTH)[None, :]
-        block = (at * 2) // BLOCK
-        times = absmax(bytes_ptr, floats_ptr, row[:, None], block[None, :], mask, SCALE_BYTES, DOUBLE)
-        times = times / scale[:, None]
-        values = dequantized(codes_ptr, levels_ptr, row, at, times, mask, WIDTH)
-        inputs = start * 2 + tl.arange(0, 2 * BYTES)
-        inside = in_rows[:, None] & (inputs < INPUTS)[None, :]
-        to = out_ptr + row[:, None] * INPUTS + inputs[None, :]
-        tl.store(to, values.to(out_ptr.dtype.element_ty), mask=inside)
+    of_blocks = absmax(bytes_ptr, floats_ptr, row, blocks, blocks < BLOCKS, SCALE_BYTES, DOUBLE)
+    scale = tl.maximum(tl.max(of_blocks, axis=0), SMALLEST) / LARGEST
+    tl.store(scale_ptr + row, scale)
+    # before the loop, whose stores may be to anything for all that a compiler knows
+    q0, q1 = four_levels(levels_ptr, 0), four_levels(levels_ptr, 4)
+    q2, q3 = four_levels(levels_ptr, 8), four_levels(levels_ptr, 12)
+    for start in range(0, CHUNKS, THREADS):
+        chunk = start + tl.arange(0, THREADS)
+        mask = chunk < CHUNKS
+        times = absmax(bytes_ptr, floats_ptr, row, chunk * 32 // BLOCK, mask, SCALE_BYTES, DOUBLE)
+        times = times / scale
+        t0, t1, t2, t3 = quarter(q0, times), quarter(q1, times), quarter(q2, times), quarter(q3, times)
+        c0, c1, c2, c3 = four_words(codes_ptr + row * (INPUTS // 8), chunk * 4, mask)
+        w0, w1 = looked_up(c0, t0, t1, t2, t3)
+        w2, w3 = looked_up(c1, t0, t1, t2, t3)
+        w4, w5 = looked_up(c2, t0, t1, t2, t3)
+        w6, w7 = looked_up(c3, t0, t1, t2, t3)
+        # a word's place in binary, its last digit joined last
+        low = tl.join(tl.join(w0, w4), tl.join(w2, w6))
+        high = tl.join(tl.join(w1, w5), tl.join(w3, w7))
+        words = tl.reshape(tl.join(low, high), (THREADS, 8))
+        to = chunk[:, None] * 8 + tl.arange(0, 8)[None, :]
+        tl.store(out_ptr + row * (INPUTS // 4) + to, words, mask=mask[:, None])
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -127,38 +158,65 @@ def block_highs(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def fourbit_columns(  # type: ignore[no-untyped-def]
-    codes_ptr,
+    codes_ptr,  # (rows, INPUTS / 8) int32, 16-byte aligned
     bytes_ptr,
     floats_ptr,
     levels_ptr,
     high_ptr,  # (BLOCKS,) float32: largest absmax over all rows
-    out_ptr,  # (INPUTS, rows)
+    out_ptr,  # (INPUTS, rows / 4) int32
     scale_ptr,  # (INPUTS,) float32
-    num_rows,
+    fours,  # rows / 4
     INPUTS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCKS_POWER: tl.constexpr,
     SCALE_BYTES: tl.constexpr,
     DOUBLE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BYTES: tl.constexpr,
+    THREADS: tl.constexpr,  # each has four rows, a word of the output: a warp writes 128 bytes of an input
+    PIECES: tl.constexpr,  # of inputs, one after the other
 ):
-    WIDTH: tl.constexpr = INPUTS // 2
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    in_rows = row < num_rows
-    start = tl.program_id(1) * BYTES
-    at = start + tl.arange(0, BYTES)
-    mask = in_rows[:, None] & (at < WIDTH)[None, :]
-    block = (at * 2) // BLOCK
-    high = tl.load(high_ptr + block, mask=at < WIDTH, other=0.0)
-    times = absmax(bytes_ptr, floats_ptr, row[:, None], block[None, :], mask, SCALE_BYTES, DOUBLE)
-    times = times / (tl.maximum(high, SMALLEST) / LARGEST)[None, :]
-    values = dequantized(codes_ptr, levels_ptr, row, at, times, mask, WIDTH)
-    inputs = start * 2 + tl.arange(0, 2 * BYTES)
-    in_inputs = inputs < INPUTS
-    to = out_ptr + inputs.to(tl.int64)[None, :] * num_rows + row[:, None]
-    tl.store(to, values.to(out_ptr.dtype.element_ty), mask=in_rows[:, None] & in_inputs[None, :])
-    if tl.program_id(0) == 0:
-        of_inputs = tl.load(high_ptr + inputs // BLOCK, mask=in_inputs, other=0.0)
-        tl.store(scale_ptr + inputs, tl.maximum(of_inputs, SMALLEST) / LARGEST, mask=in_inputs)
+    four = tl.program_id(1) * THREADS + tl.arange(0, THREADS)
+    in_rows = four < fours
+    row = four.to(tl.int64) * 4
+    q0, q1 = four_levels(levels_ptr, 0), four_levels(levels_ptr, 4)
+    q2, q3 = four_levels(levels_ptr, 8), four_levels(levels_ptr, 12)
+    for i in range(PIECES):
+        piece = tl.program_id(0) * PIECES + i
+        if piece < INPUTS // PIECE:
+            block = piece * PIECE // BLOCK
+            scale = tl.maximum(tl.load(high_ptr + block), SMALLEST) / LARGEST
+            times = absmax(bytes_ptr, floats_ptr, row, block, in_rows, SCALE_BYTES, DOUBLE) / scale
+            a0, a1, a2, a3 = quarter(q0, times), quarter(q1, times), quarter(q2, times), quarter(q3, times)
+            times = absmax(bytes_ptr, floats_ptr, row + 1, block, in_rows, SCALE_BYTES, DOUBLE) / scale
+            b0, b1, b2, b3 = quarter(q0, times), quarter(q1, times), quarter(q2, times), quarter(q3, times)
+            times = absmax(bytes_ptr, floats_ptr, row + 2, block, in_rows, SCALE_BYTES, DOUBLE) / scale
+            c0, c1, c2, c3 = quarter(q0, times), quarter(q1, times), quarter(q2, times), quarter(q3, times)
+            times = absmax(bytes_ptr, floats_ptr, row + 3, block, in_rows, SCALE_BYTES, DOUBLE) / scale
+            d0, d1, d2, d3 = quarter(q0, times), quarter(q1, times), quarter(q2, times), quarter(q3, times)
+            for half in tl.static_range(2):
+                at = row * (INPUTS // 8) + piece * (PIECE // 8) + half * 4
+                a = four_words(codes_ptr, at, in_rows)
+                b = four_words(codes_ptr, at + INPUTS // 8, in_rows)
+                c = four_words(codes_ptr, at + 2 * (INPUTS // 8), in_rows)
+                d = four_words(codes_ptr, at + 3 * (INPUTS // 8), in_rows)
+                for word in tl.static_range(4):
+                    a_low, a_high = looked_up(a[word], a0, a1, a2, a3)
+                    b_low, b_high = looked_up(b[word], b0, b1, b2, b3)
+                    c_low, c_high = looked_up(c[word], c0, c1, c2, c3)
+                    d_low, d_high = looked_up(d[word], d0, d1, d2, d3)
+                    to = out_ptr + (piece * PIECE + half * 32 + word * 8).to(tl.int64) * fours + four
+                    store_four(to, fours, a_low, b_low, c_low, d_low, in_rows)
+                    store_four(to + 4 * fours, fours, a_high, b_high, c_high, d_high, in_rows)
+            if tl.program_id(1) == 0:
+                inputs = piece * PIECE + tl.arange(0, PIECE)
+                tl.store(scale_ptr + inputs, tl.zeros((PIECE,), tl.float32) + scale)
+
+
+@triton.jit
+def store_four(to, fours, a, b, c, d, mask):  # type: ignore[no-untyped-def]
+    """Four inputs of four rows."""
+    w0, w1, w2, w3 = transposed(a, b, c, d)
+    tl.store(to, w0, mask=mask)
+    tl.store(to + fours, w1, mask=mask)
+    tl.store(to + 2 * fours, w2, mask=mask)
+    tl.store(to + 3 * fours, w3, mask=mask)
