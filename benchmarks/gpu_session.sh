@@ -8,8 +8,9 @@
 #   drills       kill, preempt and resume of a 7B shape over two GPUs, with kernels that add in a fixed order
 #   scoreboard   its missing cells, SHARE of them at once on each GPU (default 14), BOARD_MINUTES long (default: to the end)
 #   methods      every method's step beside LoRA's at 7B
-#   tests        pytest -m gpu, for TESTS_S seconds at most (default 300), on the first GPU, and beside it on the last:
-#                products and kernels by themselves, and a step's kernels by class, of PROFILES (default: see below)
+#   tests        pytest -m gpu, for TESTS_S seconds at most (default 300), on the first GPU, and beside it on the last of two
+#                or more: kernels
+#   kernels      products and kernels by themselves, and a step's kernels by class, of PROFILES (default: see below)
 #   rows         the table of speed on one GPU, a part of it on each, the peers beside it; ROWS: names, default all
 #   pair         that on two; PAIR: names
 #   sweeps       tokens/s over sequence length, rank and depth (one GPU), and ranks (two)
@@ -49,7 +50,7 @@ methods() {
   wait
 }
 tests() { # only files with such tests: others want packages that are not there
-  (CUDA_VISIBLE_DEVICES=$((gpus - 1)) part kernels) &
+  [ "$gpus" = 1 ] || (CUDA_VISIBLE_DEVICES=$((gpus - 1)) part kernels) &
   # shellcheck disable=SC2046 # several words
   CUDA_VISIBLE_DEVICES=0 timeout -s INT -k 15 "${TESTS_S:-300}" python3 -m pytest -v --tb=short -m gpu -p no:cacheprovider \
     tests/test_kernels_proved.py $(grep -l "mark.gpu" tests/test_*.py)
