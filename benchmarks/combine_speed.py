@@ -28,14 +28,13 @@ CASES = (
     ("dx of gate, up, MAP", 2, True, 32, 4096, False),
     ("dx of q, k, v, MAP", 3, True, 48, 4096, False),
 )
-TILES = tuple(itertools.product((64, 128), (1, 4, 8), (4, 8)))  # columns, tiles of a program, warps
+TILES = tuple(combine.Tile(*t) for t in itertools.product((64, 128), (1, 4, 8), (4, 8)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=8192)
-    tokens = parser.parse_args().tokens
-    own = combine._COLUMNS, combine._TILES, combine._WARPS
+    tokens, by_default = parser.parse_args().tokens, combine.TILES
     print(f"{'case':<22}{'torch ms':>10}{'kernel ms':>11}{'TB/s':>7}   columns, tiles, warps: ms")
     for name, num, dots, inner, columns, tall in CASES:
         owns = [made(tokens, columns) for _ in range(num)]
@@ -46,12 +45,15 @@ def main() -> None:
             continue
         before = 1000 * seconds(lambda owns=owns, x=x, thin=thin: by_torch(owns, x, thin))
         found = {}
+        own = combine.TILES[num - 1]
         for tile in (own, *(t for t in TILES if t != own)):
-            combine._COLUMNS, combine._TILES, combine._WARPS = tile
+            combine.TILES = (tile,) * combine.MOST  # type: ignore[assignment]
             found[tile] = 1000 * seconds(lambda owns=owns, x=x, thin=thin: combine.add_(owns, x, thin))
-        combine._COLUMNS, combine._TILES, combine._WARPS = own
+        combine.TILES = by_default
         bytes_ = 2 * tokens * columns * (num + 1 + dots) + 2 * inner * (tokens + columns)
-        best = ", ".join(f"{t}: {ms:.3f}" for t, ms in sorted(found.items(), key=lambda item: item[1])[:3])
+        best = ", ".join(
+            f"{tuple(t)}: {ms:.3f}" for t, ms in sorted(found.items(), key=lambda item: item[1])[:3]
+        )
         print(f"{name:<22}{before:10.3f}{found[own]:11.3f}{bytes_ / found[own] / 1e9:7.2f}   {best}")
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from decompft.adapters.kernels.dequantize import LEVELS, example_storage, sources
 from decompft.adapters.kernels.dequantize import plain as plain_weight
+from decompft.adapters.kernels.launch import launch
 from decompft.adapters.kernels.proved import Proved, close_to
 
 MAX_RANK = 64  # B's and A's parts of a tile lie in registers
@@ -70,14 +71,14 @@ def changed(
     out = torch.empty(num_rows, width, dtype=dtype, device=codes.device) if slope is None else slope
     rank = change.A.shape[0]
     tile_rows = rows_of(rank)
-    with torch.cuda.device(codes.device):
-        _triton()[(width // _COLUMNS, -(-num_rows // tile_rows))](
-            **sources(codes, scales, code, None, double_quant=double_quant),
-            a_ptr=change.A, b_ptr=change.B, out_ptr=out, num_rows=num_rows, width=width, block_size=block_size,
-            rank=rank, s=float(change.s), limit=0.0 if change.limit is None else float(change.limit),
-            EXACT=change.limit is not None, SLOPE=slope is not None,
-            R=_padded(rank), ROWS=tile_rows, COLUMNS=_COLUMNS,
-        )  # fmt: skip
+    launch(
+        _triton(), (width // _COLUMNS, -(-num_rows // tile_rows)), codes.device,
+        **sources(codes, scales, code, None, double_quant=double_quant),
+        a_ptr=change.A, b_ptr=change.B, out_ptr=out, num_rows=num_rows, width=width, block_size=block_size,
+        rank=rank, s=float(change.s), limit=0.0 if change.limit is None else float(change.limit),
+        EXACT=change.limit is not None, SLOPE=slope is not None,
+        R=_padded(rank), ROWS=tile_rows, COLUMNS=_COLUMNS,
+    )  # fmt: skip
     return out
 
 

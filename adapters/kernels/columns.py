@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decompft.adapters.kernels.launch import launch
 from decompft.adapters.kernels.proved import Proved, close_to
 
 _ROWS, _COLUMNS = 32, 128  # of a tile
@@ -81,16 +82,14 @@ def _launch(
     out_TC: Tensor | None,
     parts_NC: Tensor | None,
 ) -> None:
-    kernel = _triton()
     num_rows, num_columns = a_TC.shape
     grid = (-(-num_columns // _COLUMNS), -(-num_rows // (_ROWS * _TILES)))
     out = b_TC if out_TC is None else out_TC
-    with torch.cuda.device(a_TC.device):
-        kernel[grid](
-            a_TC, b_TC, scale_C, out, parts_NC, num_rows, num_columns, a_TC.stride(0), b_TC.stride(0), out.stride(0),
-            DOTS=parts_NC is not None, SCALES=scale_C is not None,
-            ROWS=_ROWS, COLUMNS=_COLUMNS, TILES=_TILES,
-        )  # fmt: skip
+    launch(
+        _triton(), grid, a_TC.device,
+        a_TC, b_TC, scale_C, out, parts_NC, num_rows, num_columns, a_TC.stride(0), b_TC.stride(0), out.stride(0),
+        DOTS=parts_NC is not None, SCALES=scale_C is not None, ROWS=_ROWS, COLUMNS=_COLUMNS, TILES=_TILES,
+    )  # fmt: skip
 
 
 @cache

@@ -14,24 +14,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from decompft.adapters.kernels.launch import launch
 from decompft.adapters.kernels.proved import Proved, close_to
 
 MOST = 3  # arrays, which lie in registers together
 MAX_INNER = 192  # `right` stays in shared memory as a tile's loads pass; padded to 256
 # float32 products do not run on tensor cores: a tile of more is machine code that takes seconds to compile
 _MAX_INNER_FLOAT32 = 32
-# What bounds this is memory, so that loads must be on their way while others are computed with: by several programs
-# of 4 warps on a multiprocessor. 64 rows are the least that a warp group's tensor cores take, 64 columns of bfloat16
-# are 128 contiguous bytes of a row. Compiled for sm_90, three arrays with dots and 48 inner then take 166 registers a
-# thread: three programs of 32 KiB of loads each. A tile of 128 columns takes 255 and spills.
-_COLUMNS = 64
-_TILES = 4  # a program's, one below the other: `right` is read once for all
-_WARPS = 4
+
+
+class Tile(NamedTuple):
+    """A program's share; of rows see `rows_of`."""
+
+    columns: int
+    tiles: int  # one below the other: `right` is read once for all
+    warps: int
+
+
+# by the number of arrays. What bounds this is memory, so that loads must be on their way while others are computed
+# with. On an H200 these were fastest or next to it in benchmarks/combine_speed.py
+TILES = (Tile(128, 1, 8), Tile(128, 1, 8), Tile(128, 8, 4))
 
 Product = tuple[Tensor, Tensor]  # left, right
 
@@ -58,22 +65,22 @@ def add_(owns: Sequence[Tensor], x_TC: Tensor | None, thin: Product | None) -> T
     """
     assert all(own.is_contiguous() for own in owns), [own.stride() for own in owns]
     num_rows, num_columns = owns[0].shape
-    rows = rows_of(owns[0].dtype)
-    grid = (-(-num_columns // _COLUMNS), -(-num_rows // (rows * _TILES)))
+    rows, tile = rows_of(owns[0].dtype), TILES[len(owns) - 1]
+    grid = (-(-num_columns // tile.columns), -(-num_rows // (rows * tile.tiles)))
     parts = None
     if x_TC is not None:
         parts = torch.empty(len(owns), grid[0] * grid[1], dtype=torch.float32, device=owns[0].device)
     left, right = (None, None) if thin is None else thin
     inner = 0 if left is None else left.shape[1]
     others = [*owns[1:], *[None] * (MOST - len(owns))]
-    with torch.cuda.device(owns[0].device):
-        _triton()[grid](
-            owns[0], *others, x_TC, left, right, parts, num_rows, num_columns, inner,
-            0 if x_TC is None else x_TC.stride(0), 0 if left is None else left.stride(0),
-            *((0, 0) if right is None else right.stride()),
-            M=len(owns), DOTS=parts is not None, THIN=thin is not None, K=padded(inner),
-            ROWS=rows, COLUMNS=_COLUMNS, TILES=_TILES, num_warps=_WARPS, num_stages=1,
-        )  # fmt: skip
+    launch(
+        _triton(), grid, owns[0].device,
+        owns[0], *others, x_TC, left, right, parts, num_rows, num_columns, inner,
+        0 if x_TC is None else x_TC.stride(0), 0 if left is None else left.stride(0),
+        *((0, 0) if right is None else right.stride()),
+        M=len(owns), DOTS=parts is not None, THIN=thin is not None, K=padded(inner),
+        ROWS=rows, COLUMNS=tile.columns, TILES=tile.tiles, num_warps=tile.warps, num_stages=1,
+    )  # fmt: skip
     return None if parts is None else parts.sum(1)
 
 
@@ -175,10 +182,10 @@ def example(
 
 def _example(device: torch.device, dtype: torch.dtype) -> None:
     """Rows and columns that fill no tile: as y, as the slope of gate and up, as that of q, k and v."""
-    size = rows_of(dtype) * _TILES + 5, _COLUMNS + 16
-    example(device, dtype, num=1, dots=False, inner=5, tall=True, size=size)
-    example(device, dtype, num=2, dots=True, inner=0, tall=False, size=size)
-    example(device, dtype, num=3, dots=True, inner=24, tall=False, size=size)
+    for num, inner in ((1, 5), (2, 0), (3, 24)):
+        tile = TILES[num - 1]
+        size = rows_of(dtype) * tile.tiles + 5, tile.columns + 16
+        example(device, dtype, num=num, dots=num > 1, inner=inner, tall=num == 1, size=size)
 
 
 # not named by method or format: with `quantization.compute: fp8` all of them want it

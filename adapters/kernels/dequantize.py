@@ -15,6 +15,7 @@ from torch import Tensor
 
 from decompft.adapters.formats import ROW_TAIL_BYTES, SCALE_ALIGN
 from decompft.adapters.frozen.rows import as_bytes, as_float32
+from decompft.adapters.kernels.launch import launch
 from decompft.adapters.kernels.proved import Proved, close_to
 
 # as bitsandbytes' CUDA kernels have them, by code; nf4's: Dettmers et al., 2023, arXiv:2305.14314, appendix E
@@ -63,13 +64,13 @@ def dequantize(
     row_blocks = out.shape[1] // block_size
     total = out.shape[0] * row_blocks
     blocks = max(1, 2 * _BYTES // block_size)
-    with torch.cuda.device(codes.device):
-        _triton()[(-(-total // blocks),)](
-            **sources(codes, scales, code, scale, double_quant=double_quant),
-            out_ptr=out, total=total, row_blocks=row_blocks, HALF=block_size // 2, BLOCKS=blocks,
-            # low + step * byte is rounded as FUSED says, not as a compiler likes
-            enable_fp_fusion=False,
-        )  # fmt: skip
+    launch(
+        _triton(), (-(-total // blocks),), codes.device,
+        **sources(codes, scales, code, scale, double_quant=double_quant),
+        out_ptr=out, total=total, row_blocks=row_blocks, HALF=block_size // 2, BLOCKS=blocks,
+        # low + step * byte is rounded as FUSED says, not as a compiler likes
+        enable_fp_fusion=False,
+    )  # fmt: skip
     return out
 
 

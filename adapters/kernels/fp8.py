@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from decompft.adapters.kernels.dequantize import example_storage, levels
+from decompft.adapters.kernels.launch import launch
 from decompft.adapters.kernels.proved import Proved, close_to
 
 E4M3 = torch.float8_e4m3fn
@@ -29,9 +30,9 @@ LARGEST = 448.0
 # a row whose largest magnitude is below this is rounded as if it were this: its scale is still a normal number
 SMALLEST = 1e-30
 _WIDEST = 1 << 16  # columns that one program holds in registers
-# no GPU has chosen yet: benchmarks/fp8_kernels_time.py times the candidates beside these
+# chosen on an H200 with benchmarks/fp8_kernels_time.py, which times the candidates beside these
 _ROW_WARPS = 2  # to an output row
-_TALL_WARPS, _TALL_PIECES = 2, 2  # of 128 output rows each; of 64 inputs, one after the other
+_TALL_WARPS, _TALL_PIECES = 2, 1  # of 128 output rows each; of 64 inputs, one after the other
 _HIGH_ROWS = 16
 # of a 4-bit weight: a thread of the transposing kernel has 64 inputs of a block, and writes four rows as a word
 _BLOCKS_OF, _ROWS_OF = 64, 4
@@ -158,38 +159,38 @@ def _fits_fourbit(weight: FourBit) -> bool:
 def launch_rows(x_TK: Tensor, times_K: Tensor | None, out_TK: Tensor, scale_T: Tensor) -> None:
     num_rows, num_columns = x_TK.shape
     width = 1 << (num_columns - 1).bit_length()
-    with torch.cuda.device(x_TK.device):
-        _triton().rows[(num_rows,)](
-            x_TK, times_K, out_TK, scale_T, num_columns, x_TK.stride(0),
-            TIMES=times_K is not None, COLUMNS=width, num_warps=4 if width <= 2048 else 8 if width <= 8192 else 16,
-        )  # fmt: skip
+    launch(
+        _triton().rows, (num_rows,), x_TK.device,
+        x_TK, times_K, out_TK, scale_T, num_columns, x_TK.stride(0),
+        TIMES=times_K is not None, COLUMNS=width, num_warps=4 if width <= 2048 else 8 if width <= 8192 else 16,
+    )  # fmt: skip
 
 
 def launch_fourbit_rows(weight: FourBit, out_OI: Tensor, scale_O: Tensor) -> None:
-    with torch.cuda.device(weight.codes.device):
-        _triton().fourbit_rows[(len(weight.codes),)](
-            *_pointers(weight), out_OI.view(torch.int32), scale_O, **_sizes(weight),
-            THREADS=32 * _ROW_WARPS, num_warps=_ROW_WARPS,
-        )  # fmt: skip
+    launch(
+        _triton().fourbit_rows, (len(weight.codes),), weight.codes.device,
+        *_pointers(weight), out_OI.view(torch.int32), scale_O, **_sizes(weight),
+        THREADS=32 * _ROW_WARPS, num_warps=_ROW_WARPS,
+    )  # fmt: skip
 
 
 def launch_block_highs(weight: FourBit, high_NB: Tensor) -> None:
     num_rows = len(weight.codes)
-    with torch.cuda.device(weight.codes.device):
-        _triton().block_highs[(len(high_NB),)](
-            weight.scales.contiguous(), _floats(weight), high_NB, num_rows, **_sizes(weight), ROWS=_HIGH_ROWS
-        )
+    launch(
+        _triton().block_highs, (len(high_NB),), weight.codes.device,
+        weight.scales.contiguous(), _floats(weight), high_NB, num_rows, **_sizes(weight), ROWS=_HIGH_ROWS,
+    )  # fmt: skip
 
 
 def launch_fourbit_columns(weight: FourBit, high_B: Tensor, out_IO: Tensor, scale_I: Tensor) -> None:
     """Output rows in multiples of four."""
     fours, threads = len(weight.codes) // _ROWS_OF, 32 * _TALL_WARPS
     grid = (-(-weight.num_inputs // (_BLOCKS_OF * _TALL_PIECES)), -(-fours // threads))
-    with torch.cuda.device(weight.codes.device):
-        _triton().fourbit_columns[grid](
-            *_pointers(weight), high_B, out_IO.view(torch.int32), scale_I, fours, **_sizes(weight),
-            THREADS=threads, PIECES=_TALL_PIECES, num_warps=_TALL_WARPS,
-        )  # fmt: skip
+    launch(
+        _triton().fourbit_columns, grid, weight.codes.device,
+        *_pointers(weight), high_B, out_IO.view(torch.int32), scale_I, fours, **_sizes(weight),
+        THREADS=threads, PIECES=_TALL_PIECES, num_warps=_TALL_WARPS,
+    )  # fmt: skip
 
 
 def _pointers(weight: FourBit) -> tuple[Tensor, Tensor, Tensor, Tensor]:

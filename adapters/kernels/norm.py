@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from decompft.adapters.kernels.launch import launch
 from decompft.adapters.kernels.proved import Proved, close_to
 
 MAX_RANK = 64  # one program adds up both Gram matrices
@@ -65,13 +66,14 @@ def scales(
     chunks = -(-max(num_in, num_out) // (_SPLITS * chunk))
     parts = A.new_empty(2, _SPLITS, rank, rank)
     grams, found = A.new_empty(2, rank, rank), A.new_empty(5, _STRIDE)
-    with torch.cuda.device(A.device):
-        _triton().gram[(2 * _SPLITS,)](
-            A, B, parts, rank, num_in, num_out, CHUNK=chunk, CHUNKS=chunks, **sizes
-        )
-        _triton().finish[(1,)](
-            parts, a, b, base_norm, grams, found, rank, eps, eps / s, STRIDE=_STRIDE, **sizes
-        )
+    launch(
+        _triton().gram, (2 * _SPLITS,), A.device,
+        A, B, parts, rank, num_in, num_out, CHUNK=chunk, CHUNKS=chunks, **sizes,
+    )  # fmt: skip
+    launch(
+        _triton().finish, (1,), A.device,
+        parts, a, b, base_norm, grams, found, rank, eps, eps / s, STRIDE=_STRIDE, **sizes,
+    )  # fmt: skip
     return grams, found
 
 
@@ -100,11 +102,11 @@ def pull_(
     """
     (rank, num_in), num_out = A.shape, B.shape[0]
     slopes, chunk = A.new_empty(2, _STRIDE), chunk_of(rank)
-    with torch.cuda.device(A.device):
-        _triton().pull[(-(-num_in // chunk) - (-num_out // chunk),)](
-            A, B, grams, found, dq, drow, dA, dB, slopes, rank, num_in, num_out,
-            R=_padded(rank), CHUNK=chunk, STRIDE=_STRIDE,
-        )  # fmt: skip
+    launch(
+        _triton().pull, (-(-num_in // chunk) - (-num_out // chunk),), A.device,
+        A, B, grams, found, dq, drow, dA, dB, slopes, rank, num_in, num_out,
+        R=_padded(rank), CHUNK=chunk, STRIDE=_STRIDE,
+    )  # fmt: skip
     return slopes[0, :1], slopes[1, :1]
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from decompft.adapters.kernels.launch import launch
 from decompft.adapters.kernels.proved import Proved, close_to
 
 MAX_RANK = 64  # of a tile that lies in registers
@@ -49,11 +50,11 @@ def factors(P: Tensor, AAt: Tensor, B: Tensor, squares: Tensor, m: Tensor, s: fl
     num_out, rank = B.shape
     n, row, per_B = (torch.empty_like(m) for _ in range(3))
     up = torch.empty_like(B)
-    with torch.cuda.device(B.device):
-        _triton().factors[(-(-num_out // rows_of(rank)),)](
-            P.contiguous(), AAt.contiguous(), B, squares, m, n, row, per_B, up, num_out, rank, s, TINY,
-            R=_padded(rank), ROWS=rows_of(rank),
-        )  # fmt: skip
+    launch(
+        _triton().factors, (-(-num_out // rows_of(rank)),), B.device,
+        P.contiguous(), AAt.contiguous(), B, squares, m, n, row, per_B, up, num_out, rank, s, TINY,
+        R=_padded(rank), ROWS=rows_of(rank),
+    )  # fmt: skip
     return Rows(n, row, per_B, up)
 
 
@@ -61,10 +62,10 @@ def pull_(dup: Tensor, B: Tensor, drow: Tensor, n: Tensor, per_B: Tensor, s: flo
     """dm (out,); `dup`, the slope of up, contiguous, becomes B's in place. One launch."""
     num_out, rank = B.shape
     dm = torch.empty_like(n)
-    with torch.cuda.device(B.device):
-        _triton().pull[(-(-num_out // rows_of(rank)),)](
-            dup, B, drow.contiguous(), n, per_B, dm, num_out, rank, s, R=_padded(rank), ROWS=rows_of(rank)
-        )
+    launch(
+        _triton().pull, (-(-num_out // rows_of(rank)),), B.device,
+        dup, B, drow.contiguous(), n, per_B, dm, num_out, rank, s, R=_padded(rank), ROWS=rows_of(rank),
+    )  # fmt: skip
     return dm
 
 

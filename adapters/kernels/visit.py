@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decompft.adapters.kernels.launch import launch
 from decompft.adapters.kernels.proved import Proved, close_to
 
 # parts are float32: those of a stretch of 512 x 256 are 0.19 of dy's bytes for R = 16 and 0.38 for 32, and are written
@@ -66,16 +67,17 @@ def _launch(dy_TO: Tensor, up_OR: Tensor, hq_TR: Tensor, gu_TR: Tensor, scale: f
     d_up_parts = hq_TR.new_empty(row_blocks, num_columns, rank, dtype=torch.float32)
     d_up_OR = hq_TR.new_empty(num_columns, rank, dtype=torch.float32)
     gu_size, d_up_size = num_rows * rank, num_columns * rank
-    with torch.cuda.device(dy_TO.device):
-        _triton().visit_parts[(column_blocks, row_blocks)](
-            dy_TO, up_OR, hq_TR, gu_parts, d_up_parts, num_rows, num_columns, rank,
-            dy_TO.stride(0), up_OR.stride(0), hq_TR.stride(0),
-            R=_padded(rank), ROWS=_ROWS, COLUMNS=_COLUMNS, TILES=tiles, num_warps=4, num_stages=_STAGES,
-        )  # fmt: skip
-        _triton().visit_sums[(-(-gu_size // _SIZE) - (-d_up_size // _SIZE),)](
-            gu_parts, d_up_parts, gu_TR, d_up_OR, rank, gu_size, d_up_size, column_blocks, row_blocks,
-            gu_TR.stride(0), scale, SIZE=_SIZE, PARTS=_PARTS,
-        )  # fmt: skip
+    launch(
+        _triton().visit_parts, (column_blocks, row_blocks), dy_TO.device,
+        dy_TO, up_OR, hq_TR, gu_parts, d_up_parts, num_rows, num_columns, rank,
+        dy_TO.stride(0), up_OR.stride(0), hq_TR.stride(0),
+        R=_padded(rank), ROWS=_ROWS, COLUMNS=_COLUMNS, TILES=tiles, num_warps=4, num_stages=_STAGES,
+    )  # fmt: skip
+    launch(
+        _triton().visit_sums, (-(-gu_size // _SIZE) - (-d_up_size // _SIZE),), dy_TO.device,
+        gu_parts, d_up_parts, gu_TR, d_up_OR, rank, gu_size, d_up_size, column_blocks, row_blocks,
+        gu_TR.stride(0), scale, SIZE=_SIZE, PARTS=_PARTS,
+    )  # fmt: skip
     return d_up_OR
 
 
