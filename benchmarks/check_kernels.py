@@ -94,10 +94,10 @@ def compile_combine() -> None:
     from decompft.adapters.kernels import combine_triton
 
     for pointer, num, dots, inner, tall in itertools.product(
-        POINTERS, (1, 2, 3), (False, True), (0, *INNERS), (False, True)
+        POINTERS, (0, 1, 2, 3), (False, True), (0, *INNERS), (False, True)
     ):
-        dtype, tile = POINTERS[pointer], combine.TILES[num - 1]
-        if tall and (num > 1 or dots or not inner):
+        dtype, tile = POINTERS[pointer], combine.TILES[num]
+        if (tall and num > 1) or ((tall or not num) and (dots or not inner)):
             continue
         if dtype == torch.float32 and inner > combine._MAX_INNER_FLOAT32:
             continue
@@ -182,14 +182,16 @@ def interpret() -> None:
             print(f"interpreter: {name}'s own proof in {str(dtype).removeprefix('torch.')}: passed")
     check_visits()
     for dtype, num, dots, inner in itertools.product(
-        POINTERS.values(), (1, 2, 3), (False, True), (0, *INNERS)
+        POINTERS.values(), (0, 1, 2, 3), (False, True), (0, *INNERS)
     ):
+        if not num and (dots or not inner):
+            continue
         # the interpreter multiplies bfloat16 as if their bits were integers
         if dtype == torch.float16 or not inner or (dtype == torch.float32 and inner == min(INNERS)):
             combine.example(
-                torch.device("cpu"), dtype, num=num, dots=dots, inner=inner, tall=num == 1, size=(70, 70)
+                torch.device("cpu"), dtype, num=num, dots=dots, inner=inner, tall=num < 2, size=(70, 70)
             )
-    print(f"interpreter: combine of 1 to 3 arrays, dots, inner sizes 0, {INNERS}: as torch")
+    print(f"interpreter: combine of 0 to 3 arrays, dots, inner sizes 0, {INNERS}: as torch")
     for shape, dtype in itertools.product(SHAPES, POINTERS.values()):
         # columns of a wider array: rows are further apart than they are long
         a, b = (torch.randn(shape[0], shape[1] + 4).to(dtype)[:, : shape[1]] for _ in range(2))

@@ -20,6 +20,9 @@ from decompft.adapters.kernels.columns import dot
 
 # name, arrays, dots, inner size, columns, right is transposed
 CASES = (
+    ("y of q, before it", 0, False, 16, 4096, True),
+    ("y of gate, before it", 0, False, 16, 11008, True),
+    ("dx of q, k, v, before", 0, False, 48, 4096, False),
     ("y of q, fp8", 1, False, 16, 4096, True),
     ("y of gate, fp8", 1, False, 16, 11008, True),
     ("dx of q, k, v, fp8", 3, False, 48, 4096, False),
@@ -37,18 +40,19 @@ def main() -> None:
     tokens, by_default = parser.parse_args().tokens, combine.TILES
     print(f"{'case':<22}{'torch ms':>10}{'kernel ms':>11}{'TB/s':>7}   columns, tiles, warps: ms")
     for name, num, dots, inner, columns, tall in CASES:
-        owns = [made(tokens, columns) for _ in range(num)]
+        owns = [made(tokens, columns) for _ in range(max(num, 1))]
         x = made(tokens, columns) if dots else None
         thin = made(tokens, inner), made(columns, inner).T if tall else made(inner, columns)
         if not combine.fits(owns[0], thin):
             print(f"{name}: {combine.PROVED.reason(owns[0].device, owns[0].dtype)}")
             continue
-        before = 1000 * seconds(lambda owns=owns, x=x, thin=thin: by_torch(owns, x, thin))
+        work, twin = (of_product, by_torch_alone) if num == 0 else (of_sum, by_torch)
+        before = 1000 * seconds(lambda owns=owns, x=x, thin=thin, twin=twin: twin(owns, x, thin))
         found = {}
-        own = combine.TILES[num - 1]
+        own = combine.TILES[num]
         for tile in (own, *(t for t in TILES if t != own)):
-            combine.TILES = (tile,) * combine.MOST  # type: ignore[assignment]
-            found[tile] = 1000 * seconds(lambda owns=owns, x=x, thin=thin: combine.add_(owns, x, thin))
+            combine.TILES = (tile,) * (combine.MOST + 1)  # type: ignore[assignment]
+            found[tile] = 1000 * seconds(lambda owns=owns, x=x, thin=thin, work=work: work(owns, x, thin))
         combine.TILES = by_default
         bytes_ = 2 * tokens * columns * (num + 1 + dots) + 2 * inner * (tokens + columns)
         best = ", ".join(
@@ -60,6 +64,18 @@ def main() -> None:
 def made(*size: int) -> Tensor:
     """Small, as the sum is added to again and again."""
     return 1e-3 * torch.randn(size, device="cuda", dtype=torch.bfloat16)
+
+
+def of_sum(owns: list[Tensor], x: Tensor | None, thin: combine.Product) -> None:
+    combine.add_(owns, x, thin)
+
+
+def of_product(owns: list[Tensor], x: Tensor | None, thin: combine.Product) -> None:
+    combine.product(*thin)
+
+
+def by_torch_alone(owns: list[Tensor], x: Tensor | None, thin: combine.Product) -> None:
+    torch.mm(*thin)
 
 
 def by_torch(owns: list[Tensor], x: Tensor | None, thin: combine.Product) -> None:

@@ -144,13 +144,9 @@ def same_bits(first: list[Rows], found: list[Rows]) -> list[Rows]:
 
 
 def dense(weight: FourBit) -> Tensor:
+    codes, scales = (s.view(torch.bfloat16) for s in (weight.codes, weight.scales))  # as they are stored
     return dequantize.dequantize(
-        weight.codes,
-        weight.scales,
-        "nf4",
-        weight.block_size,
-        torch.bfloat16,
-        double_quant=weight.double_quant,
+        codes, scales, "nf4", weight.block_size, torch.bfloat16, double_quant=weight.double_quant
     )
 
 

@@ -59,7 +59,7 @@ tests() { # only files with such tests: others want packages that are not there
 kernels() {
   local which
   own kernels
-  for which in products whole_weight combine_speed fp8_kernels_time; do timeout 60 python3 "benchmarks/$which.py" || true; done
+  for which in products combine_speed fp8_kernels_time visit_speed; do timeout 60 python3 "benchmarks/$which.py" || true; done
   for which in ${PROFILES:-lora,bfloat16 map,bfloat16 lora,fp8 map,fp8 dora,bfloat16}; do
     timeout 90 python3 benchmarks/profile_step.py "adapter.method=${which%,*}" "quantization.compute=${which#*,}" \
       parallel.gpus_per_node=1 --out "$work/profile.txt" || true

@@ -18,7 +18,7 @@ from torch import Tensor
 from decompft.adapters.frozen.rounded import copy_of, stacked_copy_of
 from decompft.adapters.kernels import visit
 from decompft.adapters.kernels.columns import dot_columns, times_columns
-from decompft.adapters.kernels.combine import Product, add_product_
+from decompft.adapters.kernels.combine import Product, add_product_, product
 
 if TYPE_CHECKING:
     from decompft.adapters.frozen.linear import Factors
@@ -56,7 +56,7 @@ class Back:
         return None if self.gq_TK is None or self.down_KI is None else (self.gq_TK, self.down_KI)
 
     def slope(self) -> Tensor | None:
-        return None if self.gq_TK is None or self.down_KI is None else self.gq_TK @ self.down_KI
+        return None if self.gq_TK is None or self.down_KI is None else product(self.gq_TK, self.down_KI)
 
 
 def add_thin(d_TI: Tensor, factors: Sequence[Factors], ys: list[Tensor | None]) -> Added:
@@ -79,7 +79,7 @@ def add_thin(d_TI: Tensor, factors: Sequence[Factors], ys: list[Tensor | None]) 
     for place, up, copy, hq_TR in zip(places, ups, up_copies, hq_TK.split(widths, 1), strict=True):
         up_RO = (up.to(dtype) if copy is None else copy).T
         y_TO = ys[place]
-        ys[place] = hq_TR @ up_RO if y_TO is None else add_product_(y_TO, hq_TR, up_RO)
+        ys[place] = product(hq_TR, up_RO) if y_TO is None else add_product_(y_TO, hq_TR, up_RO)
     return Added(scale, h_TK, scale_K, down_copy, up_copies)
 
 

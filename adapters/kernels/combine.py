@@ -2,6 +2,8 @@
 
     own_1 <- sum_m own_m + left right,    dot_m = sum over all rows and columns of own_m x
 
+Of no array, the product alone: where the result is all that costs, torch's products reach half of what memory takes.
+
 Where each linear's part of a slope is wanted by itself, or a product cannot add to what is there, torch's operators
 read and write all of the slope for each sum, each dot and the thin product. Here each array is read once and one is
 written. Sums are float32, rounded once to the arrays' dtype. Dots are taken over fixed tiles, then over the tiles: the
@@ -38,7 +40,7 @@ class Tile(NamedTuple):
 
 # by the number of arrays. What bounds this is memory, so that loads must be on their way while others are computed
 # with. On an H200 these were fastest or next to it in benchmarks/combine_speed.py
-TILES = (Tile(128, 1, 8), Tile(128, 1, 8), Tile(128, 8, 4))
+TILES = (Tile(128, 1, 8), Tile(128, 1, 8), Tile(128, 1, 8), Tile(128, 8, 4))
 
 Product = tuple[Tensor, Tensor]  # left, right
 
@@ -64,21 +66,28 @@ def add_(owns: Sequence[Tensor], x_TC: Tensor | None, thin: Product | None) -> T
         thin: what else is added; right may have any strides.
     """
     assert all(own.is_contiguous() for own in owns), [own.stride() for own in owns]
-    num_rows, num_columns = owns[0].shape
-    rows, tile = rows_of(owns[0].dtype), TILES[len(owns) - 1]
+    return _launch(owns[0], len(owns), owns[1:], x_TC, thin)
+
+
+def _launch(
+    out_TC: Tensor, num: int, others: Sequence[Tensor], x_TC: Tensor | None, thin: Product | None
+) -> Tensor | None:
+    """`out_TC` is the first of `num` arrays, and only written if there are none."""
+    num_rows, num_columns = out_TC.shape
+    rows, tile = rows_of(out_TC.dtype), TILES[num]
     grid = (-(-num_columns // tile.columns), -(-num_rows // (rows * tile.tiles)))
     parts = None
     if x_TC is not None:
-        parts = torch.empty(len(owns), grid[0] * grid[1], dtype=torch.float32, device=owns[0].device)
+        parts = torch.empty(num, grid[0] * grid[1], dtype=torch.float32, device=out_TC.device)
     left, right = (None, None) if thin is None else thin
     inner = 0 if left is None else left.shape[1]
-    others = [*owns[1:], *[None] * (MOST - len(owns))]
+    absent = [None] * (MOST - 1 - len(others))
     launch(
-        _triton(), grid, owns[0].device,
-        owns[0], *others, x_TC, left, right, parts, num_rows, num_columns, inner,
+        _triton(), grid, out_TC.device,
+        out_TC, *others, *absent, x_TC, left, right, parts, num_rows, num_columns, inner,
         0 if x_TC is None else x_TC.stride(0), 0 if left is None else left.stride(0),
         *((0, 0) if right is None else right.stride()),
-        M=len(owns), DOTS=parts is not None, THIN=thin is not None, K=padded(inner),
+        M=num, DOTS=parts is not None, THIN=thin is not None, K=padded(inner),
         ROWS=rows, COLUMNS=tile.columns, TILES=tile.tiles, num_warps=tile.warps, num_stages=1,
     )  # fmt: skip
     return None if parts is None else parts.sum(1)
@@ -103,6 +112,20 @@ def add_product_(y_TC: Tensor, left_TK: Tensor, right_KC: Tensor) -> Tensor:
         return y_TC.addmm_(left_TK, right_KC)
     add_([y_TC], None, (left_TK, right_KC))
     return y_TC
+
+
+def product(left_TK: Tensor, right_KC: Tensor) -> Tensor:
+    """left right."""
+    if (
+        left_TK.is_cuda
+        and left_TK.numel()
+        and _is_thin(left_TK, right_KC, left_TK.dtype)
+        and PROVED.runs(left_TK.device, left_TK.dtype)
+    ):
+        out_TC = left_TK.new_empty(len(left_TK), right_KC.shape[1])
+        _launch(out_TC, 0, (), None, (left_TK, right_KC))
+        return out_TC
+    return left_TK @ right_KC
 
 
 def rows_of(dtype: torch.dtype) -> int:
@@ -140,10 +163,10 @@ def example(
     tall: bool,
     size: tuple[int, int],
 ) -> None:
-    """Run `add_` and compare it with the twin in float64.
+    """Run `add_`, or `product`, and compare it with the twin in float64.
 
     Args:
-        num: of arrays.
+        num: of arrays; 0 for `product`.
         inner: of the thin product; 0 for none.
         tall: its right factor is a transposed array.
 
@@ -161,7 +184,7 @@ def example(
         # columns of a wider array, as one member's part of all
         left = made(size[0], inner + 16)[:, :inner]
         thin = left, made(size[1], inner).T if tall else made(inner, size[1])
-    wide = [own.double() for own in owns]
+    wide = [own.double() for own in owns] or [torch.zeros(size, dtype=torch.float64, device=device)]
     sizes = sum((own.abs() for own in wide), torch.zeros_like(wide[0]))
     if thin is not None:
         sizes += thin[0].double().abs() @ thin[1].double().abs()
@@ -171,7 +194,11 @@ def example(
         None if x is None else x.double(),
         None if thin is None else (thin[0].double(), thin[1].double()),
     )
-    found = add_(owns, x, thin)
+    if not owns and thin is not None:
+        owns, found = [made(*size)], None
+        _launch(owns[0], 0, (), None, thin)
+    else:
+        found = add_(owns, x, thin)
     # float32 sums, of which a tensor core may cut two bits off, then one rounding
     bound = torch.finfo(dtype).eps * wide[0].abs() + 2**-22 * (inner + num) * sizes
     close_to(owns[0], wide[0].to(dtype), bound)
@@ -181,11 +208,12 @@ def example(
 
 
 def _example(device: torch.device, dtype: torch.dtype) -> None:
-    """Rows and columns that fill no tile: as y, as the slope of gate and up, as that of q, k and v."""
-    for num, inner in ((1, 5), (2, 0), (3, 24)):
-        tile = TILES[num - 1]
+    """Rows and columns that fill no tile: as y, before and after its product, as the slope of gate and up, as that of
+    q, k and v."""
+    for num, inner in ((0, 16), (1, 5), (2, 0), (3, 24)):
+        tile = TILES[num]
         size = rows_of(dtype) * tile.tiles + 5, tile.columns + 16
-        example(device, dtype, num=num, dots=num > 1, inner=inner, tall=num == 1, size=size)
+        example(device, dtype, num=num, dots=num > 1, inner=inner, tall=num < 2, size=size)
 
 
 # not named by method or format: with `quantization.compute: fp8` all of them want it

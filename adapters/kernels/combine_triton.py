@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit  # type: ignore[untyped-decorator]
 def combine(  # type: ignore[no-untyped-def]
-    own_1_ptr,  # (rows, columns), contiguous, as the next two; becomes the sum
+    own_1_ptr,  # (rows, columns), contiguous, as the next two; becomes the sum, and is not read if M is 0
     own_2_ptr,
     own_3_ptr,
     x_ptr,  # (rows, columns), contiguous along columns
@@ -51,7 +51,8 @@ def combine(  # type: ignore[no-untyped-def]
         in_rows = first + r < num_rows
         mask = in_rows[:, None] & in_columns[None, :]
         # all loads before anything is computed of them
-        own_1 = tl.load(own_1_ptr + first * num_columns + own_at, mask=mask, other=0.0)
+        if M > 0:
+            own_1 = tl.load(own_1_ptr + first * num_columns + own_at, mask=mask, other=0.0)
         if M > 1:
             own_2 = tl.load(own_2_ptr + first * num_columns + own_at, mask=mask, other=0.0)
         if M > 2:
@@ -61,7 +62,9 @@ def combine(  # type: ignore[no-untyped-def]
         if THIN:
             left_mask = in_rows[:, None] & in_inner[None, :]
             left = tl.load(left_ptr + first * left_stride + left_at, mask=left_mask, other=0.0)
-        total = own_1.to(tl.float32)
+        total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        if M > 0:
+            total += own_1.to(tl.float32)
         if DOTS:
             dot_1 += tl.sum(own_1.to(tl.float32) * x)
         if M > 1:

@@ -60,6 +60,7 @@ def dequantize(
     Args:
         codes, scales: as FourBitLinear stores them.
     """
+    assert codes.element_size() == 2, codes.dtype
     out = torch.empty(codes.shape[0], codes.shape[1] * 4, dtype=dtype, device=codes.device)
     row_blocks = out.shape[1] // block_size
     total = out.shape[0] * row_blocks
