@@ -12,6 +12,7 @@ from decompft.adapters.base import Adapter
 from decompft.adapters.inject import adapters
 from decompft.adapters.token_rows import token_rows
 from decompft.launcher.recipe import TrainSection
+from decompft.launcher.worker.adamw import QuickAdamW
 from decompft.launcher.worker.engines.base import Engine, full_shape
 from decompft.launcher.worker.schedule import factor_of
 
@@ -43,7 +44,7 @@ def make_optimizer(
     ]
     common: dict[str, Any] = {"lr": train.learning_rate, "betas": train.betas, "eps": train.adam_eps}
     if train.optimizer == "adamw":
-        return torch.optim.AdamW(params, fused=True, **common)
+        return QuickAdamW(params, fused=True, **common)
     # bitsandbytes takes 3 s to import
     from decompft.launcher.worker.adamw8bit import AdamW8bit
 
