@@ -53,8 +53,8 @@ def test_the_second_launch_of_a_kind_is_quick(kernel: Kernel) -> None:
     assert kernel.quick == [
         (3, 1, 1, STREAM, "machine code", "packed", None, None, None, x.data_ptr(), None, 64, 0.5, True)
     ]
-    # other tensors of the same kind, and another grid, in the kernel's order of arguments
-    launch(kernel, (2, 5), CPU, x_ptr=y, FLAG=True, size=64, y_ptr=None, scale=0.5, num_warps=4)
+    # another tensor of the same kind, and another grid
+    launch(kernel, (2, 5), CPU, y, None, 64, scale=0.5, FLAG=True, num_warps=4)
     assert counts(kernel) == (1, 2)
     assert kernel.quick[1][:3] == (2, 5, 1) and kernel.quick[1][9:] == (y.data_ptr(), None, 64, 0.5, True)
 
@@ -62,25 +62,25 @@ def test_the_second_launch_of_a_kind_is_quick(kernel: Kernel) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"x_ptr": torch.zeros(65)[1:]},  # not a multiple of 16
-        {"x_ptr": torch.zeros(64, dtype=torch.bfloat16)},
-        {"y_ptr": torch.zeros(64)},
-        {"size": 1},
-        {"size": 65},
-        {"scale": 1},
+        {0: torch.zeros(65)[1:]},  # not a multiple of 16
+        {0: torch.zeros(64, dtype=torch.bfloat16)},
+        {1: torch.zeros(64)},
+        {2: 1},
+        {2: 65},
+        {3: 1},
         {"FLAG": False},
         {"num_warps": 8},
         {"num_stages": 1},
     ],
 )
-def test_what_machine_code_depends_on_is_looked_at(kernel: Kernel, change: dict[str, Any]) -> None:
-    usual = {"x_ptr": torch.zeros(64), "y_ptr": None, "size": 64, "scale": 1.0, "FLAG": True, "num_warps": 4}
-    launch(kernel, (1,), CPU, **usual)
-    launch(kernel, (1,), CPU, **(usual | change))
-    assert counts(kernel) == (2, 0)
-    launch(kernel, (1,), CPU, **usual)
-    launch(kernel, (1,), CPU, **(usual | change))
-    assert counts(kernel) == (2, 2)
+def test_what_machine_code_depends_on_is_looked_at(kernel: Kernel, change: dict[Any, Any]) -> None:
+    usual: list[Any] = [torch.zeros(64), None, 64, 1.0]
+    named = {name: value for name, value in change.items() if isinstance(name, str)}
+    changed = [change.get(k, value) for k, value in enumerate(usual)]
+    for expected in ((2, 0), (2, 2)):
+        for args, options in ((usual, {}), (changed, named)):
+            launch(kernel, (1,), CPU, *args, **({"FLAG": True, "num_warps": 4} | options))
+        assert counts(kernel) == expected
 
 
 def test_kernels_are_apart_and_what_is_known_has_an_end(

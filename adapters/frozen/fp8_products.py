@@ -89,7 +89,7 @@ def _pad_to(x: Tensor) -> int:
     """Rows that a product is made of."""
     if not x.is_cuda:
         return 0
-    return max(_FEWEST_ROWS, len(x) + -len(x) % ALIGN)
+    return max(_FEWEST_ROWS, x.shape[0] + -x.shape[0] % ALIGN)
 
 
 def _product(left: Rows, right: Rows, like: Tensor) -> Tensor:
@@ -105,4 +105,4 @@ def _product(left: Rows, right: Rows, like: Tensor) -> Tensor:
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
-    return made[: len(like)].to(like.dtype)
+    return made[: like.shape[0]].to(like.dtype)

@@ -68,15 +68,15 @@ def add_thin(d_TI: Tensor, factors: Sequence[Factors], ys: list[Tensor | None]) 
     down_copy = stacked_copy_of(downs, dtype)
     up_copies = tuple(copy_of(up, dtype) for up in ups)
     h_TK = d_TI @ (_stacked(downs, dtype) if down_copy is None else down_copy).T
-    widths = [len(down) for down in downs]
-    for f, h_TR in zip(thin, h_TK.split(widths, 1), strict=True):
+    widths = [down.shape[0] for down in downs]
+    for f, h_TR in zip(thin, h_TK.split_with_sizes(widths, 1), strict=True):
         if f.relu:
             h_TR.relu_()
     scale, scale_K = _scales(thin, widths)
     if scale != 1.0:
         h_TK.mul_(scale)
     hq_TK = h_TK if scale_K is None else _times(h_TK, scale_K)
-    for place, up, copy, hq_TR in zip(places, ups, up_copies, hq_TK.split(widths, 1), strict=True):
+    for place, up, copy, hq_TR in zip(places, ups, up_copies, hq_TK.split_with_sizes(widths, 1), strict=True):
         up_RO = (up.to(dtype) if copy is None else copy).T
         y_TO = ys[place]
         ys[place] = product(hq_TR, up_RO) if y_TO is None else add_product_(y_TO, hq_TR, up_RO)
@@ -105,7 +105,7 @@ def thin_back(
         return back
     h_TK, scale_K, down_copy, *up_copies = tensors
     assert h_TK is not None
-    dtype, widths = d_TI.dtype, [len(down) for down in downs]
+    dtype, widths = d_TI.dtype, [down.shape[0] for down in downs]
     g_TOs = [gs[p] for p in places]
     up_ORs = [up.to(dtype) if copy is None else copy for up, copy in zip(ups, up_copies, strict=True)]
     hq_TK = h_TK if scale_K is None else _times(h_TK, scale_K)
@@ -134,7 +134,7 @@ def _through_ups(
     """What comes back through the ups (T, K), times `scale`; and d_ups, where one reading of g makes both."""
     widths = [up.shape[1] for up in up_ORs]
     gu_TK = torch.empty_like(h_TK)
-    h_TRs, hq_TRs, gu_TRs = (a_TK.split(widths, 1) for a_TK in (h_TK, hq_TK, gu_TK))
+    h_TRs, hq_TRs, gu_TRs = (a_TK.split_with_sizes(widths, 1) for a_TK in (h_TK, hq_TK, gu_TK))
     d_ups: list[Tensor | None] = [None] * len(widths)
     visits = all(g is None or visit.fits(g, up, hq) for g, up, hq in zip(g_TOs, up_ORs, hq_TRs, strict=True))
     for k, (g_TO, up_OR, gu_TR) in enumerate(zip(g_TOs, up_ORs, gu_TRs, strict=True)):
@@ -165,14 +165,16 @@ def _gradients(
     shapes = [(0 if g is None else g.shape[1], w) for g, w in zip(left, widths, strict=True)]
     sizes = [gq_TK.shape[1] * d_TI.shape[1], *(o * r for o, r in shapes)]
     flat = torch.empty(sum(sizes), dtype=d_TI.dtype, device=d_TI.device)
-    first, *others = flat.split(sizes)
+    first, *others = flat.split_with_sizes(sizes)
     torch.mm(gq_TK.T, d_TI, out=first.view(-1, d_TI.shape[1]))
-    for g_TO, hq_TR, piece, shape in zip(left, hq_TK.split(widths, 1), others, shapes, strict=True):
+    for g_TO, hq_TR, piece, shape in zip(
+        left, hq_TK.split_with_sizes(widths, 1), others, shapes, strict=True
+    ):
         if g_TO is not None:
             torch.mm(g_TO.T, hq_TR, out=piece.view(shape))
-    first, *others = flat.to(wide(flat.dtype)).split(sizes)
+    first, *others = flat.to(wide(flat.dtype)).split_with_sizes(sizes)
     made = [p.view(shape) if d is None else d for p, shape, d in zip(others, shapes, d_ups, strict=True)]
-    return list(zip(made, first.view(-1, d_TI.shape[1]).split(widths), strict=True))
+    return list(zip(made, first.view(-1, d_TI.shape[1]).split_with_sizes(widths), strict=True))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

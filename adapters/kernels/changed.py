@@ -71,12 +71,12 @@ def changed(
     out = torch.empty(num_rows, width, dtype=dtype, device=codes.device) if slope is None else slope
     rank = change.A.shape[0]
     tile_rows = rows_of(rank)
+    stored = sources(codes, scales, code, None, double_quant=double_quant)
     launch(
         _triton(), (width // _COLUMNS, -(-num_rows // tile_rows)), codes.device,
-        **sources(codes, scales, code, None, double_quant=double_quant),
-        a_ptr=change.A, b_ptr=change.B, out_ptr=out, num_rows=num_rows, width=width, block_size=block_size,
-        rank=rank, s=float(change.s), limit=0.0 if change.limit is None else float(change.limit),
-        EXACT=change.limit is not None, SLOPE=slope is not None,
+        *stored.pointers, change.A, change.B, out, num_rows, width, block_size, stored.row_floats, rank,
+        float(change.s), 0.0 if change.limit is None else float(change.limit),
+        **stored.constants, EXACT=change.limit is not None, SLOPE=slope is not None,
         R=_padded(rank), ROWS=tile_rows, COLUMNS=_COLUMNS,
     )  # fmt: skip
     return out

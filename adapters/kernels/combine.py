@@ -122,7 +122,7 @@ def product(left_TK: Tensor, right_KC: Tensor) -> Tensor:
         and _is_thin(left_TK, right_KC, left_TK.dtype)
         and PROVED.runs(left_TK.device, left_TK.dtype)
     ):
-        out_TC = left_TK.new_empty(len(left_TK), right_KC.shape[1])
+        out_TC = left_TK.new_empty(left_TK.shape[0], right_KC.shape[1])
         _launch(out_TC, 0, (), None, (left_TK, right_KC))
         return out_TC
     return left_TK @ right_KC

@@ -8,7 +8,7 @@ float32's 1e-38 may differ, which bitsandbytes' kernels set to 0. The storage is
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,28 +65,34 @@ def dequantize(
     row_blocks = out.shape[1] // block_size
     total = out.shape[0] * row_blocks
     blocks = max(1, 2 * _BYTES // block_size)
+    stored = sources(codes, scales, code, scale, double_quant=double_quant)
     launch(
         _triton(), (-(-total // blocks),), codes.device,
-        **sources(codes, scales, code, scale, double_quant=double_quant),
-        out_ptr=out, total=total, row_blocks=row_blocks, HALF=block_size // 2, BLOCKS=blocks,
+        *stored.pointers, out, total, row_blocks, stored.row_floats,
+        **stored.constants, HALF=block_size // 2, BLOCKS=blocks,
         # low + step * byte is rounded as FUSED says, not as a compiler likes
         enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
 
-def sources(
-    codes: Tensor, scales: Tensor, code: str, scale: Tensor | None, *, double_quant: bool
-) -> dict[str, Any]:
-    """A kernel's arguments that say what a weight is, by name."""
+class Sources(NamedTuple):
+    """A kernel's arguments that say what a weight is."""
+
+    pointers: tuple[Tensor, ...]  # the first
+    row_floats: int
+    constants: dict[str, Any]
+
+
+def sources(codes: Tensor, scales: Tensor, code: str, scale: Tensor | None, *, double_quant: bool) -> Sources:
     floats = as_float32(scales.contiguous())
+    pointers = (
+        codes.contiguous().view(torch.uint8), floats.view(torch.uint8), floats,
+        floats if scale is None else scale.contiguous(), levels(code, codes.device),
+    )  # fmt: skip
     times = 0 if scale is None else 1 if scale.numel() == 1 else 2
-    return {
-        "codes_ptr": codes.contiguous().view(torch.uint8), "bytes_ptr": floats.view(torch.uint8), "floats_ptr": floats,
-        "times_ptr": floats if scale is None else scale.contiguous(), "levels_ptr": levels(code, codes.device),
-        "row_floats": floats.shape[1], "DOUBLE": double_quant, "FUSED": _addcmul_is_fused(codes.device),
-        "TIMES": times,
-    }  # fmt: skip
+    constants = {"DOUBLE": double_quant, "FUSED": _addcmul_is_fused(codes.device), "TIMES": times}
+    return Sources(pointers, floats.shape[1], constants)
 
 
 @cache

@@ -68,8 +68,8 @@ def quantize_rows(x_TK: Tensor, times_K: Tensor | None = None, *, pad_to: int = 
     """
     num_rows, num_columns = x_TK.shape
     codes = torch.empty(max(num_rows, pad_to), num_columns, dtype=E4M3, device=x_TK.device)
-    scale = torch.empty(len(codes), dtype=torch.float32, device=x_TK.device)
-    if len(codes) > num_rows:
+    scale = torch.empty(codes.shape[0], dtype=torch.float32, device=x_TK.device)
+    if codes.shape[0] > num_rows:
         codes[num_rows:].view(torch.uint8).zero_()
         scale[num_rows:].zero_()
     if _fits(x_TK) and x_TK.dtype.itemsize <= 4 and x_TK.stride(1) == 1 and num_columns <= _WIDEST:
@@ -87,7 +87,7 @@ def fourbit_rows(weight: FourBit) -> Rows:
         absmax_OB = absmax(weight)
         scale_O = scale_of(absmax_OB.amax(1))
         return Rows(_values(weight, absmax_OB / scale_O[:, None]).to(E4M3), scale_O)
-    rows, device = len(weight.codes), weight.codes.device
+    rows, device = weight.codes.shape[0], weight.codes.device
     found = Rows(
         torch.empty(rows, weight.num_inputs, dtype=E4M3, device=device),
         torch.empty(rows, dtype=torch.float32, device=device),
@@ -98,12 +98,12 @@ def fourbit_rows(weight: FourBit) -> Rows:
 
 def fourbit_columns(weight: FourBit) -> Rows:
     """The transposed dequantized weight (I, O), contiguous, with a scale an input."""
-    if not (_fits_fourbit(weight) and len(weight.codes) % _ROWS_OF == 0):
+    if not (_fits_fourbit(weight) and weight.codes.shape[0] % _ROWS_OF == 0):
         absmax_OB = absmax(weight)
         scale_B = scale_of(absmax_OB.amax(0))
         codes = _values(weight, absmax_OB / scale_B).to(E4M3).T.contiguous()
         return Rows(codes, scale_B.repeat_interleave(weight.block_size))
-    rows, device = len(weight.codes), weight.codes.device
+    rows, device = weight.codes.shape[0], weight.codes.device
     blocks = weight.num_inputs // weight.block_size
     high_NB = torch.empty(-(-rows // _HIGH_ROWS), blocks, dtype=torch.float32, device=device)
     launch_block_highs(weight, high_NB)
@@ -138,8 +138,8 @@ def _values(weight: FourBit, absmax_OB: Tensor) -> Tensor:
     """float32 (O, I): each code's level times its block's number."""
     pairs = torch.stack((weight.codes >> 4, weight.codes & 15), dim=2)
     levels = weight.levels.index_select(0, pairs.view(-1).int())
-    levels_OBC = levels.view(len(weight.codes), -1, weight.block_size)
-    return levels_OBC.mul_(absmax_OB[:, :, None]).view(len(weight.codes), -1)
+    levels_OBC = levels.view(weight.codes.shape[0], -1, weight.block_size)
+    return levels_OBC.mul_(absmax_OB[:, :, None]).view(weight.codes.shape[0], -1)
 
 
 def _floats(weight: FourBit) -> Tensor:
@@ -168,23 +168,23 @@ def launch_rows(x_TK: Tensor, times_K: Tensor | None, out_TK: Tensor, scale_T: T
 
 def launch_fourbit_rows(weight: FourBit, out_OI: Tensor, scale_O: Tensor) -> None:
     launch(
-        _triton().fourbit_rows, (len(weight.codes),), weight.codes.device,
+        _triton().fourbit_rows, (weight.codes.shape[0],), weight.codes.device,
         *_pointers(weight), out_OI.view(torch.int32), scale_O, **_sizes(weight),
         THREADS=32 * _ROW_WARPS, num_warps=_ROW_WARPS,
     )  # fmt: skip
 
 
 def launch_block_highs(weight: FourBit, high_NB: Tensor) -> None:
-    num_rows = len(weight.codes)
+    num_rows = weight.codes.shape[0]
     launch(
-        _triton().block_highs, (len(high_NB),), weight.codes.device,
+        _triton().block_highs, (high_NB.shape[0],), weight.codes.device,
         weight.scales.contiguous(), _floats(weight), high_NB, num_rows, **_sizes(weight), ROWS=_HIGH_ROWS,
     )  # fmt: skip
 
 
 def launch_fourbit_columns(weight: FourBit, high_B: Tensor, out_IO: Tensor, scale_I: Tensor) -> None:
     """Output rows in multiples of four."""
-    fours, threads = len(weight.codes) // _ROWS_OF, 32 * _TALL_WARPS
+    fours, threads = weight.codes.shape[0] // _ROWS_OF, 32 * _TALL_WARPS
     grid = (-(-weight.num_inputs // (_BLOCKS_OF * _TALL_PIECES)), -(-fours // threads))
     launch(
         _triton().fourbit_columns, grid, weight.codes.device,
@@ -234,7 +234,7 @@ def _example(device: torch.device, dtype: torch.dtype) -> None:
         codes, scales = (s.view(torch.uint8) for s in stored)
         weight = FourBit(codes, scales, levels("nf4", codes.device), 64, double_quant)
         there = weight._replace(**{n: getattr(weight, n).to(device) for n in ("codes", "scales", "levels")})
-        num_rows, num_inputs = len(codes), weight.num_inputs
+        num_rows, num_inputs = codes.shape[0], weight.num_inputs
         found = _room(num_rows, num_inputs, device)
         launch_fourbit_rows(there, *found)
         _near(found, fourbit_rows(weight))

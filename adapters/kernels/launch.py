@@ -29,23 +29,22 @@ def launch(kernel: Any, grid: Sequence[int], device: torch.device, *args: Any, *
     Args:
         kernel: what `triton.jit` made.
         device: of all tensors.
-        named: further arguments, and Triton's options.
+        named: the constexprs, each always of one type, and Triton's options.
     """
     stream = _stream(device)
     if stream is None:
         _plainly(kernel, grid, device, args, named)
         return
-    rest = kernel.arg_names[len(args) :]
-    values = [*args, *[named[name] for name in rest]]
-    kind: list[Any] = [id(kernel), device.index]
-    for i, value in enumerate(values):
+    kind: list[Any] = [id(kernel), device.index, tuple(named.items())]
+    values: list[Any] = []
+    for value in args:
         if isinstance(value, Tensor):
-            values[i] = at = value.data_ptr()
+            at = value.data_ptr()
+            values.append(at)
             kind += (value.dtype, at & 15)
         else:  # 1, 1.0 and True are equal
+            values.append(value)
             kind += (value.__class__, value)
-    if len(named) > len(rest):
-        kind += [item for item in named.items() if item[0] not in rest]
     key = tuple(kind)
     found = _compiled.get(key)
     if found is None:
@@ -53,6 +52,7 @@ def launch(kernel: Any, grid: Sequence[int], device: torch.device, *args: Any, *
             _compiled.clear()
         _compiled[key] = _plainly(kernel, grid, device, args, named)
         return
+    values += [named[name] for name in kernel.arg_names[len(args) :]]
     width, height, depth = (*grid, 1, 1)[:3]
     # None: no hooks, as nothing here profiles through Triton
     found.run(width, height, depth, stream, found.function, found.packed_metadata, None, None, None, *values)

@@ -79,7 +79,7 @@ def scales(
 
 def views(grams: Tensor, found: Tensor) -> Scales:
     """Of what `scales` returned."""
-    return Scales(*(found[i, :1] for i in range(5)), *grams)
+    return Scales(*found[:, :1].unbind(), *grams.unbind())
 
 
 def pull_(
