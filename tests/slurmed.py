@@ -26,6 +26,9 @@ CLI = [sys.executable, "-m", "decompft.launcher.cli"]
 STEPS = 40
 # a step of tiny_map takes a twentieth of a second; the start of its ranks half a minute on a busy machine
 START_S = 150.0
+# Slurm takes a dead node for down after twice SlurmdTimeout, 30 s in the testbed, and starts its job elsewhere after
+# REQUEUE_DELAY and a turn of its scheduler, 6 to 21 s; from the start before the death it was 113 s at most
+REPLACED_S = 150.0 + START_S
 
 
 @dataclass
@@ -128,7 +131,6 @@ def submit(
     assert done.returncode == 0, done.stderr
     run = RunDir(folder / "run")
     job = json_lines(run.path / "slurm/jobs.jsonl")[-1]["job_id"]
-    cluster.jobs.append(job)
     return Submitted(cluster, folder, run, job, done.stdout)
 
 

@@ -13,7 +13,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from slurmed import CLI, Submitted, job_env, json_lines, patched, slow_saves, slow_steps, submit, unbroken
+from slurmed import (
+    CLI,
+    REPLACED_S,
+    Submitted,
+    job_env,
+    json_lines,
+    patched,
+    slow_saves,
+    slow_steps,
+    submit,
+    unbroken,
+)
 from testbed import Cluster
 
 from decompft.launcher.checkpoints import list_checkpoints, step_of
@@ -60,7 +71,6 @@ def test_the_quickstart_runs_as_a_job(cluster: Cluster, tmp_path: Path) -> None:
     ]
     subprocess.run([*CLI, "launch", *words], cwd=tmp_path, env=job_env(), check=True, timeout=120)
     job = json_lines(tmp_path / "run/slurm/jobs.jsonl")[-1]["job_id"]
-    cluster.jobs.append(job)
     assert cluster.finished(job, 400) == "COMPLETED"
     assert (tmp_path / "run/adapter/adapter.safetensors").exists()
 
@@ -159,9 +169,10 @@ def test_demand_4_a_node_that_dies_is_replaced(
 ) -> None:
     run = submit(cluster, tmp_path, profile="node_check: true", env=slow_steps(tmp_path, 0.3))
     run.until_step(12)
+    assert run.events("start")[0]["nodes"] == ["vn-1", "vn-2"]
     cluster.node("kill", node)
     try:
-        run.until_incarnation(2, 300)
+        run.until_incarnation(2, REPLACED_S)
         assert node not in run.events("start")[-1]["nodes"]
         run.finished(240)
     finally:
@@ -175,6 +186,7 @@ def test_demand_4_a_run_that_may_have_fewer_nodes_goes_on_without_one_that_dies(
     """And it had as many as there were, though it would have begun with one."""
     run = submit(cluster, tmp_path, "parallel.nodes=1-2", env=slow_steps(tmp_path, 0.3))
     run.until_step(12)
+    assert run.events("start")[0]["nodes"] == ["vn-1", "vn-2"]
     cluster.node("kill", "vn-2")
     try:
         run.finished(300)
@@ -214,7 +226,7 @@ def test_demand_4_a_node_that_comes_back_cannot_overwrite_the_newer_state(
     print(f"node {'cut' if cuts else 'freeze'} {stale}")
     cluster.node("cut" if cuts else "freeze", stale)
     try:
-        run.until_incarnation(2, 300)
+        run.until_incarnation(2, REPLACED_S)
         assert run.events("start")[1]["nodes"] != [stale]
         cluster.until(
             lambda: any(row["incarnation"] == 2 for row in run.events("save")), 150, "a save elsewhere"

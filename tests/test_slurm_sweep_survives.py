@@ -30,9 +30,7 @@ def launch(cluster: Cluster, folder: Path, recipe: str, *words: str, profile: st
         f"data.cache_dir={folder / 'cache'}", "--run-dir", "run", *words,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    jobs = [row["job_id"] for row in json_lines(folder / "run/slurm/jobs.jsonl")]
-    cluster.jobs += jobs
-    return jobs
+    return [row["job_id"] for row in json_lines(folder / "run/slurm/jobs.jsonl")]
 
 
 def logs(folder: Path) -> str:
@@ -85,7 +83,6 @@ def test_prepare_train_and_merge_follow_each_other_over_a_successor(cluster: Clu
     assert cluster.finished(merge, 2 * START_S + 60) == "COMPLETED", logs(tmp_path)
     rows = {row["job_id"]: row for row in json_lines(run / "slurm/jobs.jsonl")}
     (successor,) = rows.keys() - {prepare, train, merge}
-    cluster.jobs.append(successor)
     assert cluster.state(prepare) == cluster.state(successor) == "COMPLETED"
     assert rows[merge]["after"] == [successor]
     assert [*run.glob("merged/*.safetensors")]

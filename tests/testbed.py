@@ -10,9 +10,10 @@ import fcntl
 import os
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,7 +31,6 @@ class Cluster:
 
     folder: Path  # of the testbed's state
     mode: str  # ns, plain or veth
-    jobs: list[str] = field(default_factory=list)  # cancelled when the test ends
 
     def run(self, *argv: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
         """Run a program of Slurm's; its stdout. A code other than 0 fails the test."""
@@ -41,10 +41,8 @@ class Cluster:
         return done.stdout.strip()
 
     def submit(self, *argv: str, cwd: Path, env: dict[str, str] | None = None) -> str:
-        """sbatch --parsable; the job's id. The job is cancelled at the end of the test."""
-        job = self.run("sbatch", "--parsable", *argv, cwd=cwd, env=env).split(";")[0]
-        self.jobs.append(job)
-        return job
+        """sbatch --parsable; the job's id."""
+        return self.run("sbatch", "--parsable", *argv, cwd=cwd, env=env).split(";")[0]
 
     def show(self, job: str) -> dict[str, str]:
         """`scontrol show job`, as far as its values hold no blank."""
@@ -77,18 +75,22 @@ class Cluster:
         assert done.returncode == 0, done.stderr
 
     def cancel_all(self) -> None:
-        """End what the tests have submitted, and wait until the nodes are free."""
-        while self.jobs:
-            subprocess.run(["scancel", self.jobs.pop()], capture_output=True, timeout=60)
-        deadline = time.monotonic() + 60
-        while self._is_busy() and time.monotonic() < deadline:
-            time.sleep(0.2)
+        """End every job, and wait until the nodes are free.
 
-    def _is_busy(self) -> bool:
-        """Also with a node that a test killed and started again: until it is idle, the next job's first is another."""
-        return bool(self.run("squeue", "-h", "-o", "%i")) or set(
-            self.run("sinfo", "-h", "-N", "-o", "%t").split()
-        ) != {"idle"}
+        Not only what a test has submitted: its jobs submit successors, and one left behind takes a node of every
+        later test, and of every later session, for the testbed keeps its queue.
+        """
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            jobs = self.run("squeue", "-h", "-o", "%F").split()  # of an array its own id
+            if jobs:
+                subprocess.run(["scancel", *jobs], capture_output=True, timeout=60)
+            # a node that a test killed and started again, too: until it is idle, the next job's first is another
+            elif set(self.run("sinfo", "-h", "-N", "-o", "%t").split()) == {"idle"}:
+                return
+            time.sleep(0.2)
+        nodes = self.run("sinfo", "-N", "-o", "%N %t %E")
+        warnings.warn(f"the cluster is not free:\n{self.run('squeue')}\n{nodes}", stacklevel=2)
 
 
 def start(
@@ -117,8 +119,10 @@ def start(
     assert done.returncode == 0, done.stderr
     patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
     mode = next(word for word in ("veth", "plain", "ns") if f"mode {word}" in done.stderr)
+    cluster = Cluster(folder, mode)
     try:
-        yield Cluster(folder, mode)
+        cluster.cancel_all()  # a session that was killed left its own
+        yield cluster
     finally:
         if not was_up:
             with _alone():
