@@ -10,7 +10,8 @@
 #   methods      every method's step beside LoRA's at 7B
 #   tests        pytest -m gpu, for TESTS_S seconds at most (default 300), on the first GPU, and beside it on the last of two
 #                or more: kernels
-#   kernels      products and kernels by themselves, and a step's kernels by class, of PROFILES (default: see below)
+#   kernels      products and kernels by themselves, then profiles
+#   profiles     a step's kernels by class, of PROFILES (default: see below)
 #   rows         the table of speed on one GPU, a part of it on each, the peers beside it; ROWS: names, default all
 #   pair         that on two; PAIR: names
 #   sweeps       tokens/s over sequence length, rank and depth (one GPU), and ranks (two)
@@ -60,6 +61,11 @@ kernels() {
   local which
   own kernels
   for which in products combine_speed fp8_kernels_time visit_speed; do timeout 60 python3 "benchmarks/$which.py" || true; done
+  profiles
+}
+profiles() {
+  local which
+  [ "${PWD##*/}" != tree ] || own profiles
   for which in ${PROFILES:-lora,bfloat16 map,bfloat16 lora,fp8 map,fp8 dora,bfloat16}; do
     timeout 90 python3 benchmarks/profile_step.py "adapter.method=${which%,*}" "quantization.compute=${which#*,}" \
       parallel.gpus_per_node=1 --out "$work/profile.txt" || true
@@ -104,7 +110,7 @@ begin)
   export DECOMPFT_CACHE=$work/cache OMP_NUM_THREADS=4 gpus work
   python3 -c 'import bitsandbytes, liger_kernel, torch, decompft.launcher.planner; print(torch.__version__, torch.cuda.device_count())'
   part() { "$1" >"$work/$1.log" 2>&1 || echo "exit code $?" >>"$work/$1.log"; touch "$work/$1.done"; }
-  export -f after left minutes own drills scoreboard methods tests kernels sweeps rows pair part
+  export -f after left minutes own drills scoreboard methods tests kernels profiles sweeps rows pair part
   setsid bash -c '
     for name in "$@"; do
       case $name in drills | scoreboard) part "$name" & ;; *) wait; part "$name" ;; esac

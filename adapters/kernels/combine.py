@@ -40,7 +40,7 @@ class Tile(NamedTuple):
 
 # by the number of arrays. What bounds this is memory, so that loads must be on their way while others are computed
 # with. On an H200 these were fastest or next to it in benchmarks/combine_speed.py
-TILES = (Tile(128, 1, 8), Tile(128, 1, 8), Tile(128, 1, 8), Tile(128, 8, 4))
+TILES = (Tile(128, 4, 4), Tile(128, 1, 4), Tile(128, 1, 8), Tile(128, 8, 4))
 
 Product = tuple[Tensor, Tensor]  # left, right
 
