@@ -36,7 +36,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--only", nargs="*", default=[""], help="cases whose name contains one of these")
+    parser.add_argument("--only", nargs="*", default=[""], help="names of cases, or parts of names")
     parser.add_argument("--part", default="0/1", help="K/N: every N-th case from the K-th on")
     parser.add_argument("--override", nargs="*", default=[], help="KEY=VALUE of the recipe, for trials")
     parser.add_argument("--peers", type=Path, help="peers.py of the benchmark machine")
@@ -46,7 +46,10 @@ def main() -> None:
     write_text(WORK / "random.jsonl", num_records=(WARM_UP + STEPS) * 8)
     write_text(WORK / "random4096.jsonl", num_records=(WARM_UP + STEPS) * 4, length=4096)
     first, step = map(int, args.part.split("/"))
-    chosen = [c for c in cases(args.gpus) if any(o in c.name for o in args.only)][first::step]
+    known = {c.name: c for c in cases(args.gpus)}
+    chosen = [
+        c for name, c in known.items() if any(o == name or (o not in known and o in name) for o in args.only)
+    ][first::step]
     rows: list[dict[str, Any]] = json.loads(args.out.read_text()) if args.out.exists() else []
     peers = [] if args.peers is None else sorted({c.peer for c in chosen} - {""})
     for case in (*peers, *chosen):

@@ -25,7 +25,7 @@ _DTYPES = (torch.bfloat16, torch.float16)  # those that tensor cores multiply as
 _ROWS, _COLUMNS = 64, 256  # of a tile; 64 rows are the least that a multiplication of a warp group takes
 _TILES = 8  # a program's at most, one below the other
 _PROGRAMS = 256  # at least, where dy is large enough: two for nearly each of 132 multiprocessors
-_STAGES = 3  # two tiles are fetched while one is multiplied: 110 KiB of shared memory for R = 16, so that two programs fit
+_STAGES = 3  # two tiles are fetched while one is multiplied: 110 KiB of shared memory for R = 16, so two programs fit
 _SIZE = 256  # numbers that a program of the second launch makes
 _PARTS = 16  # of each, read at once
 
