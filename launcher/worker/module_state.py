@@ -7,6 +7,7 @@ where they are: optimizers, phases and checkpoints write to them.
 from __future__ import annotations
 
 from collections.abc import Set
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,13 +43,19 @@ class ModuleState:
             for name, value in vars(module).items()
             if name not in _HOUSEKEEPING and (module, name) not in but and _may_matter(value)
         ]
-        self._found = self._read()
+        self._values = self._read()
+        self._found = [_seen(value) for value in self._values]
+        # the same object may lie elsewhere, or hold something else
+        self._open = [k for k, value in enumerate(self._values) if isinstance(value, (Tensor, *_CONTAINERS))]
 
     def has_changed(self) -> bool:
-        return self._read() != self._found
+        values = self._read()
+        if all(map(is_, values, self._values)):
+            return any(_seen(values[k]) != self._found[k] for k in self._open)
+        return [_seen(value) for value in values] != self._found
 
-    def _read(self) -> list[object]:
-        return [_seen(attributes.get(name)) for attributes, name in self._places]
+    def _read(self) -> list[Any]:
+        return [attributes.get(name) for attributes, name in self._places]
 
 
 def _may_matter(value: object) -> bool:
