@@ -36,25 +36,26 @@ class Rates:
 
 H200 = Rates(
     name="H200",
-    # LoRA, 4 rows: 18,443 tokens/s of 28.2 GFLOP, less the tail (single_gpu.json, lora-none-bfloat16)
-    flops=8_192 * 28.2e9 / (8_192 / 18_443 - 9e-3),
+    # LoRA, 4 rows: 18,560 tokens/s of 28.2 GFLOP, less the tail (single_gpu.json, lora-none-bfloat16)
+    flops=8_192 * 28.2e9 / (8_192 / 18_560 - 5e-3),
     # between LoRA's and MAP's rows in fp8, with and without recomputation
-    fp8_flops=730e12,
+    fp8_flops=790e12,
     # LoRA, 4 rows: Liger's 65 norms of 8,192 tokens of 4,096 bfloat16 numbers in 2.31 ms (profile_step.py, 2026-11-23)
     norm_bytes_per_s=65 * 2 * 8_192 * 4_096 * 2 / 2.31e-3,
-    # at most: MAP in fp8 takes 341 ms and the tail (single_gpu.json), over the 16,230 launches that METHODS counts;
-    # there are fewer since
-    launch_s=330e-3 / 16_230,
+    # MAP in fp8: forward and backward pass on one thread of the host 304 ms (cProfile's run, 2026-11-23), over the
+    # 16,230 launches that METHODS counts; there are fewer since
+    launch_s=304e-3 / 16_230,
     gather_s=0.1e-3,
     # zero2, 4 rows: 591 ms a step (matrix.json), less MAP's launches and the tail, over 896 tensors
     zero_hook_s=42e-6,
     # zero3, 4 rows: 1,209 ms a step (matrix.json), less the same, over 2 x 224 linears
     zero3_gather_s=1.1e-3,
-    # profile_engines.txt, "reduce, clip, step", over MAP's 896 tensors; hsdp has fsdp's, zero1 zero2's: not measured
+    # "reduce, clip, step" over MAP's 896 tensors: single's of profile_7b.txt, the others' of profile_engines.txt, from
+    # before AdamW's step took a tenth; hsdp has fsdp's, zero1 zero2's: not measured
     tail_s={
         strategy: seconds / 896
         for strategy, seconds in {
-            "single": 18e-3, "ddp": 18e-3, "fsdp": 64e-3, "hsdp": 64e-3,
+            "single": 10e-3, "ddp": 18e-3, "fsdp": 64e-3, "hsdp": 64e-3,
             "zero1": 34e-3, "zero2": 34e-3, "zero3": 191e-3,
         }.items()
     },
