@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from decompft.adapters.base import Adapter, Facts
-from decompft.adapters.frozen.linear import Factors
+from decompft.adapters.frozen.factors import Factors
 
 INIT_STD = 0.02  # of A and B
 

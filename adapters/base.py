@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from decompft.adapters.frozen.base import FrozenLinear
-from decompft.adapters.frozen.linear import Factors, frozen_linear
+from decompft.adapters.frozen.factors import Factors
+from decompft.adapters.frozen.linear import frozen_linear
 from decompft.adapters.spec import ADAPTER_SPECS, AdapterConfig
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from decompft.adapters import spectra
 from decompft.adapters.base import Cached, Facts
-from decompft.adapters.frozen.linear import Factors
+from decompft.adapters.frozen.factors import Factors
 
 
 def top_rows(weight: Tensor, k: int, cached: Cached, generator: torch.Generator) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from decompft.adapters.base import Adapter, Facts, kaiming_uniform
 from decompft.adapters.frozen.base import FrozenLinear
-from decompft.adapters.frozen.linear import Factors
+from decompft.adapters.frozen.factors import Factors
 from decompft.adapters.spec import AdapterConfig
 
 

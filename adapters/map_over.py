@@ -22,7 +22,7 @@ from torch import Tensor
 from decompft.adapters.base import Adapter, Facts, Settling
 from decompft.adapters.dora import DoraLinear, norms_squared, row_norms, weight_times
 from decompft.adapters.frozen.base import FrozenLinear
-from decompft.adapters.frozen.linear import Factors
+from decompft.adapters.frozen.factors import Factors
 from decompft.adapters.inject import make_adapter
 from decompft.adapters.map import Map
 from decompft.adapters.spec import AdapterConfig, spec_of

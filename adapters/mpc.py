@@ -15,7 +15,7 @@ from torch import Tensor
 
 from decompft.adapters.base import Adapter
 from decompft.adapters.frozen.base import FrozenLinear
-from decompft.adapters.frozen.linear import Factors
+from decompft.adapters.frozen.factors import Factors
 from decompft.adapters.inject import make_adapter
 from decompft.adapters.spec import AdapterConfig
 from decompft.adapters.specs.base import inner_config

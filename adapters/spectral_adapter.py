@@ -13,7 +13,7 @@ from torch import Tensor
 
 from decompft.adapters.base import Adapter, Cached, Facts
 from decompft.adapters.directions import tensors_of, top_rows
-from decompft.adapters.frozen.linear import Factors
+from decompft.adapters.frozen.factors import Factors
 
 
 class SpectralAdapterLinear(Adapter):

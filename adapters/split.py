@@ -18,7 +18,7 @@ from torch import Tensor
 
 from decompft.adapters.base import Adapter, Cached, Facts
 from decompft.adapters.directions import bottom_rows, moved, qr_rows, rest_rows, tensors_of, top_rows
-from decompft.adapters.frozen.linear import Factors
+from decompft.adapters.frozen.factors import Factors
 from decompft.adapters.lora import scaling
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from decompft.adapters.base import Adapter, Cached, Facts
 from decompft.adapters.directions import diagonal, full_rows, pull_back_diagonal, tensors_of
-from decompft.adapters.frozen.linear import Factors
+from decompft.adapters.frozen.factors import Factors
 
 
 class SvdiffLinear(Adapter):

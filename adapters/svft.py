@@ -15,7 +15,7 @@ from torch import Tensor
 
 from decompft.adapters.base import Adapter, Cached, Facts
 from decompft.adapters.directions import diagonal, full_rows, pull_back_diagonal, tensors_of, top_rows
-from decompft.adapters.frozen.linear import Factors
+from decompft.adapters.frozen.factors import Factors
 from decompft.adapters.spec import spec_of
 from decompft.adapters.specs.spectral import num_off_diagonals
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from decompft.adapters.base import Adapter, Facts, kaiming_uniform
-from decompft.adapters.frozen.linear import Factors
+from decompft.adapters.frozen.factors import Factors
 from decompft.adapters.lora import scaling
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from decompft.adapters.base import Adapter, Facts
-from decompft.adapters.frozen.linear import Factors
+from decompft.adapters.frozen.factors import Factors
 from decompft.adapters.hashed import key_of, uniform
 
 

@@ -19,6 +19,9 @@ class Pieces:
     norms: tuple[str, ...]  # only their inputs are kept; some are absent from some configs
     last: str  # the linear that ends the MLP: all before it is run again, it is not
     mlp: str = "mlp"
+    adds_output: bool = (
+        True  # the MLP's output is added to the block's input as it is (or dropped out), and not saved
+    )
 
 
 _LLAMA = Pieces(norms=("input_layernorm", "post_attention_layernorm"), last="down_proj")
@@ -30,8 +33,8 @@ _PIECES: dict[str, Pieces] = {
     "qwen2": _LLAMA,
     "qwen3": Pieces(norms=(*_LLAMA.norms, *_QK_NORMS), last="down_proj"),
     "gemma": _LLAMA,
-    "gemma2": Pieces(norms=_FOUR_NORMS, last="down_proj"),
-    "gemma3_text": Pieces(norms=(*_FOUR_NORMS, *_QK_NORMS), last="down_proj"),
+    "gemma2": Pieces(norms=_FOUR_NORMS, last="down_proj", adds_output=False),
+    "gemma3_text": Pieces(norms=(*_FOUR_NORMS, *_QK_NORMS), last="down_proj", adds_output=False),
     "phi": Pieces(norms=("input_layernorm", "self_attn.q_layernorm", "self_attn.k_layernorm"), last="fc2"),
     "phi3": _LLAMA,
     "gpt2": Pieces(norms=("ln_1", "ln_2"), last="c_proj"),
@@ -41,6 +44,14 @@ _PIECES: dict[str, Pieces] = {
 def pieces_of(model_type: str) -> Pieces | None:
     """The pieces of a family's block; None where `norms` and `selective` do not know it."""
     return _PIECES.get(model_type)
+
+
+def is_left_out(linear: str, pieces: Pieces | None) -> bool:
+    """Whether `full` computes a linear's product once: the MLP's last, where only the block's output has it."""
+    if pieces is None or not pieces.adds_output:
+        return False
+    above, _, name = linear.rpartition(".")
+    return above.rpartition(".")[2] == pieces.mlp and name == pieces.last
 
 
 def runs_again(linear: str, pieces: Pieces) -> bool:

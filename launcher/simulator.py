@@ -9,11 +9,13 @@ ranks are equally fast: no straggler is simulated, nor evaluations; saves are th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from decompft.adapters.spec import spec_of
 from decompft.launcher.collectives import Fabric, Group, all_gather_s, all_reduce_s
 from decompft.launcher.forecast_recompute import norm_numbers
+from decompft.launcher.models import LinearShape
 from decompft.launcher.plan import StepTime, TimeTerm
 from decompft.launcher.rates import (
     FORWARD_SHARE,
@@ -23,7 +25,7 @@ from decompft.launcher.rates import (
     UNCOUNTED,
     Rates,
 )
-from decompft.launcher.recompute import pieces_of, runs_again
+from decompft.launcher.recompute import is_left_out, pieces_of, runs_again
 from decompft.launcher.workload import Layout, Workload, compute_bytes, storage_bytes, weight_bytes
 
 # a guess: the inputs' copies to the host and back, beside the products
@@ -112,13 +114,20 @@ def _again(work: Workload, layout: Layout, rates: Rates, forward_s: float) -> fl
         tokens = layout.micro_size * work.recipe.data.sequence_length
         numbers = 2 * norm_numbers(work.shape) * work.shape.num_layers * tokens
         return numbers * compute_bytes(work.recipe) / rates.norm_bytes_per_s / forward_s
-    if layout.recompute != "selective":
-        return {"none": 0.0, "full": 1.0, "offloaded": OFFLOAD_DEARER}[layout.recompute]
-    pieces = pieces_of(work.shape.model_type)
-    assert pieces is not None, f"the planner takes full for {work.shape.model_type}"
-    linears = work.shape.linears
-    twice = sum(x.num_weights * work.shape.count(x) for x in linears if runs_again(x.name, pieces))
-    return twice / sum(x.num_weights * work.shape.count(x) for x in linears)
+    if layout.recompute == "none":
+        return 0.0
+    pieces, linears = pieces_of(work.shape.model_type), work.shape.linears
+    if layout.recompute == "selective":
+        assert pieces is not None, f"the planner takes full for {work.shape.model_type}"
+        chosen = [x for x in linears if runs_again(x.name, pieces)]
+    else:
+        chosen = [x for x in linears if not is_left_out(x.name, pieces)]
+    share = _weights(work, chosen) / _weights(work, linears)
+    return share * (OFFLOAD_DEARER if layout.recompute == "offloaded" else 1.0)
+
+
+def _weights(work: Workload, linears: Iterable[LinearShape]) -> int:
+    return sum(x.num_weights * work.shape.count(x) for x in linears)
 
 
 def _micro(

@@ -11,7 +11,7 @@ from torch import nn
 
 from decompft.adapters.base import Adapter
 from decompft.adapters.dora import row_norms, weight_times
-from decompft.adapters.frozen.linear import Factors
+from decompft.adapters.frozen.factors import Factors
 from decompft.adapters.spec import ADAPTER_SPECS
 
 S = 8.0 / RANK

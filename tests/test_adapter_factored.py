@@ -16,7 +16,7 @@ from test_adapter_contract import (
 )
 
 from decompft.adapters.base import Adapter
-from decompft.adapters.frozen.linear import Factors
+from decompft.adapters.frozen.factors import Factors
 from decompft.adapters.inject import make_adapter as adapter_of
 from decompft.adapters.spec import ADAPTER_SPECS
 

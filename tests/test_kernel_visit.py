@@ -8,7 +8,7 @@ from test_adapter_contract import IN, OUT, make_adapter, make_base, trained_away
 from test_joint import holder
 from torch import Tensor, nn
 
-from decompft.adapters.frozen.linear import Factors
+from decompft.adapters.frozen.factors import Factors
 from decompft.adapters.frozen.thin import add_thin, thin_back
 from decompft.adapters.kernels import visit
 

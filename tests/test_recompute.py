@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from decompft.adapters.base import Adapter
+from decompft.adapters.frozen.base import FrozenLinear
 from decompft.launcher.planner import make as make_plan
 from decompft.launcher.recipe import AdapterSection, ModelSection, QuantizationSection
 from decompft.launcher.recompute import BY_PIECES, MODES, pieces_of
@@ -87,6 +88,43 @@ def test_no_method_has_other_numbers(llama, method, compute) -> None:
     plain = gradients(llama, compute, METHODS[method], "none")
     for mode in AGAIN:
         assert_equal(plain, gradients(llama, compute, METHODS[method], mode))
+
+
+# --- what is run again ---
+
+
+def products(
+    model: ModelSection, adapter: AdapterSection, mode, monkeypatch: pytest.MonkeyPatch
+) -> Counter[str]:
+    """How often each linear of the first block is multiplied with in a forward and backward pass."""
+    found = built(model, PLAIN, adapter, recompute=mode)
+    names = {m: n for n, m in blocks(found.model.model)[0].named_modules() if isinstance(m, FrozenLinear)}
+    counted: Counter[str] = Counter()
+    original = FrozenLinear.product
+
+    def counting(self: FrozenLinear, *args: Any, **kwargs: Any) -> Tensor:
+        if self in names:
+            counted[names[self].removesuffix(".base").rpartition(".")[2]] += 1
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(FrozenLinear, "product", counting)
+    found.model.train()(batch()).backward()
+    monkeypatch.undo()
+    return counted
+
+
+@pytest.mark.parametrize("mode", ["full", "offloaded"])
+@pytest.mark.parametrize("method", ["lora", "map", "dora", "ia3"])
+def test_the_last_product_of_a_block_is_not_run_again(llama, method, mode, monkeypatch) -> None:
+    """But under a scale of rows, whose slope reads it."""
+    counted = products(llama, METHODS[method], mode, monkeypatch)
+    last = counted.pop("down_proj")
+    assert last == (2 if method in ("dora", "ia3") else 1) and set(counted.values()) == {2}
+
+
+def test_a_norm_after_the_mlp_reads_its_output(tmp_path, monkeypatch) -> None:
+    model = section(saved(tmp_path, FAMILIES["gemma2"])[0])
+    assert set(products(model, LORA, "full", monkeypatch).values()) == {2}
 
 
 # --- what is kept ---

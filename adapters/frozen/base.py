@@ -50,6 +50,8 @@ class FrozenLinear(nn.Module):
     # whether something may write over an output before its backward pass: then it is not kept by reference
     output_is_overwritten = False
     joint: Joint | None = None  # the linears that it may compute with
+    # the last of a block that is run again, whose output nothing in the block saves
+    ends_block = False
 
     def __init__(self, in_features: int, out_features: int, *, bias_dtype: torch.dtype | None) -> None:
         super().__init__()

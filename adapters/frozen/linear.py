@@ -32,12 +32,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from decompft.adapters.frozen.again import is_running_again
 from decompft.adapters.frozen.base import FrozenLinear
+from decompft.adapters.frozen.factors import Factors, Grads, Thin
 from decompft.adapters.frozen.slope import Slope
 from decompft.adapters.frozen.thin import add_thin, thin_back, wide
 from decompft.adapters.kernels import combine
@@ -45,44 +47,6 @@ from decompft.adapters.kernels.columns import dot_columns, dot_columns_and_scale
 
 # what a row's scale of exactly 0 is taken for: its slope is found by a division
 _NEARLY_ZERO = 1e-20
-
-Grads = tuple[Tensor | None, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Factors:
-    """W* = diag(row) W diag(col) + q up down; None stands for what is not there."""
-
-    up: Tensor | None = None  # (out, k)
-    down: Tensor | None = None  # (k, in)
-    q: Tensor | float = 1.0  # a number, or (1,)
-    row: Tensor | None = None  # (1,) or (out,)
-    col: Tensor | None = None  # (in,)
-    bias: Tensor | None = None  # (out,), added to the base's
-    relu: bool = False  # between down and up: then there is no W*
-    keep: tuple[Tensor, ...] = ()  # for `pull_back` of the same pass
-
-
-class Thin(Protocol):
-    """What an adapter gives the node; see decompft.adapters.base.Adapter."""
-
-    reads_weight: bool
-    pulls_through_weight: bool
-
-    def factors(self, trained: tuple[Tensor, ...], fixed: tuple[Tensor, ...]) -> Factors: ...
-
-    def note(
-        self, trained: tuple[Tensor, ...], fixed: tuple[Tensor, ...], weight: Tensor
-    ) -> tuple[Tensor, ...]: ...
-
-    def pull_back(
-        self,
-        trained: tuple[Tensor, ...],
-        fixed: tuple[Tensor, ...],
-        found: Factors,
-        grads: Factors,
-        weight: Tensor | None,
-    ) -> Grads: ...
 
 
 class Member(NamedTuple):
@@ -141,13 +105,16 @@ class _FrozenLinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         x_TI = x.reshape(-1, x.shape[-1])
         own = list(_split_each(tensors, [part.counts for part in parts]))
-        passes = [_begin(x_TI, p, *groups) for p, groups in zip(parts, own, strict=True)]
+        is_read = len(parts) > 1 or not (parts[0].base.ends_block and is_running_again())
+        passes = [_begin(x_TI, p, *groups, is_read=is_read) for p, groups in zip(parts, own, strict=True)]
         d_TI = x_TI if dropped is None else dropped.reshape(x_TI.shape)
         ctx.set_materialize_grads(False)
         begun = [p.y_TO for p in passes]
-        thin = add_thin(d_TI, [p.f for p in passes], begun)
+        thin = add_thin(d_TI, [p.f for p in passes], begun, are_read=passes[0].is_read)
         for part, found, y_TO, (_, _, storage) in zip(parts, passes, begun, own, strict=True):
-            if found.y_TO is None:
+            if not found.is_read:
+                found.y_TO = x_TI.new_full((len(x_TI), part.base.out_features), torch.nan)
+            elif found.y_TO is None:
                 _multiply(x_TI, part.base, storage, found, into_TO=y_TO)
         saved: list[Tensor | None] = [x, dropped, *thin.tensors()]
         ctx.scale, ctx.counts, ctx.facts = thin.scale, [], []
@@ -234,6 +201,7 @@ class _Pass:
     noted: tuple[Tensor, ...]
     folds: bool  # a row's scale is multiplied into the weight
     scales_output: bool  # or into the product
+    is_read: bool = True  # y; else only what is saved counts
     y_TO: Tensor | None = None  # without thin branch and bias; None: its product is added to the thin branch
     kept_TO: Tensor | None = None
 
@@ -251,6 +219,8 @@ def _begin(
     trained: tuple[Tensor, ...],
     fixed: tuple[Tensor, ...],
     storage: tuple[Tensor, ...],
+    *,
+    is_read: bool,
 ) -> _Pass:
     """The factors; and the product already, where it cannot be added to the thin branch or the weight is at hand."""
     base, thin = part.base, part.thin
@@ -265,7 +235,10 @@ def _begin(
     if folds and f.row is not None:
         f = replace(f, row=f.row.masked_fill(f.row == 0, _NEARLY_ZERO))
         weight = None  # freed before the scaled one is made: one at a time
-    found = _Pass(f, noted, folds, scales_output=is_vector and not folds)
+    # a vector's slope reads y
+    found = _Pass(f, noted, folds, scales_output=is_vector and not folds, is_read=is_read or is_vector)
+    if not found.is_read:
+        return found
     has_branch = f.up is not None and f.down is not None
     if not has_branch or weight is not None or found.scales_output or not base.adds(storage, found.scale):
         _multiply(x_TI, base, storage, found, weight)

@@ -10,18 +10,16 @@ scales multiply in float32 or better, and gradients of factors leave in float32 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from decompft.adapters.frozen.factors import Factors
 from decompft.adapters.frozen.rounded import copy_of, stacked_copy_of
 from decompft.adapters.kernels import visit
 from decompft.adapters.kernels.columns import dot_columns, times_columns
 from decompft.adapters.kernels.combine import Product, add_product_, product
-
-if TYPE_CHECKING:
-    from decompft.adapters.frozen.linear import Factors
 
 
 class Added(NamedTuple):
@@ -59,8 +57,14 @@ class Back:
         return None if self.gq_TK is None or self.down_KI is None else product(self.gq_TK, self.down_KI)
 
 
-def add_thin(d_TI: Tensor, factors: Sequence[Factors], ys: list[Tensor | None]) -> Added:
-    """Add the thin branch of each member that has one to its y (T, O), in place; where y is None, it becomes y."""
+def add_thin(
+    d_TI: Tensor, factors: Sequence[Factors], ys: list[Tensor | None], *, are_read: bool = True
+) -> Added:
+    """Add the thin branch of each member that has one to its y (T, O), in place; where y is None, it becomes y.
+
+    Args:
+        are_read: the ys; else they stay as they are.
+    """
     places, thin, downs, ups = _thin(factors)
     if not places:
         return Added(1.0)
@@ -75,6 +79,8 @@ def add_thin(d_TI: Tensor, factors: Sequence[Factors], ys: list[Tensor | None]) 
     scale, scale_K = _scales(thin, widths)
     if scale != 1.0:
         h_TK.mul_(scale)
+    if not are_read:
+        return Added(scale, h_TK, scale_K, down_copy, up_copies)
     hq_TK = h_TK if scale_K is None else _times(h_TK, scale_K)
     for place, up, copy, hq_TR in zip(places, ups, up_copies, hq_TK.split_with_sizes(widths, 1), strict=True):
         up_RO = (up.to(dtype) if copy is None else copy).T

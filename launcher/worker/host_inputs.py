@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from decompft.adapters.frozen.again import contexts
+
 
 def checkpoint_on_host(*, draws: bool) -> Callable[..., Any]:
     """What transformers calls in place of torch's checkpoint, for all blocks of one model; `draws`: random numbers."""
@@ -35,7 +37,9 @@ def checkpoint_on_host(*, draws: bool) -> Callable[..., Any]:
             return tensor if tensor.grad_fn is None else tensor.detach()
 
         with saved_tensors_hooks(pack, host.get):
-            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=draws)
+            return checkpoint(
+                function, *args, use_reentrant=False, preserve_rng_state=draws, context_fn=contexts
+            )
 
     return run
 

@@ -6,8 +6,11 @@ from typing import Any
 
 from torch import nn
 
+from decompft.adapters.base import Adapter
+from decompft.adapters.frozen.again import contexts
+from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.inject import adapters
-from decompft.launcher.recompute import BY_PIECES, MODES, Recompute, pieces_of
+from decompft.launcher.recompute import BY_PIECES, MODES, Pieces, Recompute, pieces_of
 from decompft.launcher.worker.forget import forget
 from decompft.launcher.worker.host_inputs import checkpoint_on_host
 
@@ -30,10 +33,22 @@ def set_recompute(hf: Any, blocks: list[nn.Module], mode: Recompute) -> None:
         return
     # the state of random numbers cannot be read while a CUDA graph is recorded, and nothing draws without dropout
     drops = any(a.config.dropout for _, a in adapters(hf))
-    how = {"use_reentrant": False, "preserve_rng_state": drops}
+    how = {"use_reentrant": False, "preserve_rng_state": drops, "context_fn": contexts}
+    _leave_out_last(blocks, pieces_of(hf.config.model_type))
     hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     if mode == "offloaded":
         on_host = checkpoint_on_host(draws=drops)
         for module in hf.modules():
             if hasattr(module, "_gradient_checkpointing_func"):
                 module._gradient_checkpointing_func = on_host
+
+
+def _leave_out_last(blocks: list[nn.Module], pieces: Pieces | None) -> None:
+    """The product that only a block's output has, which nobody reads the second time."""
+    if pieces is None or not pieces.adds_output:
+        return
+    for block in blocks:
+        last = block.get_submodule(f"{pieces.mlp}.{pieces.last}")
+        base = last.base if isinstance(last, Adapter) else last
+        if isinstance(base, FrozenLinear):
+            base.ends_block = True

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from decompft.adapters.base import Adapter
-from decompft.adapters.frozen.linear import Factors
+from decompft.adapters.frozen.factors import Factors
 from decompft.adapters.liera import LieraLinear
 from decompft.adapters.lora import scaling
 from decompft.launcher.worker.inspecting.by_kind import Profile, profile
