@@ -60,7 +60,7 @@ tests() { # only files with such tests: others want packages that are not there
 kernels() {
   local which
   own kernels
-  for which in products tall_weight combine_speed fp8_kernels_time visit_speed; do timeout 60 python3 "benchmarks/$which.py" || true; done
+  for which in attention_speed products tall_weight combine_speed fp8_kernels_time visit_speed; do timeout 60 python3 "benchmarks/$which.py" || true; done
   profiles
 }
 profiles() {
