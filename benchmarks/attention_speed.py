@@ -2,8 +2,8 @@
 
 python benchmarks/attention_speed.py [--rows 4] [--length 2048]
 
-Llama-2-7B's heads (32 of 128) in bfloat16: torch's flash and cuDNN, and FlashAttention 4 through torch where the package
-flash-attn-4 is installed. Needed FLOPs: half of 4 T^2 d a head forward, of 10 backward. Outputs and gradients are
+Llama-2-7B's heads (32 of 128) in bfloat16: torch's flash and cuDNN, and FlashAttention 4 through torch where the
+package flash-attn-4 is installed. Needed FLOPs: half of 4 T^2 d a head forward, of 10 backward. Outputs and gradients are
 compared with flash's.
 """
 
@@ -49,7 +49,8 @@ def main() -> None:
         apart = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
         print(
             f"{name}: forward {1000 * forward:.3f} ms, {flops / forward / 1e12:.0f} TFLOP/s; backward "
-            f"{1000 * backward:.3f} ms, {2.5 * flops / backward / 1e12:.0f} TFLOP/s; apart from flash by {apart:.1e}", flush=True,
+            f"{1000 * backward:.3f} ms, {2.5 * flops / backward / 1e12:.0f} TFLOP/s; apart from flash by {apart:.1e}",
+            flush=True,
         )  # fmt: skip
 
 
