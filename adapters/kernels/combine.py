@@ -2,7 +2,7 @@
 
     own_1 <- sum_m own_m + left right,    dot_m = sum over all rows and columns of own_m x
 
-Of no array, the product alone: where the result is all that costs, torch's products reach half of what memory takes.
+Of no array, the product alone: writing it is all that costs, which torch's products do at half of the memory's speed.
 
 Where each linear's part of a slope is wanted by itself, or a product cannot add to what is there, torch's operators
 read and write all of the slope for each sum, each dot and the thin product. Here each array is read once and one is
