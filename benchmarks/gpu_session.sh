@@ -2,7 +2,7 @@
 # A session on the GPU machine, in calls of at most ten minutes that overlap with the work:
 #   begin GPUS MINUTES PART...   what call 1 carried (.carry/1) is unpacked; the parts start in the background, and what
 #                                of them can end early does so, so many minutes after this
-#   go                           for the scoreboard: what call 2 carried (.carry/2) completes the model that it trains
+#   go                           for the scoreboard and attention: what call 2 carried (.carry/2) completes what they want
 #   wait SECONDS                 look after them for so long, or until all have ended; results go to $OUT
 # Parts, run in the order given; each has the GPUs to itself but drills and scoreboard, which share them:
 #   drills       kill, preempt and resume of a 7B shape over two GPUs, with kernels that add in a fixed order
@@ -11,6 +11,7 @@
 #   tests        pytest -m gpu, for TESTS_S seconds at most (default 300), on the first GPU, and beside it on the last of two
 #                or more: kernels
 #   kernels      products and kernels by themselves, then profiles
+#   attention    torch's attention kernels and FlashAttention 4, once `go` was called (FA4=yes in gpu_pack.sh)
 #   profiles     a step's kernels by class, of PROFILES (default: see below)
 #   rows         the table of speed on one GPU, a part of it on each, the peers beside it; ROWS: names, default all
 #   pair         that on two; PAIR: names
@@ -60,8 +61,14 @@ tests() { # only files with such tests: others want packages that are not there
 kernels() {
   local which
   own kernels
-  for which in attention_speed products tall_weight combine_speed fp8_kernels_time visit_speed; do timeout 60 python3 "benchmarks/$which.py" || true; done
+  for which in products tall_weight combine_speed fp8_kernels_time visit_speed; do timeout 60 python3 "benchmarks/$which.py" || true; done
   profiles
+}
+attention() {
+  after packed
+  mkdir -p "$work/fa4"; cat "$work"/input/fa4.?? | tar xJ -C "$work/fa4"
+  local packages=$work/fa4/nvidia_cutlass_dsl
+  PYTHONPATH=$PYTHONPATH:$work/fa4:$packages/dsl_packages timeout 200 python3 benchmarks/attention_speed.py
 }
 profiles() {
   local which
@@ -101,7 +108,7 @@ begin)
   nvidia-smi --query-gpu=index,name,memory.total --format=csv,noheader; nproc
   tar xJf .carry/1/site.tar.xz
   mkdir -p "$work/input"; tar xJf .carry/1/data.tar.xz -C "$work/input"
-  [ ! -e .carry/1/model.aa ] || cp .carry/1/model.aa "$work/input/"
+  for file in model fa4; do [ ! -e ".carry/1/$file.aa" ] || cp ".carry/1/$file.aa" "$work/input/"; done
   # every call brings the checkout anew, while processes of the call before read theirs: they get a copy
   rm -rf "$work/tree" "$work"/*.done "$work"/*.log; mkdir "$work/tree"
   cp -r adapters launcher recipes slurm benchmarks tests pyproject.toml "$work/tree/"; ln -s "$PWD/.gpu-site" "$work/tree/.gpu-site"
@@ -110,7 +117,7 @@ begin)
   export DECOMPFT_CACHE=$work/cache OMP_NUM_THREADS=4 gpus work
   python3 -c 'import bitsandbytes, liger_kernel, torch, decompft.launcher.planner; print(torch.__version__, torch.cuda.device_count())'
   part() { "$1" >"$work/$1.log" 2>&1 || echo "exit code $?" >>"$work/$1.log"; touch "$work/$1.done"; }
-  export -f after left minutes own drills scoreboard methods tests kernels profiles sweeps rows pair part
+  export -f after left minutes own drills scoreboard methods tests kernels attention profiles sweeps rows pair part
   setsid bash -c '
     for name in "$@"; do
       case $name in drills | scoreboard) part "$name" & ;; *) wait; part "$name" ;; esac
@@ -118,9 +125,13 @@ begin)
     wait; touch "$work/all.done"' session "$@" </dev/null >"$work/session.log" 2>&1 &
   ;;
 go)
-  cat "$work/input/model.aa" .carry/2/model.a[b-z] >"$work/input/model.gguf"
-  echo "$(cat .carry/2/model.sha256)  $work/input/model.gguf" | sha256sum -c
-  touch "$work/model.done"
+  if [ -e .carry/2/model.sha256 ]; then
+    cat "$work/input/model.aa" .carry/2/model.a[b-z] >"$work/input/model.gguf"
+    echo "$(cat .carry/2/model.sha256)  $work/input/model.gguf" | sha256sum -c
+    touch "$work/model.done"
+  fi
+  cp .carry/2/fa4.* "$work/input/" 2>/dev/null || true
+  touch "$work/packed.done"
   ;;
 wait)
   until=$(($(date +%s) + $2))
