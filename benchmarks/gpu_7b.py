@@ -5,14 +5,18 @@
 
 The runs are those of speed_cases.py, each in a process of its own, ours through `launch` as a user starts it. A figure
 is the median of 20 steps after 5. The peer is ../shared/gpu/peers.py, timed in the same call. A second start skips what
-is in --out; fp8 rows say how far their losses are from the same case's in bfloat16.
+is in --out; fp8 rows say how far their losses are from the same case's in bfloat16. A row's adapter has trained if the
+loss of rows that it never trains on has fallen, and is as its twin's: the same work without a kernel of Triton, ours or
+Liger's, and without recomputation, which is run once for all rows that it is the twin of and not timed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import shlex
 import shutil
 import statistics
 import string
@@ -23,8 +27,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from speed_cases import RECIPE, Case, cases
+from speed_cases import RECIPE, RECIPE_8B, TOLERANCES, Case, cases, with_twins
 
+SWITCH = "DECOMPFT_TRITON"  # 0: no kernel of Triton runs
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".bench"
 WARM_UP, STEPS = 5, 20
@@ -45,6 +50,8 @@ def main() -> None:
     WORK.mkdir(exist_ok=True)
     write_text(WORK / "random.jsonl", num_records=(WARM_UP + STEPS) * 8)
     write_text(WORK / "random4096.jsonl", num_records=(WARM_UP + STEPS) * 4, length=4096)
+    write_text(WORK / "fixed.jsonl", num_records=4, seed=1)
+    write_text(WORK / "fixed4096.jsonl", num_records=2, length=4096, seed=1)
     first, step = map(int, args.part.split("/"))
     known = {c.name: c for c in cases(args.gpus)}
     chosen = [
@@ -52,16 +59,17 @@ def main() -> None:
     ][first::step]
     rows: list[dict[str, Any]] = json.loads(args.out.read_text()) if args.out.exists() else []
     peers = [] if args.peers is None else sorted({c.peer for c in chosen} - {""})
-    for case in (*peers, *chosen):
+    for case in (*peers, *with_twins(chosen)):
         if isinstance(case, Case):
-            overrides = [*case.overrides, *args.override]
-            asked = command(case.recipe, overrides)
+            overrides = [*case.overrides, fixed(case.recipe), *args.override]
+            asked = command(case.recipe, overrides, unfused=case.is_unfused)
         else:
             asked = peer_command(case)
         if any(row.get("command") == asked and "error" not in row for row in rows):
             continue
         if isinstance(case, Case):
-            row = beside_targets(run_ours(case.name, overrides, recipe=case.recipe), case, rows)
+            row = run_ours(case.name, overrides, recipe=case.recipe, unfused=case.is_unfused)
+            row = beside_targets(row, case, rows)
         else:
             row = run_peer(args.peers, case)
         rows = [r for r in rows if r.get("command") != asked] + [row | {"command": asked}]
@@ -69,6 +77,11 @@ def main() -> None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
     print(table(rows))
+
+
+def fixed(recipe: Path) -> str:
+    """The override that evaluates on rows of its own, at the start and at the end."""
+    return f"data.eval=[{{path: .bench/fixed{4096 if recipe == RECIPE_8B else ''}.jsonl, format: text}}]"
 
 
 def beside_targets(row: dict[str, Any], case: Case, others: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -83,7 +96,12 @@ def beside_targets(row: dict[str, Any], case: Case, others: Sequence[dict[str, A
     if case.flops_share is not None:
         row["flops_share"] = round(speed * row["flops_per_token"] / BFLOAT16_FLOPS, 3)
         row["over_target"] = round(row["flops_share"] / case.flops_share, 3)
+    asked = command(case.recipe, [*case.twin, fixed(case.recipe)], unfused=True)
     for other in others:
+        if case.twin and other.get("command") == asked and "error" not in other:
+            start, end = row["fixed_loss"]
+            row["twin_apart"] = round(abs(end / other["fixed_loss"][1] - 1), 5)
+            row["ok"] = end < start and row["twin_apart"] <= TOLERANCES[row["compute"]]
         if case.peer and other.get("case") == case.peer and "error" not in other:
             row["over_peer"] = round(speed / other["tokens_per_s"], 3)
         if other.get("case") == case.name.replace("-fp8", "-bfloat16") != case.name and "losses" in other:
@@ -95,24 +113,33 @@ def beside_targets(row: dict[str, Any], case: Case, others: Sequence[dict[str, A
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: ratios over 1 are faster, or larger."""
     lines = [
-        "| case | tokens/s a GPU | over target | over peer | GiB in tensors | over target |",
-        "| --- " * 6 + "|",
+        "| case | tokens/s a GPU | over target | over peer | GiB in tensors | over target | trained; from its twin |",
+        "| --- " * 7 + "|",
     ]
     for row in rows:
         if "error" in row:
-            lines.append(f"| {row['case']} | failed | | | | |")
+            lines.append(f"| {row['case']} | failed | | | | | |")
             continue
         speed = row["tokens_per_s"] / row.get("ranks", 1)
         target, peer, memory_target = (
             row.get(k, "") for k in ("over_target", "over_peer", "memory_over_target")
         )
         peak = row["peak_in_tensors_gib"] or row["peak_gib"]
-        lines.append(f"| {row['case']} | {speed:,.0f} | {target} | {peer} | {peak:.1f} | {memory_target} |")
+        loss = "" if "twin_apart" not in row else f"{'yes' if row['ok'] else 'NO'}; {row['twin_apart']:.2%}"
+        lines.append(
+            f"| {row['case']} | {speed:,.0f} | {target} | {peer} | {peak:.1f} | {memory_target} | {loss} |"
+        )
     return "\n".join(lines)
 
 
 def run_ours(
-    name: str, overrides: list[str], *, recipe: Path = RECIPE, warm_up: int = WARM_UP, reordered: bool = False
+    name: str,
+    overrides: list[str],
+    *,
+    recipe: Path = RECIPE,
+    warm_up: int = WARM_UP,
+    reordered: bool = False,
+    unfused: bool = False,
 ) -> dict[str, Any]:
     """A run through `launch`, as a user starts it; `reordered` through reordered.py. Its figures, or its error."""
     run = WORK / "runs" / name
@@ -122,7 +149,8 @@ def run_ours(
     if reordered:
         argv = [sys.executable, str(ROOT / "benchmarks" / "reordered.py"), str(recipe), str(run), *overrides]
     began = time.perf_counter()
-    done = subprocess.run(argv, capture_output=True, text=True)
+    environment = os.environ | ({SWITCH: "0"} if unfused else {})
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment, cwd=ROOT)
     wall = time.perf_counter() - began
     if done.returncode:
         logs = "".join(p.read_text()[-3000:] for p in sorted(run.glob("logs/*/rank-*.log")))
@@ -133,7 +161,12 @@ def run_ours(
             "error": (done.stdout + done.stderr)[-3000:] + logs,
         }
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    events = {e["event"]: e for e in map(json.loads, (run / "events.jsonl").open())}
+    events: dict[str, dict[str, Any]] = {}
+    evaluated = []
+    for event in map(json.loads, (run / "events.jsonl").open()):
+        events[event["event"]] = event
+        if event["event"] == "eval":
+            evaluated.append(event["loss"])
     plan = json.loads((run / "plan.json").read_text())
     asked, losses = plan["recipe"], [r["loss"] for r in rows]
     return {
@@ -145,7 +178,8 @@ def run_ours(
         "tokens_per_s": round(statistics.median(r["tokens_per_s"] for r in rows[warm_up:])),
         "flops_per_token": flops_per_token(plan),
         **memory(events["memory"]), "load": events["load"] | {"cache_dir": None}, "wall_s": round(wall, 1),
-        "command": command(recipe, overrides),
+        "command": command(recipe, overrides, unfused=unfused),
+        **({"fixed_loss": [evaluated[0], evaluated[-1]]} if evaluated else {}),
     }  # fmt: skip
 
 
@@ -177,8 +211,8 @@ def memory(peak: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def command(recipe: Path, overrides: list[str]) -> str:
-    return f"decompft launch benchmarks/{recipe.name} {' '.join(overrides)}"
+def command(recipe: Path, overrides: list[str], *, unfused: bool = False) -> str:
+    return f"{SWITCH}=0 " * unfused + f"decompft launch benchmarks/{recipe.name} {shlex.join(overrides)}"
 
 
 def run_peer(script: Path, case: str) -> dict[str, Any]:
@@ -199,9 +233,9 @@ def peer_command(case: str) -> str:
     return f"python peers.py --case {case} --bs 4 --steps {WARM_UP + STEPS}"
 
 
-def write_text(path: Path, *, num_records: int, length: int = 2048) -> None:
+def write_text(path: Path, *, num_records: int, length: int = 2048, seed: int = 0) -> None:
     """Records that fill a row of the byte tokenizer: letters and the end token."""
-    draw = random.Random(0)
+    draw = random.Random(seed)
     with path.open("w") as file:
         for _ in range(num_records):
             text = "".join(draw.choices(string.ascii_lowercase + " ", k=length - 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,9 @@ _TARGETS = {
     "offloaded": ((13_095, 18_430), 6.0),  # 3 % under full
 }
 
+# how far a row's last loss may be from its twin's: rounding, which in float8 is up to a sixteenth of a number
+TOLERANCES = {"bfloat16": 0.01, "fp8": 0.03}
+
 # not with recorded passes: inputs that leave the GPU cannot be, and norms are to save memory
 _PLAIN = ("norms", "offloaded")
 
@@ -34,6 +38,27 @@ class Case:
     peak_gib: float | None = None  # target
     flops_share: float | None = None  # target: needed FLOPs over the card's 989 TFLOP/s in bfloat16
     peer: str = ""  # of peers.py: the same work
+    twin: tuple[str, ...] = ()  # overrides of the same work in bfloat16, nothing fused; (): not compared
+    is_unfused: bool = False  # it is one
+
+
+def with_twins(chosen: Iterable[Case]) -> list[Case]:
+    """Before the first that has it, each twin."""
+    found: list[Case] = []
+    made: set[tuple[tuple[str, ...], Path]] = set()
+    for case in chosen:
+        if case.twin and (case.twin, case.recipe) not in made:
+            made.add((case.twin, case.recipe))
+            found.append(
+                Case(name=f"{case.name}-twin", overrides=case.twin, recipe=case.recipe, is_unfused=True)
+            )
+        found.append(case)
+    return found
+
+
+def unfused(method: str) -> tuple[str, ...]:
+    """Of a method at 7B on one GPU."""
+    return f"adapter.method={method}", "train.recompute=none", "train.cuda_graph=false"
 
 
 def cases(gpus: int) -> tuple[Case, ...]:
@@ -55,7 +80,7 @@ def _single() -> tuple[Case, ...]:
                                 f"adapter.method={method}", f"train.recompute={recompute}",
                                 f"quantization.compute={compute}", f"train.cuda_graph={str(graph).lower()}",
                             ),
-                            tokens_per_s=target, peak_gib=gib, peer=peer,
+                            tokens_per_s=target, peak_gib=gib, peer=peer, twin=unfused(method),
                         )
                     )  # fmt: skip
     found.sort(key=lambda case: "selective" in case.name or "offloaded" in case.name)
@@ -67,20 +92,26 @@ def _single() -> tuple[Case, ...]:
                     overrides=(
                         f"adapter.method={method}", "train.recompute=none", f"train.cuda_graph={str(graph).lower()}",
                     ),
-                    tokens_per_s=target, peak_gib=gib,
+                    tokens_per_s=target, peak_gib=gib, twin=unfused(method),
                 )
             )  # fmt: skip
     found.append(
         Case(
             name="dora-norms-bfloat16",
             overrides=("adapter.method=dora", "train.recompute=norms", "train.cuda_graph=false"),
-            tokens_per_s=19_000, peak_gib=36.0,
+            tokens_per_s=19_000, peak_gib=36.0, twin=unfused("dora"),
         )
     )  # fmt: skip
     for rows in (2, 4):
         batch = (f"train.micro_batch_size={rows}", f"train.global_batch_size={rows}")
         found.append(
-            Case(name=f"8b-lora-none-{rows}-rows", overrides=batch, recipe=RECIPE_8B, flops_share=0.55)
+            Case(
+                name=f"8b-lora-none-{rows}-rows",
+                overrides=batch,
+                recipe=RECIPE_8B,
+                flops_share=0.55,
+                twin=batch,
+            )
         )
     return tuple(found)
 
@@ -97,7 +128,9 @@ def _pair() -> tuple[Case, ...]:
         "map-fsdp": fsdp,
         "map-fsdp-full": (*fsdp, "train.recompute=full"),
     }
-    small = tuple(Case(name=name, overrides=overrides) for name, overrides in known.items())
+    small = tuple(
+        Case(name=name, overrides=overrides, twin=known["map-single"]) for name, overrides in known.items()
+    )
     large = tuple(
         Case(
             name=f"70b-map-fsdp-full-{compute}",

@@ -15,8 +15,8 @@ from decompft.launcher.source import load
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from gpu_7b import beside_targets, table  # noqa: E402
-from speed_cases import Case, cases  # noqa: E402
+from gpu_7b import beside_targets, command, fixed, table  # noqa: E402
+from speed_cases import RECIPE, Case, cases, with_twins  # noqa: E402
 
 
 @pytest.mark.parametrize("gpus", [1, 2])
@@ -45,5 +45,44 @@ def test_a_row_is_set_beside_its_targets_its_peer_and_its_twin() -> None:
     found = beside_targets(row, case, [peer, twin])
     assert (found["over_target"], found["memory_over_target"], found["over_peer"]) == (1.0, 0.5, 1.5)
     assert found["loss_apart"] == pytest.approx(0.1)
-    assert "| lora-none-fp8 | 27,000 | 1.0 | 1.5 | 17.0 | 0.5 |" in table([found])
+    assert "| lora-none-fp8 | 27,000 | 1.0 | 1.5 | 17.0 | 0.5 |  |" in table([found])
     assert "failed" in table([{"case": "x", "error": "out of memory"}])
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "compute", "trained"),
+    [
+        (11.0, 3.60, "bfloat16", True),
+        (11.0, 3.70, "bfloat16", False),  # not as its twin
+        (11.0, 3.69, "fp8", True),
+        (3.5, 3.60, "bfloat16", False),  # not fallen
+    ],
+)
+def test_a_row_has_trained_if_its_loss_fell_to_its_twins(
+    start: float, end: float, compute: str, trained: bool
+) -> None:
+    case = Case(name="lora", overrides=("train.recompute=full",), twin=("train.recompute=none",))
+    twin = {
+        "case": "lora-twin", "fixed_loss": [11.0, 3.59],
+        "command": command(RECIPE, [*case.twin, fixed(RECIPE)], unfused=True),
+    }  # fmt: skip
+    row = {
+        "case": "lora", "tokens_per_s": 1, "ranks": 1, "peak_in_tensors_gib": 1.0, "compute": compute,
+        "fixed_loss": [start, end], "losses": [],
+    }  # fmt: skip
+    found = beside_targets(row, case, [twin])
+    assert found["ok"] is trained
+    assert ("| yes; " if trained else "| NO; ") in table([found])
+
+
+def test_each_twin_is_run_once_before_those_that_it_is_the_twin_of() -> None:
+    chosen = with_twins(cases(1))
+    made = [c for c in chosen if c.is_unfused]
+    assert len({(c.overrides, c.recipe) for c in made}) == len(made) == 6
+    seen = set()
+    for case in chosen:
+        if case.is_unfused:
+            seen.add((case.overrides, case.recipe))
+        else:
+            assert (case.twin, case.recipe) in seen, case.name
+    assert all("DECOMPFT_TRITON=0 " in command(c.recipe, list(c.overrides), unfused=True) for c in made)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-SWITCH = "DECOMPFT_TRITON"  # 0: no kernel of ours runs, to find out whether one is at fault
+SWITCH = "DECOMPFT_TRITON"  # 0: no kernel of ours or of Liger's runs, to find out whether one is at fault
 
 # each has a `PROVED`
 _MODULES = ("columns", "dequantize", "norm", "rows", "changed", "visit", "combine", "fp8")
@@ -69,7 +69,7 @@ class Proved:
         )
 
     def _prove(self, device: torch.device, dtype: torch.dtype) -> str:
-        if os.environ.get(SWITCH) == "0":
+        if is_off():
             return f"{SWITCH}=0"
         try:
             with torch.no_grad():
@@ -85,6 +85,10 @@ class Proved:
         ) as error:  # a compiler's, a driver's, a launch's: all mean that the twin is what works here
             return f"{type(error).__name__}: {_first_line(error)}"
         return ""
+
+
+def is_off() -> bool:
+    return os.environ.get(SWITCH) == "0"
 
 
 def close_to(found: Tensor, expected: Tensor, bound: Tensor | float) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.inject import adapters
+from decompft.adapters.kernels.proved import SWITCH, is_off
 from decompft.adapters.spec import spec_of
 from decompft.launcher.recipe import ModelSection, QuantizationSection
 from decompft.launcher.worker.attention import use_attention
@@ -38,6 +39,8 @@ def _use_liger(hf: Any, engine: Engine) -> str:
     """Liger's fused norm, rotary and activation on a GPU where it is installed; says what runs."""
     if engine.device.type != "cuda":
         return "torch (no GPU)"
+    if is_off():
+        return f"torch ({SWITCH}=0)"
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     except ImportError:
