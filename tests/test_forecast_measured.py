@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def measured() -> list[dict[str, Any]]:
         for row in json.loads(path.read_text()):
             # a checkpoint that was written on that machine is not here
             is_here = isinstance(row, dict) and row.get("phase") != "load"
-            if is_here and "peak_gib" in row and "decompft launch" in row.get("command", ""):
+            # nor is a twin, whose norms and activations are torch's, what the forecast is of
+            if is_here and "peak_gib" in row and row.get("command", "").startswith("decompft launch"):
                 found.append(row | {"name": f"{path.stem}/{row['case']}"})
     return found
 
@@ -41,7 +43,8 @@ ROWS = measured()
 
 def forecast_of(row: dict[str, Any]) -> Plan:
     """The plan of a row's command, on the machine it ran on."""
-    words = row["command"].split()
+    # rows to evaluate on are made by the benchmark
+    words = [word for word in shlex.split(row["command"]) if not word.startswith("data.eval=")]
     recipe = ROOT / next(word for word in words if word.endswith(".yaml"))
     machine = Machine(num_gpus=row["ranks"], gpu_memory_bytes=140 * GIB, gpu_name="NVIDIA H200", num_cores=16)
     return make(load(recipe, [word for word in words if "=" in word]), machine=machine)
