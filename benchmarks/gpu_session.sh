@@ -12,6 +12,7 @@
 #                or more: kernels
 #   kernels      products and kernels by themselves, then profiles
 #   attention    torch's attention kernels and FlashAttention 4, once `go` was called (FA4=yes in gpu_pack.sh)
+#   packed       short documents packed and padded, 8 layers of 7B's shape; the table goes into logs.tar.xz
 #   profiles     a step's kernels by class, of PROFILES (default: see below)
 #   rows         the table of speed on one GPU, a part of it on each, the peers beside it; ROWS: names, default all
 #   pair         that on two; PAIR: names
@@ -65,10 +66,14 @@ kernels() {
   profiles
 }
 attention() {
-  after packed
+  after carried
   mkdir -p "$work/fa4"; cat "$work"/input/fa4.?? | tar xJ -C "$work/fa4"
   local packages=$work/fa4/nvidia_cutlass_dsl
   PYTHONPATH=$PYTHONPATH:$work/fa4:$packages/dsl_packages timeout 200 python3 benchmarks/attention_speed.py
+}
+packed() {
+  mkdir -p "$work/logs"
+  timeout 120 python3 benchmarks/packed_attention.py --length 4096 --mean 400 --rows 4 --layers 8 --steps 3 --out "$work/logs/packed.json"
 }
 profiles() {
   local which
@@ -117,7 +122,7 @@ begin)
   export DECOMPFT_CACHE=$work/cache OMP_NUM_THREADS=4 gpus work
   python3 -c 'import bitsandbytes, liger_kernel, torch, decompft.launcher.planner; print(torch.__version__, torch.cuda.device_count())'
   part() { "$1" >"$work/$1.log" 2>&1 || echo "exit code $?" >>"$work/$1.log"; touch "$work/$1.done"; }
-  export -f after left minutes own drills scoreboard methods tests kernels attention profiles sweeps rows pair part
+  export -f after left minutes own drills scoreboard methods tests kernels attention packed profiles sweeps rows pair part
   setsid bash -c '
     for name in "$@"; do
       case $name in drills | scoreboard) part "$name" & ;; *) wait; part "$name" ;; esac
@@ -131,7 +136,7 @@ go)
     touch "$work/model.done"
   fi
   cp .carry/2/fa4.* "$work/input/" 2>/dev/null || true
-  touch "$work/packed.done"
+  touch "$work/carried.done"
   ;;
 wait)
   until=$(($(date +%s) + $2))

@@ -17,7 +17,7 @@ from decompft.adapters.kernels import visit
 
 RANK = 16
 # rows and columns of a tile, tiles of a program, stages
-TILES = tuple(itertools.product((64, 128), (128, 256), (4, 8, 16), (2, 3)))
+TILES = tuple(itertools.product((64, 128), (128, 256, 512), (4, 8, 16), (2, 3)))
 
 
 def main() -> None:
