@@ -1,13 +1,14 @@
 """Tokens/s and peak memory of training steps at 7B's shape (and 8B's, 70B's), ours beside PEFT + Liger.
 
-    python benchmarks/gpu_7b.py --gpus 1 --peers PEERS.PY --out benchmarks/results/single_gpu.json
+    python benchmarks/gpu_7b.py --gpus 1 --peers FOLDER --out benchmarks/results/single_gpu.json
     python benchmarks/gpu_7b.py --gpus 2 --out benchmarks/results/multi_gpu.json
 
 The runs are those of speed_cases.py, each in a process of its own, ours through `launch` as a user starts it. A figure
-is the median of 20 steps after 5. The peer is ../shared/gpu/peers.py, timed in the same call. A second start skips what
-is in --out; fp8 rows say how far their losses are from the same case's in bfloat16. A row's adapter has trained if the
-loss of rows that it never trains on has fallen, and is as its twin's: the same work without a kernel of Triton, ours or
-Liger's, and without recomputation, which is run once for all rows that it is the twin of and not timed.
+is the median of 20 steps after 5. Peers are PEFT and unsloth (../shared/gpu), timed in the call of the rows beside
+them. A second start skips what is in --out; fp8 rows say how far their losses are from the same case's in bfloat16. A
+row's adapter has trained if the loss of rows that it never trains on has fallen, and is as its twin's: the same work
+without a kernel of Triton, ours or Liger's, and without recomputation, which is run once for all rows that it is the
+twin of.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[""], help="names of cases, or parts of names")
     parser.add_argument("--part", default="0/1", help="K/N: every N-th case from the K-th on")
     parser.add_argument("--override", nargs="*", default=[], help="KEY=VALUE of the recipe, for trials")
-    parser.add_argument("--peers", type=Path, help="peers.py of the benchmark machine")
+    parser.add_argument("--peers", type=Path, help="the folder of peers.py and peer_unsloth.py")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     WORK.mkdir(exist_ok=True)
@@ -58,25 +59,35 @@ def main() -> None:
         c for name, c in known.items() if any(o == name or (o not in known and o in name) for o in args.only)
     ][first::step]
     rows: list[dict[str, Any]] = json.loads(args.out.read_text()) if args.out.exists() else []
-    peers = [] if args.peers is None else sorted({c.peer for c in chosen} - {""})
-    for case in (*peers, *with_twins(chosen)):
-        if isinstance(case, Case):
-            overrides = [*case.overrides, fixed(case.recipe), *args.override]
-            asked = command(case.recipe, overrides, unfused=case.is_unfused)
-        else:
-            asked = peer_command(case)
-        if any(row.get("command") == asked and "error" not in row for row in rows):
-            continue
-        if isinstance(case, Case):
-            row = run_ours(case.name, overrides, recipe=case.recipe, unfused=case.is_unfused)
-            row = beside_targets(row, case, rows)
-        else:
-            row = run_peer(args.peers, case)
-        rows = [r for r in rows if r.get("command") != asked] + [row | {"command": asked}]
-        print(json.dumps({k: v for k, v in row.items() if k not in ("losses", "command")}), flush=True)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
+    done = {row.get("command") for row in rows if "error" not in row}
+    pending = [
+        (case, overrides, asked)
+        for case in with_twins(chosen)
+        for overrides in [[*case.overrides, fixed(case.recipe), *args.override]]
+        if (asked := command(case.recipe, overrides, unfused=case.is_unfused)) not in done
+    ]
+    call = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    # beside each row of this call, whatever earlier calls found
+    peers = [] if args.peers is None else sorted({peer for case, *_ in pending for peer in case.peers})
+    for peer in peers:
+        add(rows, run_peer(args.peers, peer) | {"call": call, "command": peer_command(peer)}, args.out)
+    for case, overrides, asked in pending:
+        row = run_ours(case.name, overrides, recipe=case.recipe, unfused=case.is_unfused)
+        row = beside_targets(row | {"call": call, "command": asked}, case, rows, args.override)
+        add(rows, row, args.out)
     print(table(rows))
+
+
+def add(rows: list[dict[str, Any]], row: dict[str, Any], out: Path) -> None:
+    """In the place of what ended in an error; a peer's beside those of other calls."""
+    same = [
+        r for r in rows
+        if r.get("command") == row["command"] and (r["stack"] == "decompft" or r.get("call") == row["call"])
+    ]  # fmt: skip
+    rows[:] = [r for r in rows if r not in same] + [row]
+    print(json.dumps({k: v for k, v in row.items() if k not in ("losses", "command")}), flush=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
 
 
 def fixed(recipe: Path) -> str:
@@ -84,8 +95,15 @@ def fixed(recipe: Path) -> str:
     return f"data.eval=[{{path: .bench/fixed{4096 if recipe == RECIPE_8B else ''}.jsonl, format: text}}]"
 
 
-def beside_targets(row: dict[str, Any], case: Case, others: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """With its ratios to the targets, to the peer's row, and for fp8 to the losses in bfloat16."""
+def beside_targets(
+    row: dict[str, Any], case: Case, others: Sequence[dict[str, Any]], override: Sequence[str] = ()
+) -> dict[str, Any]:
+    """With its ratios to the targets and to the peers' rows of its call, and how far its losses are from its twin's and,
+    in fp8, from the same case's in bfloat16.
+
+    Args:
+        override: of the row's command, behind its case's.
+    """
     if "error" in row:
         return row
     speed = row["tokens_per_s"] / row["ranks"]
@@ -96,38 +114,53 @@ def beside_targets(row: dict[str, Any], case: Case, others: Sequence[dict[str, A
     if case.flops_share is not None:
         row["flops_share"] = round(speed * row["flops_per_token"] / BFLOAT16_FLOPS, 3)
         row["over_target"] = round(row["flops_share"] / case.flops_share, 3)
-    asked = command(case.recipe, [*case.twin, fixed(case.recipe)], unfused=True)
-    for other in others:
-        if case.twin and other.get("command") == asked and "error" not in other:
-            start, end = row["fixed_loss"]
-            row["twin_apart"] = round(abs(end / other["fixed_loss"][1] - 1), 5)
-            row["ok"] = end < start and row["twin_apart"] <= TOLERANCES[row["compute"]]
-        if case.peer and other.get("case") == case.peer and "error" not in other:
-            row["over_peer"] = round(speed / other["tokens_per_s"], 3)
+    whole = [other for other in others if "error" not in other]
+    if case.twin:
+        asked = command(case.recipe, [*case.twin, fixed(case.recipe), *override], unfused=True)
+        row |= trained(row, next((other for other in whole if other.get("command") == asked), None))
+    for other in whole:
+        if other.get("case") in case.peers and other.get("call") == row.get("call"):
+            row["over_unsloth" if other["stack"] == "unsloth" else "over_peer"] = round(
+                speed / other["tokens_per_s"], 3
+            )
         if other.get("case") == case.name.replace("-fp8", "-bfloat16") != case.name and "losses" in other:
             pairs = zip(row["losses"], other["losses"], strict=True)
             row["loss_apart"] = max(abs(one - before) / before for one, before in pairs)
     return row
 
 
+def trained(row: dict[str, Any], twin: dict[str, Any] | None) -> dict[str, Any]:
+    """Whether the loss of fixed rows has fallen as the twin's: `ok`, and the distance of what the twin's fell."""
+    if twin is None:  # it failed, too
+        return {"ok": False, "twin_apart": None}
+    (start, end), (twin_start, twin_end) = row["fixed_loss"], twin["fixed_loss"]
+    if twin_end >= twin_start:
+        return {"ok": False, "twin_apart": None}
+    apart = round(abs(end - twin_end) / (twin_start - twin_end), 5)
+    return {"ok": end < start and apart <= TOLERANCES[row["compute"]], "twin_apart": apart}
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: ratios over 1 are faster, or larger."""
     lines = [
-        "| case | tokens/s a GPU | over target | over peer | GiB in tensors | over target | trained; from its twin |",
-        "| --- " * 7 + "|",
+        "| case | tokens/s a GPU | over target | over PEFT | over unsloth | GiB in tensors | over target "
+        "| trained; from its twin |",
+        "| --- " * 8 + "|",
     ]
     for row in rows:
         if "error" in row:
-            lines.append(f"| {row['case']} | failed | | | | | |")
+            lines.append(f"| {row['case']} | failed | | | | | | |")
             continue
         speed = row["tokens_per_s"] / row.get("ranks", 1)
-        target, peer, memory_target = (
-            row.get(k, "") for k in ("over_target", "over_peer", "memory_over_target")
+        target, peft, unsloth, memory_target = (
+            row.get(k, "") for k in ("over_target", "over_peer", "over_unsloth", "memory_over_target")
         )
-        peak = row["peak_in_tensors_gib"] or row["peak_gib"]
-        loss = "" if "twin_apart" not in row else f"{'yes' if row['ok'] else 'NO'}; {row['twin_apart']:.2%}"
+        peak, loss = row["peak_in_tensors_gib"] or row["peak_gib"], ""
+        if "twin_apart" in row:
+            apart = "no twin" if row["twin_apart"] is None else f"{row['twin_apart']:.2%}"
+            loss = f"{'yes' if row['ok'] else 'NO'}; {apart}"
         lines.append(
-            f"| {row['case']} | {speed:,.0f} | {target} | {peer} | {peak:.1f} | {memory_target} | {loss} |"
+            f"| {row['case']} | {speed:,.0f} | {target} | {peft} | {unsloth} | {peak:.1f} | {memory_target} | {loss} |"
         )
     return "\n".join(lines)
 
@@ -215,22 +248,32 @@ def command(recipe: Path, overrides: list[str], *, unfused: bool = False) -> str
     return f"{SWITCH}=0 " * unfused + f"decompft launch benchmarks/{recipe.name} {shlex.join(overrides)}"
 
 
-def run_peer(script: Path, case: str) -> dict[str, Any]:
-    argv = [sys.executable, str(script), "--case", case, "--bs", "4", "--steps", str(WARM_UP + STEPS)]
-    done = subprocess.run(argv, capture_output=True, text=True)
+def run_peer(folder: Path, case: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, *peer_argv(case, folder)], capture_output=True, text=True, cwd=ROOT
+    )  # fmt: skip
+    stack, kind = ("unsloth", case.removeprefix("unsloth-")) if case.startswith("unsloth") else ("peft", case)
     if done.returncode:
-        return {"stack": "peft", "case": case, "error": (done.stdout + done.stderr)[-3000:]}
+        return {"stack": stack, "case": case, "error": (done.stdout + done.stderr)[-3000:]}
     row = json.loads(done.stdout.strip().splitlines()[-1])
+    recompute = {"true": "full", "unsloth": "offloaded"}.get(kind, "full" if "gc" in kind else "none")
     return {
-        "stack": "peft", "case": case, "adapter": "lora", "quantization": "nf4+dq", "compute": "bfloat16",
-        "recompute": "full" if "gc" in case else "none", "strategy": "single", "ranks": 1, "micro_batch": 4,
-        "sequence_length": 2048, "tokens_per_s": row["tok_s"], "peak_in_tensors_gib": row["peak_GiB"],
-        "command": peer_command(case),
+        "stack": stack, "case": case, "adapter": "dora" if "dora" in case else "lora", "quantization": "nf4+dq",
+        "compute": "bfloat16", "recompute": recompute, "strategy": "single", "ranks": 1, "micro_batch": 4,
+        "sequence_length": 2048, "tokens_per_s": row["tok_s"],
+        # all that their scripts measure
+        "peak_gib": row["peak_GiB"], "peak_in_tensors_gib": row["peak_GiB"],
     }  # fmt: skip
 
 
+def peer_argv(case: str, folder: Path = Path()) -> list[str]:
+    if case.startswith("unsloth-"):
+        return [str(folder / "peer_unsloth.py"), case.removeprefix("unsloth-"), "4", "32"]
+    return [str(folder / "peers.py"), "--case", case, "--bs", "4", "--steps", str(WARM_UP + STEPS)]
+
+
 def peer_command(case: str) -> str:
-    return f"python peers.py --case {case} --bs 4 --steps {WARM_UP + STEPS}"
+    return shlex.join(["python", *peer_argv(case)])
 
 
 def write_text(path: Path, *, num_records: int, length: int = 2048, seed: int = 0) -> None:

@@ -88,7 +88,7 @@ own() { # a folder of its own for runs and data, which the recipes reach under t
 }
 rows() {
   local k peers=()
-  [ ! -e .gpu-site/bench/peers.py ] || peers=(--peers "$PWD/.gpu-site/bench/peers.py")
+  [ ! -e .gpu-site/bench/peers.py ] || peers=(--peers "$PWD/.gpu-site/bench")
   for k in $(seq 0 $((gpus - 1))); do
     # shellcheck disable=SC2086 # several words
     (own "rows-$k" && CUDA_VISIBLE_DEVICES=$k timeout "$(left)" python3 benchmarks/gpu_7b.py --part "$k/$gpus" \

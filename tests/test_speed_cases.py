@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from decompft.launcher.source import load
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from gpu_7b import beside_targets, command, fixed, table  # noqa: E402
+from gpu_7b import add, beside_targets, command, fixed, table  # noqa: E402
 from speed_cases import RECIPE, Case, cases, with_twins  # noqa: E402
 
 
@@ -35,50 +36,102 @@ def test_every_case_can_be_planned(gpus: int) -> None:
         assert plan.recompute in case.name or case.name.startswith(("map-", "8b")), case.name
 
 
-def test_a_row_is_set_beside_its_targets_its_peer_and_its_twin() -> None:
-    case = Case(name="lora-none-fp8", overrides=(), tokens_per_s=27_000, peak_gib=34.0, peer="nf4-liger")
+def test_a_row_is_set_beside_its_targets_and_the_peers_of_its_call() -> None:
+    case = Case(
+        name="lora-none-fp8", overrides=(), tokens_per_s=27_000, peak_gib=34.0, peers=("nf4-liger", "unsloth-false")
+    )  # fmt: skip
     row: dict[str, Any] = {
-        "case": case.name, "tokens_per_s": 54_000, "ranks": 2, "peak_in_tensors_gib": 17.0, "losses": [2.0, 1.1]
+        "case": case.name, "tokens_per_s": 54_000, "ranks": 2, "peak_in_tensors_gib": 17.0, "losses": [2.0, 1.1],
+        "call": "now",
     }  # fmt: skip
-    twin = {"case": "lora-none-bfloat16", "losses": [2.0, 1.0]}
-    peer = {"case": "nf4-liger", "tokens_per_s": 18_000}
-    found = beside_targets(row, case, [peer, twin])
+    twin = {"case": "lora-none-bfloat16", "losses": [2.0, 1.0], "stack": "decompft"}
+    peers = [
+        {"case": "nf4-liger", "tokens_per_s": 18_000, "stack": "peft", "call": "now"},
+        {"case": "nf4-liger", "tokens_per_s": 1_000, "stack": "peft", "call": "before"},
+        {"case": "unsloth-false", "tokens_per_s": 13_500, "stack": "unsloth", "call": "now"},
+    ]
+    found = beside_targets(row, case, [*peers, twin])
     assert (found["over_target"], found["memory_over_target"], found["over_peer"]) == (1.0, 0.5, 1.5)
+    assert found["over_unsloth"] == 2.0
     assert found["loss_apart"] == pytest.approx(0.1)
-    assert "| lora-none-fp8 | 27,000 | 1.0 | 1.5 | 17.0 | 0.5 |  |" in table([found])
+    assert "| lora-none-fp8 | 27,000 | 1.0 | 1.5 | 2.0 | 17.0 | 0.5 |  |" in table([found])
     assert "failed" in table([{"case": "x", "error": "out of memory"}])
 
 
-@pytest.mark.parametrize(
-    ("start", "end", "compute", "trained"),
-    [
-        (11.0, 3.60, "bfloat16", True),
-        (11.0, 3.70, "bfloat16", False),  # not as its twin
-        (11.0, 3.69, "fp8", True),
-        (3.5, 3.60, "bfloat16", False),  # not fallen
-    ],
-)
-def test_a_row_has_trained_if_its_loss_fell_to_its_twins(
-    start: float, end: float, compute: str, trained: bool
-) -> None:
-    case = Case(name="lora", overrides=("train.recompute=full",), twin=("train.recompute=none",))
-    twin = {
-        "case": "lora-twin", "fixed_loss": [11.0, 3.59],
-        "command": command(RECIPE, [*case.twin, fixed(RECIPE)], unfused=True),
+TWIN = Case(name="lora", overrides=("train.recompute=full",), twin=("train.recompute=none",))
+
+
+def twin_row(*override: str) -> dict[str, Any]:
+    return {
+        "case": "lora-twin", "fixed_loss": [11.0, 3.0], "stack": "decompft",
+        "command": command(RECIPE, [*TWIN.twin, fixed(RECIPE), *override], unfused=True),
     }  # fmt: skip
-    row = {
+
+
+def own_row(start: float, end: float, compute: str = "bfloat16") -> dict[str, Any]:
+    return {
         "case": "lora", "tokens_per_s": 1, "ranks": 1, "peak_in_tensors_gib": 1.0, "compute": compute,
         "fixed_loss": [start, end], "losses": [],
     }  # fmt: skip
-    found = beside_targets(row, case, [twin])
-    assert found["ok"] is trained
-    assert ("| yes; " if trained else "| NO; ") in table([found])
 
 
-def test_each_twin_is_run_once_before_those_that_it_is_the_twin_of() -> None:
-    chosen = with_twins(cases(1))
+@pytest.mark.parametrize(
+    ("start", "end", "compute", "ok"),
+    [
+        (11.0, 3.1, "bfloat16", True),
+        (11.0, 3.3, "bfloat16", False),  # not as its twin
+        (11.0, 3.3, "fp8", True),
+        (3.0, 3.1, "bfloat16", False),  # not fallen
+    ],
+)
+def test_a_row_has_trained_if_its_loss_fell_as_its_twins(
+    start: float, end: float, compute: str, ok: bool
+) -> None:
+    found = beside_targets(own_row(start, end, compute), TWIN, [twin_row()])
+    assert found["ok"] is ok
+    assert ("| yes; " if ok else "| NO; ") in table([found])
+
+
+@pytest.mark.parametrize(
+    "twin",
+    [
+        {**twin_row(), "error": "out of memory"},
+        twin_row("train.max_steps=3"),
+        {**twin_row(), "fixed_loss": [3.0, 3.0]},
+    ],
+    ids=["failed", "of another command", "not fallen"],
+)
+def test_without_a_twin_that_trained_nothing_is_said_to_have(twin: dict[str, Any]) -> None:
+    found = beside_targets(own_row(11.0, 3.0), TWIN, [twin])
+    assert found["ok"] is False and found["twin_apart"] is None
+    assert "| NO; no twin |" in table([found])
+
+
+def test_a_trials_twin_has_its_overrides() -> None:
+    override = ["train.max_steps=3"]
+    assert beside_targets(own_row(11.0, 3.0), TWIN, [twin_row(*override)], override)["ok"] is True
+
+
+def test_peers_of_each_call_are_kept_and_what_failed_is_replaced(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    for call, command_, stack, more in (
+        ("1", "peer", "peft", {}), ("1", "ours", "decompft", {"error": "x"}), ("2", "peer", "peft", {}),
+        ("2", "ours", "decompft", {}),
+    ):  # fmt: skip
+        add(
+            rows,
+            {"case": command_, "command": command_, "call": call, "stack": stack, **more},
+            tmp_path / "rows.json",
+        )
+    assert [(r["command"], r["call"]) for r in rows] == [("peer", "1"), ("peer", "2"), ("ours", "2")]
+    assert json.loads((tmp_path / "rows.json").read_text()) == rows
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_each_twin_is_run_once_before_those_that_it_is_the_twin_of(gpus: int) -> None:
+    chosen = with_twins(cases(gpus))
     made = [c for c in chosen if c.is_unfused]
-    assert len({(c.overrides, c.recipe) for c in made}) == len(made) == 6
+    assert len({(c.overrides, c.recipe) for c in made}) == len(made) == {1: 6, 2: 2}[gpus]
     seen = set()
     for case in chosen:
         if case.is_unfused:

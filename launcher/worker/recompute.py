@@ -48,6 +48,8 @@ def _leave_out_last(blocks: list[nn.Module], pieces: Pieces | None) -> None:
     if pieces is None or not pieces.adds_output:
         return
     for block in blocks:
+        if not type(block).__module__.startswith("transformers."):  # a repository's own: who knows
+            return
         last = block.get_submodule(f"{pieces.mlp}.{pieces.last}")
         base = last.base if isinstance(last, Adapter) else last
         if isinstance(base, FrozenLinear):
