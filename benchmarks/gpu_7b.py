@@ -98,8 +98,9 @@ def fixed(recipe: Path) -> str:
 def beside_targets(
     row: dict[str, Any], case: Case, others: Sequence[dict[str, Any]], override: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """With its ratios to the targets and to the peers' rows of its call, and its losses' distance from its twin's and, in
-    fp8, from the same case's in bfloat16.
+    """With its ratios to the targets and the peers' rows of its call, and its losses' distance from its twin's.
+
+    In fp8 the distance of all its losses from the same case's in bfloat16, too.
 
     Args:
         override: of the row's command, behind its case's.
