@@ -12,12 +12,12 @@ fp8.py. Not run on a GPU yet.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import chain
 
 import torch
 from check_fp8_kernels import ROW_WARPS, TALL_TILES
-from step_classes import seconds
+from step_classes import replayed, seconds
 from torch import Tensor
 
 from decompft.adapters.frozen.fourbit import Nf4Linear
@@ -56,18 +56,6 @@ def copy_rate() -> float:
     """Bytes a second, read and written."""
     one, other = (torch.empty(1 << 30, dtype=torch.uint8, device=CUDA) for _ in range(2))
     return 2 * one.nbytes / seconds(lambda: other.copy_(one))
-
-
-def replayed(launches: Sequence[Launch]) -> float:
-    """Seconds of one."""
-    for launch in launches:  # compiled before the capture
-        launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for launch in launches:
-            launch()
-    return seconds(graph.replay) / len(launches)
 
 
 Timed = tuple[str, object, int, list[Launch]]  # kernel, tile, bytes of a launch, one launch for each weight

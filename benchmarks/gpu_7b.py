@@ -30,7 +30,9 @@ from typing import Any
 
 from speed_cases import RECIPE, RECIPE_8B, TOLERANCES, Case, cases, with_twins
 
-SWITCH = "DECOMPFT_TRITON"  # 0: no kernel of Triton runs
+SWITCH = (
+    "DECOMPFT_TRITON"  # of adapters/kernels/proved.py, which would bring torch; 0: no kernel of Triton runs
+)
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".bench"
 WARM_UP, STEPS = 5, 20
@@ -80,11 +82,11 @@ def main() -> None:
 
 def add(rows: list[dict[str, Any]], row: dict[str, Any], out: Path) -> None:
     """In the place of what ended in an error; a peer's beside those of other calls."""
-    same = [
+    is_peer = row["stack"] != "decompft"
+    rows[:] = [
         r for r in rows
-        if r.get("command") == row["command"] and (r["stack"] == "decompft" or r.get("call") == row["call"])
-    ]  # fmt: skip
-    rows[:] = [r for r in rows if r not in same] + [row]
+        if r.get("command") != row["command"] or (is_peer and r.get("call") != row["call"])
+    ] + [row]  # fmt: skip
     print(json.dumps({k: v for k, v in row.items() if k not in ("losses", "command")}), flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")

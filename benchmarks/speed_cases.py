@@ -47,9 +47,7 @@ class Case:
     tokens_per_s: float | None = None  # target, a GPU
     peak_gib: float | None = None  # target
     flops_share: float | None = None  # target: needed FLOPs over the card's 989 TFLOP/s in bfloat16
-    peers: tuple[
-        str, ...
-    ] = ()  # the same work of others: cases of peers.py, or unsloth- and its kind of recomputation
+    peers: tuple[str, ...] = ()  # the same work: cases of peers.py, or unsloth- and its recomputation
     twin: tuple[str, ...] = ()  # overrides of the same work in bfloat16, nothing fused; (): not compared
     is_unfused: bool = False  # it is one
 
@@ -70,9 +68,15 @@ def with_twins(chosen: Iterable[Case]) -> list[Case]:
 
 def unfused(method: str) -> tuple[str, ...]:
     """Of a method at 7B on one GPU."""
+    return _none(method, graph=False)
+
+
+def _none(method: str, *, graph: bool) -> tuple[str, ...]:
+    """A method's overrides without recomputation."""
     # so that LieRA's loss, which starts slowest, falls by more than rounding
     faster = ("train.learning_rate=1e-3",) if method == "liera" else ()
-    return f"adapter.method={method}", "train.recompute=none", *faster, "train.cuda_graph=false"
+    recorded = f"train.cuda_graph={str(graph).lower()}"
+    return f"adapter.method={method}", "train.recompute=none", *faster, recorded
 
 
 def cases(gpus: int) -> tuple[Case, ...]:
@@ -103,9 +107,7 @@ def _single() -> tuple[Case, ...]:
             found.append(
                 Case(
                     name="-".join((method, "none", "bfloat16", *["graph"] * graph)),
-                    overrides=(
-                        *unfused(method)[:-1], f"train.cuda_graph={str(graph).lower()}",
-                    ),
+                    overrides=_none(method, graph=graph),
                     tokens_per_s=target, peak_gib=gib, twin=unfused(method),
                     peers=("nf4-liger-dora",) if method == "dora" else (),
                 )

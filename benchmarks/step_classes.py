@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +100,18 @@ def seconds(work: Any, repeats: int = 20) -> float:
         torch.cuda.synchronize()
         found.append(begin.elapsed_time(end) / 1000)
     return statistics.median(found)
+
+
+def replayed(launches: Sequence[Callable[[], object]]) -> float:
+    """Seconds of one."""
+    for launch in launches:  # compiled before the capture
+        launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in launches:
+            launch()
+    return seconds(graph.replay) / len(launches)
 
 
 def classes(events: Iterable[Any], sizes: Sizes, steps: int) -> dict[str, Class]:

@@ -15,6 +15,7 @@ import sys
 import torch
 import triton
 import triton.language as tl
+from step_classes import replayed, seconds
 from torch import Tensor
 
 from decompft.adapters.frozen.fourbit import Nf4Linear
@@ -89,8 +90,6 @@ def made(num_out: int, num_in: int, device: str) -> tuple[Nf4Linear, tuple[Tenso
 
 
 def main() -> None:
-    from step_classes import seconds
-
     for num_out, num_in in SIZES:
         layer, storage = made(num_out, num_in, "cuda")
         dy = torch.randn(TOKENS, num_out, device="cuda", dtype=torch.bfloat16)
@@ -99,8 +98,8 @@ def main() -> None:
         found = {}
         for tile in TILES:
             assert torch.equal(unpacked(layer, storage, tile), weight.T), tile
-            found[tile] = repeated(lambda s=storage, t=tile, own=layer: unpacked(own, s, t))
-        plain = repeated(lambda own=layer, s=storage: own.unpack(s, torch.bfloat16))
+            found[tile] = 1000 * replayed([lambda s=storage, t=tile, own=layer: unpacked(own, s, t)] * 20)
+        plain = 1000 * replayed([lambda own=layer, s=storage: own.unpack(s, torch.bfloat16)] * 20)
         best = min(found, key=lambda t: found[t])
         turned = unpacked(layer, storage, best)
         rows, columns = (
@@ -111,19 +110,6 @@ def main() -> None:
             f"{num_out} -> {num_in}: product {rows:.3f} ms, of the transposed {columns:.3f}; unpack {plain:.4f}, "
             f"transposed {three}; gained {rows + plain - columns - found[best]:+.3f}", flush=True,
         )  # fmt: skip
-
-
-def repeated(work: object, times: int = 20) -> float:
-    """Milliseconds of one, replayed as a graph, as the host would take longer."""
-    from step_classes import seconds
-
-    work()  # type: ignore[operator]
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(times):
-            work()  # type: ignore[operator]
-    return 1000 * seconds(graph.replay) / times
 
 
 def interpret() -> None:

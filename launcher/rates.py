@@ -42,8 +42,8 @@ H200 = Rates(
     fp8_flops=790e12,
     # LoRA, 4 rows: Liger's 65 norms of 8,192 tokens of 4,096 bfloat16 numbers in 2.31 ms (profile_step.py, 2026-11-23)
     norm_bytes_per_s=65 * 2 * 8_192 * 4_096 * 2 / 2.31e-3,
-    # MAP in fp8: forward and backward pass on one thread of the host 304 ms (cProfile's run, 2026-11-23), over the
-    # 16,230 launches that METHODS counts; there are fewer since
+    # MAP in fp8: both passes on one thread of the host 304 ms (benchmarks/host_time.py, 2026-11-23), over the 16,230
+    # launches that METHODS counts; there are fewer since
     launch_s=304e-3 / 16_230,
     gather_s=0.1e-3,
     # zero2, 4 rows: 591 ms a step (matrix.json), less MAP's launches and the tail, over 896 tensors

@@ -20,7 +20,7 @@ class Pieces:
     last: str  # the linear that ends the MLP: all before it is run again, it is not
     mlp: str = "mlp"
     adds_output: bool = (
-        True  # the MLP's output is added to the block's input as it is (or dropped out), and not saved
+        True  # the MLP's output goes to the residual sum, dropped out or not, and is not saved
     )
 
 

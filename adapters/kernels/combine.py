@@ -47,12 +47,15 @@ Product = tuple[Tensor, Tensor]  # left, right
 
 def fits(x_TC: Tensor, thin: Product | None) -> bool:
     """Whether `add_` runs on arrays like x, contiguous, and this product."""
+    return (thin is None or _is_thin(*thin, x_TC.dtype)) and _takes(x_TC)
+
+
+def _takes(x_TC: Tensor) -> bool:
     return (
         x_TC.is_cuda
         and x_TC.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and x_TC.stride(1) == 1
         and x_TC.numel() > 0
-        and (thin is None or _is_thin(*thin, x_TC.dtype))
         and PROVED.runs(x_TC.device, x_TC.dtype)
     )
 
@@ -116,12 +119,7 @@ def add_product_(y_TC: Tensor, left_TK: Tensor, right_KC: Tensor) -> Tensor:
 
 def product(left_TK: Tensor, right_KC: Tensor) -> Tensor:
     """left right."""
-    if (
-        left_TK.is_cuda
-        and left_TK.numel()
-        and _is_thin(left_TK, right_KC, left_TK.dtype)
-        and PROVED.runs(left_TK.device, left_TK.dtype)
-    ):
+    if _is_thin(left_TK, right_KC, left_TK.dtype) and _takes(left_TK):
         out_TC = left_TK.new_empty(left_TK.shape[0], right_KC.shape[1])
         _launch(out_TC, 0, (), None, (left_TK, right_KC))
         return out_TC
