@@ -10,7 +10,8 @@
 #   methods      every method's step beside LoRA's at 7B
 #   tests        pytest -m gpu, for TESTS_S seconds at most (default 300), on the first GPU, and beside it on the last of two
 #                or more: kernels
-#   kernels      products and kernels by themselves, then profiles
+#   kernels      products and kernels by themselves: KERNELS, names of scripts, default all; then profiles
+#   gaps         where the GPU waits in a run's steps: GAPS, overrides with commas between them
 #   attention    torch's attention kernels and FlashAttention 4, once `go` was called (FA4=yes in gpu_pack.sh)
 #   packed       short documents packed and padded, 8 layers of 7B's shape; the table goes into logs.tar.xz
 #   profiles     a step's kernels by class, of PROFILES (default: see below)
@@ -62,8 +63,16 @@ tests() { # only files with such tests: others want packages that are not there
 kernels() {
   local which
   own kernels
-  for which in products tall_weight combine_speed fp8_kernels_time visit_speed; do timeout 60 python3 "benchmarks/$which.py" || true; done
+  for which in ${KERNELS:-products tall_weight combine_speed fp8_kernels_time visit_speed}; do timeout 60 python3 "benchmarks/$which.py" || true; done
   profiles
+}
+gaps() {
+  local which
+  own gaps
+  for which in ${GAPS:-adapter.method=lora adapter.method=lora,quantization.compute=fp8,train.cuda_graph=true}; do
+    # shellcheck disable=SC2086 # several words
+    timeout 90 python3 benchmarks/step_gaps.py ${which//,/ } || true
+  done
 }
 attention() {
   after carried
@@ -122,7 +131,7 @@ begin)
   export DECOMPFT_CACHE=$work/cache OMP_NUM_THREADS=4 gpus work
   python3 -c 'import bitsandbytes, liger_kernel, torch, decompft.launcher.planner; print(torch.__version__, torch.cuda.device_count())'
   part() { "$1" >"$work/$1.log" 2>&1 || echo "exit code $?" >>"$work/$1.log"; touch "$work/$1.done"; }
-  export -f after left minutes own drills scoreboard methods tests kernels attention packed profiles sweeps rows pair part
+  export -f after left minutes own drills scoreboard methods tests kernels gaps attention packed profiles sweeps rows pair part
   setsid bash -c '
     for name in "$@"; do
       case $name in drills | scoreboard) part "$name" & ;; *) wait; part "$name" ;; esac
