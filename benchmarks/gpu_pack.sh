@@ -19,7 +19,7 @@ fi
 if [ "${FA4:-no}" = yes ]; then
   wheels=$(mktemp -d)
   python3 -m pip download --quiet --no-deps --python-version 3.12 --only-binary :all: --dest "$wheels" flash-attn-4==4.0.0b36 \
-    quack-kernels==0.6.5 nvidia-cutlass-dsl==4.8.1 nvidia-cutlass-dsl-libs-base==4.8.1 nvidia-cutlass-dsl-libs-cu13==4.8.1 \
+    quack-kernels==0.6.5 nvidia-cutlass-dsl==4.8.1 nvidia-cutlass-dsl-libs-base==4.8.1 nvidia-cutlass-dsl-libs-core==4.8.1 nvidia-cutlass-dsl-libs-cu13==4.8.1 \
     apache-tvm-ffi==0.1.15.post2 torch-c-dlpack-ext==0.1.5 einops==0.8.2
   for wheel in "$wheels"/*.whl; do unzip -q -o "$wheel" -d "$wheels/site"; done
   rm -rf "$wheels/site/nvidia_cutlass_dsl/cu13/lib/stubs"
