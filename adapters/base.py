@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -32,12 +32,21 @@ class Settling:
     While that is below 1 the tensor is left out of gradient clipping as well.
     """
 
-    size: Tensor  # (1,), on the device: the host reads all layers' at once
+    size: Tensor  # (1,), on the device, where no host waits for it
     offset: float
     limit: float
 
-    def factor(self, size: float) -> float:
-        return min(1.0, (size + self.offset) / self.limit)
+    @staticmethod
+    def factors(waits: Sequence[Settling]) -> Tensor:
+        """(n,) float64, of all at once."""
+        sizes = torch.cat([w.size for w in waits]).double()
+        first, *more = {(w.offset, w.limit) for w in waits}
+        if more:
+            each = torch.tensor([(w.offset, w.limit) for w in waits], dtype=torch.float64).to(sizes.device)
+            found = (sizes + each[:, 0]) / each[:, 1]
+        else:
+            found = (sizes + first[0]) / first[1]
+        return torch.where(found < 1, found, 1.0)  # NaN is no reason to leave a tensor out of a norm
 
 
 class Adapter(nn.Module):

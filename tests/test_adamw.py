@@ -36,6 +36,8 @@ def run(make: Make, num_steps: int, *, without: tuple[int, int] | None = None) -
         if step == 2:  # as a resume sets it
             state = optimizer.state[params[0]]
             optimizer.state[params[0]] = {n: t.clone() * 0.5 for n, t in state.items()}
+        if isinstance(optimizer, QuickAdamW) and step % 2:
+            optimizer.gather()
         optimizer.step()
     return [p.detach() for p in params], optimizer.state_dict()
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from tiny import losses, make_run, run_ranks
 from tiny_models import FAMILIES, NF4, built, row, saved, section, single
 from transformers import get_scheduler
 
+from decompft.adapters.base import Settling
 from decompft.adapters.inject import adapters
 from decompft.launcher.checkpoints import newest_valid
 from decompft.launcher.recipe import AdapterSection, TrainSection
@@ -177,6 +180,16 @@ def test_what_still_settles_neither_counts_nor_is_clipped(folder):
         # at N(D) = 0 the factor is eps / settle_norm
         scale = 1e-6 / 1e-3 if name.endswith(".B") else 0.5
         torch.testing.assert_close(after[name], before[name] * scale, rtol=1e-4, atol=0)
+
+
+def test_factors_of_layers_that_settle_otherwise():
+    sizes, options = (0.0, 2.0, 0.5, math.nan), ((1e-6, 1e-3), (0.5, 5.0), (0.0, 1.0), (1e-6, 1e-3))
+    waits = [
+        Settling(size=torch.tensor([s]), offset=o, limit=m) for s, (o, m) in zip(sizes, options, strict=True)
+    ]
+    expected = [1e-3, 0.5, 0.5, 1.0]
+    assert Settling.factors(waits).tolist() == pytest.approx(expected)
+    assert [Settling.factors([w]).item() for w in waits] == pytest.approx(expected)
 
 
 # -- 8-bit moments ---------------------------------------------------------------------------------

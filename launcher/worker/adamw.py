@@ -12,6 +12,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+# a group, its parameters, gradients, both moments, steps
+_Group = tuple[dict[str, Any], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 # those of a group that the quick step computes with
 _FLAGS = ("amsgrad", "maximize", "differentiable", "capturable")
 
@@ -20,6 +22,11 @@ class QuickAdamW(torch.optim.AdamW):
     """AdamW(fused=True) bit for bit, with its state. The first step, or one that finds new tensors, is torch's own."""
 
     _is_plain: bool | None = None  # known after the first step, when the tensors are those of the engine
+    _ready: list[_Group] | None = None
+
+    def gather(self) -> None:
+        """What the next `step` needs of the host, while the device is busy; gradients stay the tensors they are."""
+        self._ready = self._gathered()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -27,22 +34,20 @@ class QuickAdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        found = None if closure is not None else self._gathered()
+        found = None if closure is not None else self._ready or self._gathered()
+        self._ready = None
         if found is None:
             return super().step(closure)
-        for group, params, states in found:
-            steps = [s["step"] for s in states]
+        for group, params, gradients, averages, squares, steps in found:
             beta1, beta2 = group["betas"]
-            gradients = [p.grad for p in params if p.grad is not None]
             torch._foreach_add_(steps, 1)
             torch._fused_adamw_(
-                params, gradients, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states],
-                [], steps, amsgrad=False, lr=group["lr"], beta1=beta1, beta2=beta2,
-                weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+                params, gradients, averages, squares, [], steps, amsgrad=False, lr=group["lr"],
+                beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
             )  # fmt: skip
         return None
 
-    def _gathered(self) -> list[tuple[dict[str, Any], list[Tensor], list[dict[str, Tensor]]]] | None:
+    def _gathered(self) -> list[_Group] | None:
         """Of each group, tensors with a gradient and their states; None where torch's own step is wanted."""
         found = []
         for group in self.param_groups:
@@ -51,7 +56,11 @@ class QuickAdamW(torch.optim.AdamW):
             if not all(states):
                 return None
             if params:
-                found.append((group, params, states))
+                averages, squares, steps = (
+                    [s[kind] for s in states] for kind in ("exp_avg", "exp_avg_sq", "step")
+                )
+                gradients = [p.grad for p in params if p.grad is not None]
+                found.append((group, params, gradients, averages, squares, steps))
         if self._is_plain is None:
             self._is_plain = self._all_plain()
         return found if self._is_plain else None

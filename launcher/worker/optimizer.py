@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from decompft.adapters.base import Adapter
+from decompft.adapters.base import Adapter, Settling
 from decompft.adapters.inject import adapters
 from decompft.adapters.token_rows import token_rows
 from decompft.launcher.recipe import TrainSection
@@ -67,8 +67,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 def clip_gradients(
     layers: list[tuple[str, Adapter]], trained: Mapping[str, nn.Parameter], engine: Engine, max_norm: float
-) -> float:
-    """Clip by global norm, in place, and return the norm (float32, before clipping).
+) -> Tensor:
+    """Clip by global norm, in place, and return the norm before clipping: () float64, which no host has waited for.
 
     Tensors that still settle (Adapter.settling) are first scaled by their factor and then left
     out: they neither count towards the norm nor shrink with it.
@@ -76,20 +76,24 @@ def clip_gradients(
     waits = {f"{n}.{t}": w for n, a in layers for t, w in a.settling().items()}
     pieces = {n: engine.gradient(p) for n, p in trained.items()}
     grads = {n: g for n, g in pieces.items() if g is not None}
-    norms = [n.to(engine.device) for n in torch._foreach_norm(list(grads.values()))]
-    squares = engine.sum_pieces(torch.stack(norms).square())
-    # one transfer to the host for the norms of gradients and of settling layers together
-    sizes = [w.size.to(squares.device) for w in waits.values()]
-    host = torch.cat([squares, *sizes]).tolist()
-    factors = {n: w.factor(size) for (n, w), size in zip(waits.items(), host[len(grads) :], strict=True)}
-    settling = {n: f for n, f in factors.items() if f < 1}
-    counted = zip(grads, host[: len(grads)], strict=True)
-    norm = sum(s / engine.replicas(trained[n]) for n, s in counted if n not in settling) ** 0.5
-    for name, factor in settling.items():
-        grads[name].mul_(factor)
-    if max_norm and norm > max_norm:
-        torch._foreach_mul_([g for n, g in grads.items() if n not in settling], max_norm / (norm + 1e-6))
-    return float(norm)
+    others, waiting = ([n for n in grads if (n in waits) == waits_] for waits_ in (False, True))
+    names = [*others, *waiting]
+    norms = torch._foreach_norm([grads[n] for n in names])
+    squares = engine.sum_pieces(torch.stack([n.to(engine.device) for n in norms]).square()).double()
+    replicas = [engine.replicas(trained[n]) for n in names]
+    if set(replicas) != {1}:
+        squares /= torch.tensor(replicas, dtype=squares.dtype).to(squares.device)
+    factors = Settling.factors([waits[n] for n in waiting]).to(squares.device) if waiting else squares[:0]
+    squares[len(others) :].masked_fill_(factors < 1, 0.0)
+    norm = squares.sum().sqrt()
+    clip = max_norm / (norm + 1e-6) if max_norm else torch.ones_like(norm)
+    clip = torch.where(norm > max_norm, clip, 1.0)
+    if max_norm and others:
+        torch._foreach_mul_([grads[n] for n in others], clip.to(grads[others[0]]))
+    if waiting:
+        each = torch.where(factors < 1, factors, clip).to(grads[waiting[0]])
+        torch._foreach_mul_([grads[n] for n in waiting], list(each.unbind()))
+    return norm
 
 
 def read_moments(

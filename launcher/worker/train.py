@@ -19,6 +19,7 @@ from decompft.launcher.errors import CheckpointError, RunFailed
 from decompft.launcher.outcome import Outcome
 from decompft.launcher.plan import Plan
 from decompft.launcher.runs import RunDir
+from decompft.launcher.worker.adamw import QuickAdamW
 from decompft.launcher.worker.build import DTYPES, Built
 from decompft.launcher.worker.checkpoint import Checkpoint
 from decompft.launcher.worker.data.ahead import Ahead
@@ -216,10 +217,15 @@ def train(
         engine.reduce_gradients()
         if at.step in to_prove:
             prove_gradients(built, engine, at.step)
-        grad_norm = clip_gradients(layers, built.trained, engine, recipe.train.max_grad_norm)
+        norm = clip_gradients(layers, built.trained, engine, recipe.train.max_grad_norm)
+        # the device is still busy: what the host does after this wait, the device waits for
+        is_asked = asked()
+        if isinstance(optimizer, QuickAdamW):
+            optimizer.gather()
+        loss_here, grad_norm = torch.stack([loss_sum.double(), norm]).tolist()
         # the one agreement of a step: loss, tokens, who was asked to stop, whose save failed or is not done
         loss_value, tokens, stops, writing, failed = engine.sum_ranks(
-            [loss_sum.item(), num_tokens, float(asked()), float(saver.writing), float(saver.failed)]
+            [loss_here, num_tokens, float(is_asked), float(saver.writing), float(saver.failed)]
         )
         saver.check(failed > 0, writing > 0)
         tell()
