@@ -42,7 +42,7 @@ def prepare(plan: Plan, engine: Engine) -> Trial:
     recipe, length = plan.recipe, plan.recipe.data.sequence_length
     built = build(
         recipe.model, recipe.quantization, recipe.adapter, engine,
-        seed=0, model_dir=None, recompute=plan.recompute,
+        seed=0, model_dir=None, recompute=plan.recompute, recompute_blocks=plan.recompute_blocks,
     )  # fmt: skip
     optimizer = make_optimizer(built.model.model, built.trained, recipe.train, engine)
     optimizer = engine.prepare_training(built.model, optimizer, list(built.trained.values()))

@@ -90,6 +90,8 @@ def _norms(work: Workload, layout: Layout) -> _Changed | None:
 
 
 def _selective(work: Workload, layout: Layout) -> _Changed | None:
+    if layout.recompute_blocks is not None:
+        return _Changed("train.recompute_blocks", "null", work, replace(layout, recompute_blocks=None))
     return _mode(work, layout, "selective")
 
 
@@ -106,7 +108,7 @@ def _mode(work: Workload, layout: Layout, mode: Recompute) -> _Changed | None:
         return None
     if mode in BY_PIECES and pieces_of(work.shape.model_type) is None:
         return None
-    return _Changed("train.recompute", mode, work, replace(layout, recompute=mode))
+    return _Changed("train.recompute", mode, work, replace(layout, recompute=mode, recompute_blocks=None))
 
 
 def _micro_one(work: Workload, layout: Layout) -> _Changed | None:

@@ -138,12 +138,18 @@ def _activations(work: Workload, layout: Layout) -> list[Term]:
         pieces = pieces_of(shape.model_type)
         assert pieces is not None, f"the planner takes full for {shape.model_type}"
         again, again_layer = _thin_bytes(work, e, only=lambda name: runs_again(name, pieces))
-        kept = (kept_by_selective(shape, e) * layers + thin - again) * tokens
-        made = (made_again_by_selective(shape, e, is_fused=is_fused) + again_layer) * tokens
+        # the last ones keep all but norms, and have freed it when the first of the others runs again
+        rest = layers - (layout.recompute_blocks or layers)
+        more = rest * (kept_by_norms(shape, e, is_fused=is_fused) - kept_by_selective(shape, e))
+        more += again * rest // layers
+        kept = (kept_by_selective(shape, e) * layers + more + thin - again) * tokens
+        made = (made_again_by_selective(shape, e, is_fused=is_fused) + again_layer - more) * tokens
+        made = max(made, made_again_by_norms(shape, e, is_fused=is_fused) * tokens)
+        besides = f", {rest} with their MLPs" * bool(rest)
         return [
             Term(
                 name="activations", num_bytes=kept,
-                note=f"{tokens} tokens, {layers} layers, norms' inputs and attention",
+                note=f"{tokens} tokens, {layers} layers, norms' inputs and attention{besides}",
             ),
             Term(name="recomputed MLP", num_bytes=made, note="one layer's, up to its last product"),
         ]  # fmt: skip

@@ -70,7 +70,7 @@ def _decisions(plan: Plan) -> list[tuple[str, str]]:
         ("world", f"{world.size} ranks = {world.nodes} nodes x {world.ranks_per_node}, each a {kind}"),
         ("strategy", plan.strategy_reason),
         ("mesh", _mesh(plan)),
-        ("recompute", plan.recompute),
+        ("recompute", _recompute(plan)),
         ("CUDA graph", plan.cuda_graph_reason),
         ("batch", f"{batch.global_size} rows = {batch.micro_size} x {batch.accumulation} accumulated x "
                   f"{world.size} ranks, up to {batch.tokens_per_step:,} tokens a step"),
@@ -113,6 +113,15 @@ def _methods(recipe: Recipe) -> str:
     configs = [adapter.config(), *(adapter.config(o) for o in adapter.overrides if not o.skip)]
     said = dict.fromkeys(f"{c.method}, rank {c.rank}" if has_rank(c) else c.method for c in configs)
     return " and ".join(said)
+
+
+def _recompute(plan: Plan) -> str:
+    some = plan.recompute_blocks
+    return (
+        plan.recompute
+        if some is None
+        else f"{plan.recompute} in the first {some} blocks, norms in the others"
+    )
 
 
 def _mesh(plan: Plan) -> str:

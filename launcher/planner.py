@@ -9,6 +9,9 @@ cluster is built around DeepSpeed.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from dataclasses import replace
+
 from decompft.launcher.attention import refuse_attention
 from decompft.launcher.cuda_graph import decide_cuda_graph
 from decompft.launcher.deepspeed_config import make_config
@@ -97,6 +100,7 @@ def make(recipe: Recipe, *, machine: Machine | None = None) -> Plan:
         cpu_offload=layout.cpu_offload,
         deepspeed=deepspeed,
         recompute=layout.recompute,
+        recompute_blocks=layout.recompute_blocks,
         cuda_graph=cuda_graph,
         cuda_graph_reason=cuda_graph_reason,
         batch=batch,
@@ -207,6 +211,7 @@ def _choose(work: Workload, world: World, budget: Budget) -> tuple[Layout, str]:
             world_size=world.size,
             micro_size=micro,
             recompute=mode,
+            recompute_blocks=_stated_blocks(work, mode),
             group_size=group_size(work.recipe, world) if strategy == "hsdp" else None,
             cpu_offload=offload,
         )
@@ -222,7 +227,25 @@ def _choose(work: Workload, world: World, budget: Budget) -> tuple[Layout, str]:
     if chosen is None:
         smallest = layouts[-1]
         raise PlanError(_too_large(work, smallest, budget), cheaper_changes(work, smallest, budget))
+    if chosen.recompute == "selective" and work.recipe.train.recompute == "auto":
+        chosen = _fewest_blocks(work, chosen, budget)
     return chosen, _reason(work, layouts, chosen, budget)
+
+
+def _stated_blocks(work: Workload, mode: Recompute) -> int | None:
+    """The recipe's, of blocks that are there."""
+    stated = work.recipe.train.recompute_blocks
+    return stated if mode == "selective" and stated is not None and stated < work.shape.num_layers else None
+
+
+def _fewest_blocks(work: Workload, layout: Layout, budget: Budget) -> Layout:
+    """With as few blocks that compute their MLP again as fit; all do."""
+    headroom = Budget.HEADROOM if fits(work, layout, budget) else 0.0
+    count = bisect_left(
+        range(1, work.shape.num_layers), True,
+        key=lambda n: fits(work, replace(layout, recompute_blocks=n), budget, headroom=headroom),
+    )  # fmt: skip
+    return layout if count + 1 == work.shape.num_layers else replace(layout, recompute_blocks=count + 1)
 
 
 def _reason(work: Workload, layouts: list[Layout], chosen: Layout, budget: Budget) -> str:
@@ -233,7 +256,8 @@ def _reason(work: Workload, layouts: list[Layout], chosen: Layout, budget: Budge
     if budget.device_bytes is None:
         return f"{_title(chosen)}: {ranks}, {need(chosen)} each; the memory of a device is unknown"
     text = f"{_title(chosen)}: {ranks}, {need(chosen)} of {gib(budget.device_bytes)} each"
-    faster = [x for x in layouts[: layouts.index(chosen)] if _title(x) != _title(chosen)]
+    before = layouts.index(replace(chosen, recompute_blocks=_stated_blocks(work, chosen.recompute)))
+    faster = [x for x in layouts[:before] if _title(x) != _title(chosen)]
     if faster:
         # the one that came nearest to fitting
         near = min(reversed(faster), key=lambda x: forecast(work, x, capacity_bytes=None).total_bytes)
@@ -243,6 +267,8 @@ def _reason(work: Workload, layouts: list[Layout], chosen: Layout, budget: Budge
 
 def _title(layout: Layout) -> str:
     extras = [*_TITLES[layout.recompute], *["offload"] * layout.cpu_offload]
+    if layout.recompute_blocks is not None:
+        extras[0] += f" in {layout.recompute_blocks} blocks"
     return layout.strategy + (" with " + " and ".join(extras) if extras else "")
 
 

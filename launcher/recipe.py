@@ -216,6 +216,12 @@ class TrainSection(Section):
         description="what the backward pass computes again: nothing; norms; norms and the MLP but its last linear; "
         "each block, from its input; the same with the inputs in host memory. auto: the first that the forecast fits",
     )
+    recompute_blocks: int | None = Field(
+        None,
+        ge=1,
+        description="with recompute: selective, so many blocks compute their MLP again, the first ones, and the others "
+        "norms alone; default: all, and with auto as few as fit",
+    )
     deterministic: bool = Field(
         False,
         description="kernels that add in a fixed order, so that a GPU repeats a run, and resumes it, bit for bit "
@@ -233,11 +239,13 @@ class TrainSection(Section):
     seed: int = Field(0, ge=0, description="of the adapter's init, dropout and the order of records")
 
     @model_validator(mode="after")
-    def _one_length(self) -> Self:
+    def _fits_together(self) -> Self:
         if (self.max_steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of max_steps and epochs")
         if self.schedule == "constant" and self.warmup_steps:
             raise ValueError("warmup_steps has no effect on schedule constant; use constant_with_warmup")
+        if self.recompute_blocks is not None and self.recompute != "selective":
+            raise ValueError("recompute_blocks goes with recompute: selective alone")
         return self
 
 

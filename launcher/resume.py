@@ -25,6 +25,7 @@ from decompft.launcher.runs import RunDir, find_run
 _MAY_DIFFER = (
     "parallel", "checkpoint", "logging", "slurm",
     "train.max_steps", "train.stop_after_steps", "train.micro_batch_size", "train.deterministic", "train.recompute",
+    "train.recompute_blocks",
     "train.cuda_graph", "quantization.cache", "model.attention",
 )  # fmt: skip
 # and what a fork may change: a run that diverged is forked before it did

@@ -120,6 +120,8 @@ def _again(work: Workload, layout: Layout, rates: Rates, forward_s: float) -> fl
     if layout.recompute == "selective":
         assert pieces is not None, f"the planner takes full for {work.shape.model_type}"
         chosen = [x for x in linears if runs_again(x.name, pieces)]
+        blocks = layout.recompute_blocks or work.shape.num_layers
+        return _weights(work, chosen) / _weights(work, linears) * blocks / work.shape.num_layers
     else:
         chosen = [x for x in linears if not is_left_out(x.name, pieces)]
     share = _weights(work, chosen) / _weights(work, linears)

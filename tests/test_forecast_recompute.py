@@ -41,6 +41,19 @@ def test_selective_keeps_norms_inputs_and_attention_by_hand() -> None:
     assert "logits and loss" not in small and small["recomputed MLP"] == again
 
 
+def test_selective_in_some_layers_keeps_the_mlps_of_the_others_by_hand() -> None:
+    few_words = work(TINY | {"vocab_size": 8}, adapter={"rank": 4})
+    ways = ("selective", None), ("selective", 1), ("norms", None)
+    every, one, norms = (
+        run(few_words, micro_size=1, recompute=mode, recompute_blocks=some) for mode, some in ways
+    )
+    mlp = 2048 * (3 * 128 * 2 + 2 * 4 * 2)
+    assert one["activations"] == every["activations"] + mlp == norms["activations"] - mlp
+    # the last layer's MLP is gone when the first's is made again
+    assert every["recomputed MLP"] - mlp == 2048 * 64 * 2 < one["logits and loss"]
+    assert "recomputed MLP" not in one
+
+
 def test_llama7b_fits_into_34_gib_with_norms_and_20_with_selective() -> None:
     # the targets of micro batch 4
     w = work("meta-llama/Llama-2-7b-hf")

@@ -44,9 +44,9 @@ def batch():
     return collate([row((9, 1, 13)), row((20,), seed=1)], pad_id=0)
 
 
-def gradients(model: ModelSection, quantization, adapter, mode, *, passes: int = 2):
+def gradients(model: ModelSection, quantization, adapter, mode, *, passes: int = 2, count: int | None = None):
     """Losses and summed gradients of two micro batches, from a start that has slopes everywhere."""
-    found = built(model, quantization, adapter, recompute=mode)
+    found = built(model, quantization, adapter, recompute=mode, recompute_blocks=count)
     moved = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in found.trained.values():
@@ -88,6 +88,12 @@ def test_no_method_has_other_numbers(llama, method, compute) -> None:
     plain = gradients(llama, compute, METHODS[method], "none")
     for mode in AGAIN:
         assert_equal(plain, gradients(llama, compute, METHODS[method], mode))
+
+
+@pytest.mark.parametrize("method", ["lora", "map", "dora", "lora-dropout"])
+def test_selective_in_some_blocks_has_no_other_numbers(llama, method) -> None:
+    plain = gradients(llama, BF16, METHODS[method], "none")
+    assert_equal(plain, gradients(llama, BF16, METHODS[method], "selective", count=1))
 
 
 # --- what is run again ---
@@ -147,11 +153,13 @@ def memory_told() -> Iterator[profile]:
         gc.enable()
 
 
-def kept(family: str, layers: int, mode, compute: str, adapter: AdapterSection = LORA) -> int:
+def kept(
+    family: str, layers: int, mode, compute: str, adapter: AdapterSection = LORA, some: int | None = None
+) -> int:
     """Bytes that a forward pass of 64 tokens leaves in memory, by what torch's allocator reports."""
     quantization = QuantizationSection(format="none", compute=compute)
     source = ModelSection(config=sized(family, layers), weights="random")
-    model = built(source, quantization, adapter, recompute=mode).model.train()
+    model = built(source, quantization, adapter, recompute=mode, recompute_blocks=some).model.train()
     one = collate([row((64,))], pad_id=0)
     model(one).backward()  # what is made once, gradients and buffers among it
     with memory_told() as told:
@@ -160,9 +168,11 @@ def kept(family: str, layers: int, mode, compute: str, adapter: AdapterSection =
     return sum(event.self_cpu_memory_usage for event in told.key_averages())
 
 
-def forecast_activations(family: str, layers: int, mode, compute: str, adapter: AdapterSection = LORA) -> int:
+def forecast_activations(
+    family: str, layers: int, mode, compute: str, adapter: AdapterSection = LORA, some: int | None = None
+) -> int:
     data = {"sequence_length": 64, "packing": True}
-    train = {"global_batch_size": 1, "micro_batch_size": 1, "recompute": mode}
+    train = {"global_batch_size": 1, "micro_batch_size": 1, "recompute": mode, "recompute_blocks": some}
     asked = recipe(
         sized(family, layers), data=data, train=train, quantization={"format": "none", "compute": compute},
         adapter=adapter.model_dump(exclude_unset=True),
@@ -186,6 +196,14 @@ def test_a_layer_keeps_what_the_forecast_says(family, compute) -> None:
         assert found[mode] == pytest.approx(expected[mode], abs=2 * 64 * 16), mode
     assert found["full"] - expected["full"] in range(0, 2 * 6000)
     assert found["none"] > found["norms"] > found["selective"] > found["full"]
+
+
+def test_selective_in_some_blocks_keeps_what_the_forecast_says() -> None:
+    found, expected = (
+        count("llama", 6, "selective", "bfloat16", some=4) - count("llama", 6, "selective", "bfloat16")
+        for count in (kept, forecast_activations)
+    )
+    assert found == expected > 0
 
 
 @pytest.mark.parametrize("compute", ["bfloat16", "fp8"])
@@ -221,6 +239,15 @@ def test_selective_runs_the_front_of_the_mlp_again_and_nothing_else(llama) -> No
     layers = FAMILIES["llama"]["num_hidden_layers"]
     once = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"), layers)
     assert runs == once | {"gate_proj": 2 * layers, "up_proj": 2 * layers}
+
+
+def test_only_the_first_blocks_run_their_mlp_again(llama) -> None:
+    hf = built(llama, PLAIN, LORA, recompute="selective", recompute_blocks=1).model.train()
+    runs: Counter[int] = Counter()
+    for index, block in enumerate(blocks(hf.model)):
+        block.mlp.gate_proj.register_forward_hook(lambda *_, index=index: runs.update([index]))
+    hf(batch()).backward()
+    assert runs == {0: 2, 1: 1}
 
 
 def test_norms_run_twice_and_nothing_else(llama) -> None:

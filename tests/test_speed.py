@@ -48,6 +48,8 @@ def test_what_was_not_timed_lies_between_what_was() -> None:
     share = (linears["gate_proj"] + linears["up_proj"]) / (sum(linears.values()) - linears["down_proj"])
     expected = none.seconds + share * (full.seconds - none.seconds)
     assert selective.seconds == pytest.approx(expected, rel=0.01)
+    some = time_of(recompute="selective", recompute_blocks=8)
+    assert some and term_of(some, "recomputation") == pytest.approx(term_of(selective, "recomputation") / 4)
     # 64 of the 65 norms whose forward pass was timed at 2.31 ms
     assert term_of(norms, "recomputation") == pytest.approx(2.31e-3 * 64 / 65)
     assert none.seconds < norms.seconds < selective.seconds

@@ -94,12 +94,14 @@ def built(
     *,
     engine: Engine | None = None,
     recompute: Recompute = "none",
+    recompute_blocks: int | None = None,
     seed: int = 0,
 ) -> Built:
     """Our build of a checkpoint, or of random weights."""
     return build(
         model, quantization, adapter, engine or single(), seed=seed,
         model_dir=None if model.id is None else Path(model.id), recompute=recompute,
+        recompute_blocks=recompute_blocks,
     )  # fmt: skip
 
 

@@ -85,6 +85,7 @@ def build(
     seed: int,
     model_dir: Path | None,
     recompute: Recompute,
+    recompute_blocks: int | None = None,
     tokens: Sequence[TrainedToken] = (),
     base_hash: str | None = None,
     known: Callable[[str], Tensor] | None = None,
@@ -98,6 +99,7 @@ def build(
         seed: of the adapter's start, of new tensors, and of random weights.
         model_dir: folder of the checkpoint; None for a model made from config.
         recompute: what each block computes again in the backward pass.
+        recompute_blocks: how many do so under `selective`; None: all.
         tokens: those of `adapter.train_tokens`.
         base_hash: sha256 of the checkpoint's `identity`, under which quantized rows are kept; None keeps none.
         known: an adapter tensor by its name, where the adapters exist already: none is started anew.
@@ -113,7 +115,7 @@ def build(
     kernels = choose_kernels(
         hf, section, outline.quantization, engine, dtype=DTYPES[outline.quantization.activations]
     )
-    set_recompute(hf, blocks(hf), recompute)
+    set_recompute(hf, blocks(hf), recompute, count=recompute_blocks)
     model = LossModel(hf, section.task)
     engine.shard(model, blocks(hf))
     engine.materialize(model)

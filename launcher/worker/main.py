@@ -150,7 +150,8 @@ def run_rank(this: Rank) -> Outcome:
     this.pulse.at("loading")
     built = build(
         recipe.model, recipe.quantization, recipe.adapter, engine, seed=recipe.train.seed,
-        model_dir=prepared.model_dir, recompute=plan.recompute, tokens=prepared.tokens,
+        model_dir=prepared.model_dir, recompute=plan.recompute, recompute_blocks=plan.recompute_blocks,
+        tokens=prepared.tokens,
         base_hash=prepared.identity["sha256"], progress=_loading(this),
         known=None if resume is None else lambda name: resume.read(name, "param"),
         factor_progress=_loading(this, "factors of weights"),

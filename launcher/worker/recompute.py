@@ -15,12 +15,13 @@ from decompft.launcher.worker.forget import forget
 from decompft.launcher.worker.host_inputs import checkpoint_on_host
 
 
-def set_recompute(hf: Any, blocks: list[nn.Module], mode: Recompute) -> None:
+def set_recompute(hf: Any, blocks: list[nn.Module], mode: Recompute, *, count: int | None = None) -> None:
     """Before anything is sharded, after kernels are chosen.
 
     Args:
         hf: the transformers model.
         blocks: its repeated layers.
+        count: of `selective`: the first so many, while the others run norms again alone; None: all.
     """
     assert mode in MODES, mode
     if mode == "none":
@@ -28,8 +29,9 @@ def set_recompute(hf: Any, blocks: list[nn.Module], mode: Recompute) -> None:
     if mode in BY_PIECES:
         pieces = pieces_of(hf.config.model_type)
         assert pieces is not None, f"the plan takes full for {hf.config.model_type}"
-        for block in blocks:
-            forget(block, pieces, mlp_too=mode == "selective")
+        first = len(blocks) if count is None else count
+        for index, block in enumerate(blocks):
+            forget(block, pieces, mlp_too=mode == "selective" and index < first)
         return
     # the state of random numbers cannot be read while a CUDA graph is recorded, and nothing draws without dropout
     drops = any(a.config.dropout for _, a in adapters(hf))
