@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,9 @@ def main() -> None:
     parser.add_argument("--part", default="0/1", help="K/N: every N-th case from the K-th on")
     parser.add_argument("--override", nargs="*", default=[], help="KEY=VALUE of the recipe, for trials")
     parser.add_argument("--peers", type=Path, help="the folder of peers.py and peer_unsloth.py")
+    parser.add_argument(
+        "--together", type=int, default=1, help="twins, which are not timed, that run at once"
+    )
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     WORK.mkdir(exist_ok=True)
@@ -73,10 +77,18 @@ def main() -> None:
     peers = [] if args.peers is None else sorted({peer for case, *_ in pending for peer in case.peers})
     for peer in peers:
         add(rows, run_peer(args.peers, peer) | {"call": call, "command": peer_command(peer)}, args.out)
-    for case, overrides, asked in pending:
+
+    def run(job: tuple[Case, list[str], str]) -> tuple[Case, dict[str, Any]]:
+        case, overrides, asked = job
         row = run_ours(case.name, overrides, recipe=case.recipe, unfused=case.is_unfused)
-        row = beside_targets(row | {"call": call, "command": asked}, case, rows, args.override)
-        add(rows, row, args.out)
+        return case, row | {"call": call, "command": asked}
+
+    # nothing is timed while twins run, and none of another size beside them: two of 7B fill the memory
+    with ThreadPoolExecutor(args.together) as pool:
+        at_once = [job for job in pending if job[0].is_unfused and job[0].recipe == RECIPE]
+        early = list(pool.map(run, at_once)) if args.together > 1 else []
+    for case, row in [*early, *map(run, (job for job in pending if not early or job not in at_once))]:
+        add(rows, beside_targets(row, case, rows, args.override), args.out)
     print(table(rows))
 
 
