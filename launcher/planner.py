@@ -9,6 +9,8 @@ cluster is built around DeepSpeed.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from decompft.launcher.attention import refuse_attention
 from decompft.launcher.cuda_graph import decide_cuda_graph
 from decompft.launcher.deepspeed_config import make_config
@@ -63,7 +65,8 @@ def make(recipe: Recipe, *, machine: Machine | None = None) -> Plan:
     """
     machine = machine or detect()
     fitted = fit_to_model(recipe)
-    recipe, work, shape = fitted.recipe, fitted.work, fitted.work.shape
+    recipe, shape = fitted.recipe, fitted.work.shape
+    work = replace(fitted.work, has_liger=machine.has_liger)
     world, warnings = _world(recipe, machine)
     refuse_world(recipe, world)
     refuse_format(recipe, machine, world)
@@ -325,6 +328,12 @@ def _warnings(shape: ModelShape, recipe: Recipe, budget: Budget, work: Workload,
     if layout.recompute == "offloaded" and layout.device == "cpu":
         found.append(
             "train.recompute: offloaded saves nothing on a CPU, whose memory is the host's; full is the same"
+        )
+    if layout.device == "cuda" and shape.saved.has_liger and not work.has_liger:
+        found.append(
+            "liger-kernel is not installed here: the memory forecast counts what torch's own norms and "
+            "activations keep, which is more, and a step takes longer than the time says; "
+            "where it runs: pip install 'decompft[gpu]'"
         )
     absent = absent_deepspeed(layout.strategy)
     if absent:
