@@ -120,7 +120,7 @@ def _activations(work: Workload, layout: Layout) -> list[Term]:
     shape, recipe, mode = work.shape, work.recipe, layout.recompute
     tokens, layers = layout.micro_size * recipe.data.sequence_length, work.shape.num_layers
     e = compute_bytes(recipe)
-    is_fused = layout.device == "cuda" and shape.saved.has_liger
+    is_fused = layout.device == "cuda" and shape.saved.has_liger and work.has_liger
     layer = tokens * _layer_bytes_per_token(shape, e, is_fused=is_fused)
     thin, thin_layer = _thin_bytes(work, e)
     if mode == "none":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ class Machine:
     num_cores: int = 1  # that this process may use
     host_memory_bytes: int | None = None  # the cgroup's limit where there is one
     is_cpu_forced: bool = False  # DECOMPFT_DEVICE=cpu
+    has_liger: bool = True  # liger-kernel is installed; torch's own norms and activations keep more
     network_gbit_per_s: float | None = (
         None  # of this node, for the time forecast; None: the usual one of its GPUs
     )
@@ -53,6 +55,7 @@ def detect(environ: Mapping[str, str] = os.environ) -> Machine:
         num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         host_memory_bytes=_host_memory(),
         is_cpu_forced=is_cpu_forced,
+        has_liger=importlib.util.find_spec("liger_kernel") is not None,
     )
 
 

@@ -66,7 +66,8 @@ def make(recipe: Recipe, *, machine: Machine | None = None) -> Plan:
     """
     machine = machine or detect()
     fitted = fit_to_model(recipe)
-    recipe, work, shape = fitted.recipe, fitted.work, fitted.work.shape
+    recipe, shape = fitted.recipe, fitted.work.shape
+    work = replace(fitted.work, has_liger=machine.has_liger)
     world, warnings = _world(recipe, machine)
     refuse_world(recipe, world)
     refuse_format(recipe, machine, world)
@@ -351,6 +352,12 @@ def _warnings(shape: ModelShape, recipe: Recipe, budget: Budget, work: Workload,
     if layout.recompute == "offloaded" and layout.device == "cpu":
         found.append(
             "train.recompute: offloaded saves nothing on a CPU, whose memory is the host's; full is the same"
+        )
+    if layout.device == "cuda" and shape.saved.has_liger and not work.has_liger:
+        found.append(
+            "liger-kernel is not installed here: the memory forecast counts what torch's own norms and "
+            "activations keep, which is more, and a step takes longer than the time says; "
+            "where it runs: pip install 'decompft[gpu]'"
         )
     absent = absent_deepspeed(layout.strategy)
     if absent:

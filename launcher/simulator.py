@@ -2,9 +2,9 @@
 
 A micro batch's forward and backward pass run on the device; the host launches ahead of it, and what is cut over ranks
 is gathered ahead of its use (a layer's gather hides behind the layer before). So a micro batch takes as long as the
-slowest of the three, and what cannot hide is added: the first layer's gather, ddp's one all-reduce after the last micro
-batch, the optimizer. Rows are read ahead and cost nothing. Gradients are not reduced before the last micro batch. All
-ranks are equally fast: no straggler is simulated, nor evaluations; saves are the caller's.
+slowest of the three, and what cannot hide is added: the first layer's gather, ddp's all-reduce (whole: how much of it
+hides was not timed), the optimizer. Rows are read ahead and cost nothing. Gradients are not reduced before the last
+micro batch. All ranks are equally fast: no straggler is simulated, nor evaluations; saves are the caller's.
 """
 
 from __future__ import annotations

@@ -61,6 +61,7 @@ class Workload:
     num_adapter_derived: int  # random ones of theirs that are in no file: once for layers of one shape
     num_module_params: int  # of modules trained whole
     num_token_params: int  # of rows of tokens, beside the frozen ones
+    has_liger: bool = True  # Liger is installed where it runs
 
     @property
     def num_trained(self) -> int:

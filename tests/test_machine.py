@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -61,6 +62,16 @@ def test_machine_without_a_driver_is_found_at_once(tmp_path: Path, monkeypatch: 
     machine = detect({})
     assert best < 0.005
     assert machine.device == "cpu" and machine.num_cores >= 1 and machine.host_memory_bytes
+
+
+def test_machine_says_whether_liger_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)  # what Python takes for not installed
+    assert not detect({}).has_liger
+    monkeypatch.delitem(sys.modules, "liger_kernel")
+    (tmp_path / "liger_kernel").mkdir()
+    (tmp_path / "liger_kernel" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert detect({}).has_liger
 
 
 def _timed_detect() -> float:
