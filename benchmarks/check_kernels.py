@@ -21,7 +21,7 @@ import check_fp8_kernels
 import torch
 from torch import Tensor
 
-from decompft.adapters.kernels import columns, combine, dequantize, proved
+from decompft.adapters.kernels import columns, combine, cross_entropy, dequantize, proved
 
 SM = 90
 POINTERS = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32}
@@ -87,6 +87,7 @@ def compile_all() -> None:
     )  # fmt: skip
     compile_combine()
     compile_visit()
+    compile_cross_entropy()
 
 
 def compile_combine() -> None:
@@ -124,6 +125,15 @@ def compile_visit() -> None:
     for pointer in ("*bf16", "*fp16"):
         sums = {"SIZE": visit._SIZE, "PARTS": visit._PARTS}
         compile_one(visit_triton.visit_sums, {"gu_ptr": pointer, "scale": "fp32"}, sums)
+
+
+def compile_cross_entropy() -> None:
+    from decompft.adapters.kernels import cross_entropy_triton
+
+    for pointer, slopes in itertools.product(POINTERS, (True, False)):
+        types = {"logits_ptr": pointer, "targets_ptr": "*i64"}
+        constants = {"SLOPES": slopes, "BLOCK": cross_entropy._BLOCK}
+        compile_one(cross_entropy_triton.cross_entropy, types, constants, num_warps=cross_entropy._WARPS)
 
 
 def compile_one(kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: Any) -> None:
@@ -181,6 +191,7 @@ def interpret() -> None:
             proof.example(torch.device("cpu"), dtype)
             print(f"interpreter: {name}'s own proof in {str(dtype).removeprefix('torch.')}: passed")
     check_visits()
+    check_cross_entropy()
     for dtype, num, dots, inner in itertools.product(
         POINTERS.values(), (0, 1, 2, 3), (False, True), (0, *INNERS)
     ):
@@ -223,6 +234,20 @@ def check_visits() -> None:
         close("visit's gu", gu, exact, bound)
         close("visit's d_up", d_up, exact_d_up, 2**-24 * num_rows * (dy.double().abs().T @ hq.double().abs()))
         print(f"interpreter: visit: {shape} {str(dtype).removeprefix('torch.')}, {tiles} tiles: as torch")
+
+
+# columns: one, less than a block, all of one, one more, several and a part
+VOCABULARIES = (1, 50, cross_entropy._BLOCK, cross_entropy._BLOCK + 1, 4 * cross_entropy._BLOCK + 4097)
+
+
+def check_cross_entropy() -> None:
+    """Raises: WrongKernelError: as `cross_entropy.example`."""
+    cpu = torch.device("cpu")
+    for num_columns, dtype, slopes in itertools.product(VOCABULARIES, POINTERS.values(), (True, False)):
+        # cut off, and the twin's rounded to the nearest: up to one spacing and a half
+        spacing = 2 * SPACING[dtype] or None
+        cross_entropy.example(cpu, dtype, size=(7, num_columns), slopes=slopes, spacing=spacing)
+    print(f"interpreter: cross_entropy of {VOCABULARIES} logits: as torch")
 
 
 def check(a: Tensor, b: Tensor, scale: Tensor) -> None:

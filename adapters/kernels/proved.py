@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 SWITCH = "DECOMPFT_TRITON"  # 0: no kernel of ours or of Liger's runs, to find out whether one is at fault
 
 # each has a `PROVED`
-_MODULES = ("columns", "dequantize", "norm", "rows", "changed", "visit", "combine", "fp8")
+_MODULES = ("columns", "dequantize", "norm", "rows", "changed", "visit", "combine", "cross_entropy", "fp8")
 
 
 class WrongKernelError(Exception):

@@ -2,7 +2,8 @@
 
 The head is applied to chunks of tokens, and the gradient of the hidden states is made in the
 forward pass, so that one chunk of logits is the most that lives (the idea of cut cross-entropy,
-Wijmans et al., 2024, arXiv:2411.09009, in plain torch).
+Wijmans et al., 2024, arXiv:2411.09009). On a GPU a plain head's slopes are written over the logits by one kernel of
+ours, in the product's dtype; all else is plain torch on float32 logits. Both round a slope once.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decompft.adapters.kernels import cross_entropy
 from decompft.adapters.token_rows import column_logits, with_columns
 from decompft.launcher.worker.data.batches import IGNORE
 
@@ -105,8 +107,19 @@ class _TokenLoss(torch.autograd.Function):
         d_rows = torch.zeros_like(rows) if need_rows and rows is not None else None
         total = hidden.new_zeros((), dtype=torch.float32)
         cast = weight.to(hidden.dtype)
+        is_plain = bias is None and softcap is None and trained is None
+        in_kernel = is_plain and cross_entropy.fits(hidden, targets)
         for start in range(0, hidden.shape[0], CHUNK_TOKENS):
             h_TH = hidden[start : start + CHUNK_TOKENS]
+            if in_kernel:
+                d_TV, slopes = h_TH @ cast.T, any(ctx.needs_input_grad)
+                target_T = targets[start : start + CHUNK_TOKENS]
+                total += torch.sum(cross_entropy.losses_(d_TV, target_T, IGNORE, slopes=slopes))
+                if d_hidden is not None:
+                    torch.mm(d_TV, cast, out=d_hidden[start : start + CHUNK_TOKENS])
+                if d_weight is not None:
+                    d_weight += d_TV.T @ h_TH
+                continue
             target_T1 = targets[start : start + CHUNK_TOKENS, None]
             logits_TV = head_logits(h_TH, cast, bias, softcap)
             columns = None
