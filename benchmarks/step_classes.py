@@ -208,5 +208,6 @@ def _block_bytes(sizes: Sizes) -> dict[str, float]:
         "unpack the weights": 2 * weights * (0.5 + 1 / 64 + 2),
         # each weight in both orders; x of four nodes and dy of seven linears, read in bfloat16
         "round to float8": 2 * weights * (0.5 + 1 / 64 + 1) + every * (8 * h + 3 * i) * (2 + 1),
+        "cross-entropy": sizes.tokens * sizes.vocab * 2 * 2,
         "thin products, two at once": every * (5 * h + 2 * i) * 2,
     }
