@@ -21,7 +21,7 @@ import check_fp8_kernels
 import torch
 from torch import Tensor
 
-from decompft.adapters.kernels import columns, combine, cross_entropy, dequantize, proved
+from decompft.adapters.kernels import columns, combine, cross_entropy, dequantize, proved, rms_norm
 
 SM = 90
 POINTERS = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32}
@@ -30,6 +30,7 @@ SOURCES = {"codes_ptr": "*u8", "bytes_ptr": "*u8"}
 FLOATS = {"eps": "fp32", "eps_over_s": "fp32", "s": "fp32", "tiny": "fp32", "limit": "fp32"}
 INNERS = (16, 48, 192)  # of the thin product that `combine` adds
 SHAPES = ((1, 1), (3, 129), (257, 128), (600, 300))
+RMS_NORMS = ((1, 1), (7, 100), (70, 128), (3, 4096), (2, 5000), (2, 16384))
 # of an element that is rounded once: Triton's interpreter cuts bfloat16 off instead of rounding to the nearest
 SPACING = {torch.bfloat16: 2**-7, torch.float16: 0.0, torch.float32: 0.0}
 
@@ -88,6 +89,7 @@ def compile_all() -> None:
     compile_combine()
     compile_visit()
     compile_cross_entropy()
+    compile_rms_norm()
 
 
 def compile_combine() -> None:
@@ -134,6 +136,23 @@ def compile_cross_entropy() -> None:
         types = {"logits_ptr": pointer, "targets_ptr": "*i64"}
         constants = {"SLOPES": slopes, "BLOCK": cross_entropy._BLOCK}
         compile_one(cross_entropy_triton.cross_entropy, types, constants, num_warps=cross_entropy._WARPS)
+
+
+def compile_rms_norm() -> None:
+    """Rows of heads, of models' widths and the longest."""
+    from decompft.adapters.kernels import rms_norm_triton
+
+    for pointer, width in itertools.product(POINTERS, (128, 1024, 4096, 5120, rms_norm.MAX_COLUMNS)):
+        rows, columns, warps = rms_norm.tile_of(width)
+        tile = {"ROWS": rows, "COLUMNS": columns}
+        types = dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr"), pointer)
+        compile_one(
+            rms_norm_triton.forward, types | {"eps": "fp32"}, tile, num_warps=warps, **rms_norm._OPTIONS
+        )
+        types = dict.fromkeys(("dy_ptr", "x_ptr", "weight_ptr", "other_ptr", "dx_ptr"), pointer)
+        for sums in (False, True):
+            constants = {"SUMS": sums} | tile | ({} if sums else {"other_ptr": None})
+            compile_one(rms_norm_triton.backward, types, constants, num_warps=warps, **rms_norm._OPTIONS)
 
 
 def compile_one(kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: Any) -> None:
@@ -192,6 +211,9 @@ def interpret() -> None:
             print(f"interpreter: {name}'s own proof in {str(dtype).removeprefix('torch.')}: passed")
     check_visits()
     check_cross_entropy()
+    for dtype, size in itertools.product(POINTERS.values(), RMS_NORMS):
+        rms_norm.example(torch.device("cpu"), dtype, size, cut_by=SPACING[dtype])
+        print(f"interpreter: rms_norm: {size} {str(dtype).removeprefix('torch.')}: as torch")
     for dtype, num, dots, inner in itertools.product(
         POINTERS.values(), (0, 1, 2, 3), (False, True), (0, *INNERS)
     ):

@@ -8,8 +8,8 @@
 #   drills       kill, preempt and resume of a 7B shape over two GPUs, with kernels that add in a fixed order
 #   scoreboard   its missing cells, SHARE of them at once on each GPU (default 14), BOARD_MINUTES long (default: to the end)
 #   methods      every method's step beside LoRA's at 7B
-#   tests        pytest -m gpu, for TESTS_S seconds at most (default 300), on the first GPU, and beside it on the last of two
-#                or more: kernels
+#   tests        pytest -m gpu of TESTS (default: all files that have some), for TESTS_S seconds at most (default 300), on the
+#                first GPU, and beside it on the last of two or more: kernels
 #   kernels      products and kernels by themselves: KERNELS, names of scripts, default all; then profiles
 #   gaps         where the GPU waits in a run's steps: GAPS, overrides with commas between them
 #   attention    torch's attention kernels and FlashAttention 4, once `go` was called (FA4=yes in gpu_pack.sh)
@@ -57,7 +57,7 @@ tests() { # only files with such tests: others want packages that are not there
   [ "$gpus" = 1 ] || (CUDA_VISIBLE_DEVICES=$((gpus - 1)) part kernels) &
   # shellcheck disable=SC2046 # several words
   CUDA_VISIBLE_DEVICES=0 timeout -s INT -k 15 "${TESTS_S:-300}" python3 -m pytest -v --tb=short -m gpu -p no:cacheprovider \
-    tests/test_kernels_proved.py $(grep -l "mark.gpu" tests/test_*.py)
+    ${TESTS:-tests/test_kernels_proved.py $(grep -l "mark.gpu" tests/test_*.py)}
   wait
 }
 kernels() {

@@ -88,17 +88,18 @@ def test_nothing_is_proved_while_a_graph_is_recorded(monkeypatch: pytest.MonkeyP
 
 
 def test_the_start_line_of_a_machine_without_a_gpu() -> None:
-    assert prove_all(CPU, torch.float32, ["map"], "nf4") == "torch (no GPU)"
+    assert prove_all(CPU, torch.float32, ["map"], "nf4", "llama") == "torch (no GPU)"
 
 
 def test_the_start_line_names_what_runs_and_why_not_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the kernels that this run's methods, format and dtype want; the others are not even compiled."""
+    """Of the kernels that this run's methods, format, family and dtype want; the others are not even compiled."""
     unwanted = Fake()
     found = {
         "right": Proved(name="right", instead="torch", example=Fake().example, formats=("nf4",)),
         "wrong": Proved(name="wrong", instead="its twin", example=Fake(wrong=1.0).example, methods=("map",)),
         "dora's": Proved(name="dora's", instead="torch", example=unwanted.example, methods=("dora",)),
         "fp4's": Proved(name="fp4's", instead="torch", example=unwanted.example, formats=("fp4",)),
+        "phi's": Proved(name="phi's", instead="torch", example=unwanted.example, families=("phi",)),
         "half's": Proved(
             name="half's", instead="torch", example=unwanted.example, computes=(torch.bfloat16,)
         ),
@@ -111,7 +112,7 @@ def test_the_start_line_names_what_runs_and_why_not_the_other(monkeypatch: pytes
     monkeypatch.setattr(
         proved, "import_module", lambda n: SimpleNamespace(PROVED=found[n.rpartition(".")[2]])
     )
-    line = prove_all(torch.device("cuda", 0), torch.float32, ["map"], "nf4")
+    line = prove_all(torch.device("cuda", 0), torch.float32, ["map"], "nf4", "llama")
     assert (
         line
         == "triton for right (proved in 0.0 s); its twin for wrong (it computes something else, by up to 1)"
@@ -133,7 +134,7 @@ def test_every_kernel_is_known_to_prove_all() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_kernel_runs_on_this_gpu(dtype: torch.dtype) -> None:
-    line = prove_all(torch.device("cuda"), dtype, ["map", "dora", "liera"], "nf4")
+    line = prove_all(torch.device("cuda"), dtype, ["map", "dora", "liera"], "nf4", "llama")
     # fp8 is asked for, visit is for tensor cores
     left_out = {"fp8"} | (set() if dtype == torch.bfloat16 else {"visit"})
     wanted = ", ".join(m for m in proved._MODULES if m not in left_out)

@@ -22,7 +22,9 @@ logger = logging.getLogger(__name__)
 SWITCH = "DECOMPFT_TRITON"  # 0: no kernel of ours or of Liger's runs, to find out whether one is at fault
 
 # each has a `PROVED`
-_MODULES = ("columns", "dequantize", "norm", "rows", "changed", "visit", "combine", "cross_entropy", "fp8")
+_MODULES = (
+    "columns", "dequantize", "norm", "rows", "changed", "visit", "combine", "rms_norm", "cross_entropy", "fp8",
+)  # fmt: skip
 
 
 class WrongKernelError(Exception):
@@ -38,9 +40,10 @@ class Proved:
     # runs the kernel on a small example of that dtype; raises whatever goes wrong, `WrongKernelError` if it computes
     # something else
     example: Callable[[torch.device, torch.dtype], None]
-    # whom `prove_all` proves it for: a method's layers, a base's format; None: for all
+    # whom `prove_all` proves it for: a method's layers, a base's format, a family of models; None: for all
     methods: tuple[str, ...] | None = None
     formats: tuple[str, ...] | None = None
+    families: tuple[str, ...] | None = None
     dtypes: tuple[torch.dtype, ...] | None = None  # that it is ever asked for; None: the compute dtype
     computes: tuple[torch.dtype, ...] | None = None  # compute dtypes that it is for; None: any
     is_asked_for: bool = False  # left out by `prove_all`: who wants it has it proved
@@ -108,12 +111,15 @@ def close_to(found: Tensor, expected: Tensor, bound: Tensor | float) -> None:
         raise WrongKernelError(f"it computes something else, by up to {apart.max():.3g}")
 
 
-def prove_all(device: torch.device, compute: torch.dtype, methods: Collection[str], base_format: str) -> str:
+def prove_all(
+    device: torch.device, compute: torch.dtype, methods: Collection[str], base_format: str, family: str
+) -> str:
     """Prove what a run will want on a CUDA device, before any graph is captured; says what runs, and what does not.
 
     Args:
         compute: dtype of weights in products, and of activations.
         methods: of the run's adapters.
+        family: the model's, as transformers names it.
     """
     if device.type != "cuda":
         return "torch (no GPU)"
@@ -127,6 +133,8 @@ def prove_all(device: torch.device, compute: torch.dtype, methods: Collection[st
         if proved.methods is not None and not set(proved.methods) & set(methods):
             continue
         if proved.formats is not None and base_format not in proved.formats:
+            continue
+        if proved.families is not None and family not in proved.families:
             continue
         if proved.computes is not None and compute not in proved.computes:
             continue

@@ -113,7 +113,12 @@ def build(
     outline = outline_of(section, quantization, adapter, model_dir, tokens)
     hf, shapes = outline.hf, outline.shapes
     kernels = choose_kernels(
-        hf, section, outline.quantization, engine, dtype=DTYPES[outline.quantization.activations]
+        hf,
+        section,
+        outline.quantization,
+        engine,
+        dtype=DTYPES[outline.quantization.activations],
+        recompute=recompute,
     )
     set_recompute(hf, blocks(hf), recompute, count=recompute_blocks)
     model = LossModel(hf, section.task)

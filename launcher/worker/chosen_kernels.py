@@ -11,24 +11,33 @@ from decompft.adapters.inject import adapters
 from decompft.adapters.kernels.proved import SWITCH, is_off
 from decompft.adapters.spec import spec_of
 from decompft.launcher.recipe import ModelSection, QuantizationSection
+from decompft.launcher.recompute import Recompute
 from decompft.launcher.worker.attention import use_attention
 from decompft.launcher.worker.engines.base import Engine
 from decompft.launcher.worker.fp8 import use_fp8
 from decompft.launcher.worker.liger import keep_outputs
+from decompft.launcher.worker.norms import use_norms
 
 
 def choose_kernels(
-    hf: Any, section: ModelSection, quantization: QuantizationSection, engine: Engine, *, dtype: torch.dtype
+    hf: Any,
+    section: ModelSection,
+    quantization: QuantizationSection,
+    engine: Engine,
+    *,
+    dtype: torch.dtype,
+    recompute: Recompute,
 ) -> str:
     """Of norms and activations, of the frozen base, of attention; in words, what runs and why not the other.
 
     Args:
         hf: the model on meta, injected.
         dtype: of its activations.
+        recompute: the mode that will be set.
     """
     found = (
         _use_liger(hf, engine),
-        _prove_kernels(hf, engine, quantization.format, dtype),
+        _prove_kernels(hf, engine, quantization.format, dtype, recompute),
         use_fp8(hf, quantization, engine.device),
         f"attention: {use_attention(hf, section, engine.device)}",
     )
@@ -62,11 +71,13 @@ def _use_liger(hf: Any, engine: Engine) -> str:
     return "liger-kernel"
 
 
-def _prove_kernels(hf: Any, engine: Engine, format: str, dtype: torch.dtype) -> str:
-    """Those of ours that these layers will want, proved before training."""
+def _prove_kernels(hf: Any, engine: Engine, format: str, dtype: torch.dtype, recompute: Recompute) -> str:
+    """Those of ours that these layers will want, proved before training, and norms put in place."""
     if engine.device.type != "cuda":
         return ""
     from decompft.adapters.kernels.proved import prove_all  # which only a GPU needs
 
     methods = {layer.config.method for _, layer in adapters(hf)}
-    return prove_all(engine.device, dtype, methods, format)
+    said = prove_all(engine.device, dtype, methods, format, hf.config.model_type)
+    use_norms(hf, recompute)
+    return said
