@@ -86,7 +86,7 @@ packed() {
 }
 profiles() {
   local which
-  [ "${PWD##*/}" != tree ] || own profiles
+  own profiles
   for which in ${PROFILES:-lora,bfloat16 map,bfloat16 lora,fp8 map,fp8 dora,bfloat16}; do
     timeout 90 python3 benchmarks/profile_step.py "adapter.method=${which%,*}" "quantization.compute=${which#*,}" \
       parallel.gpus_per_node=1 --out "$work/profile.txt" || true
@@ -130,7 +130,7 @@ begin)
   . benchmarks/gpu_env.sh
   export DECOMPFT_CACHE=$work/cache OMP_NUM_THREADS=4 gpus work
   python3 -c 'import bitsandbytes, liger_kernel, torch, decompft.launcher.planner; print(torch.__version__, torch.cuda.device_count())'
-  part() { "$1" >"$work/$1.log" 2>&1 || echo "exit code $?" >>"$work/$1.log"; touch "$work/$1.done"; }
+  part() { ("$1") >"$work/$1.log" 2>&1 || echo "exit code $?" >>"$work/$1.log"; touch "$work/$1.done"; }
   export -f after left minutes own drills scoreboard methods tests kernels gaps attention packed profiles sweeps rows pair part
   setsid bash -c '
     for name in "$@"; do

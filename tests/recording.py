@@ -13,7 +13,7 @@ from decompft.adapters.base import Adapter
 from decompft.launcher.worker import train
 from decompft.launcher.worker.graph_recorder import Work
 from decompft.launcher.worker.pulse import Pulse
-from decompft.launcher.worker.recorded import RecordedPasses
+from decompft.launcher.worker.recorded import RecordedPasses, adds_gradients
 
 # by these the host learns a value, or a shape that follows from values
 _READS = (
@@ -62,14 +62,21 @@ class FakeRecorder:
             key: v for key, v in self._state().items() if isinstance(v, Tensor) and before.get(key) is not v
         }
         baked = {key: value for key, value in self._state().items() if key not in left}
-        places = self._places()
+        places, written = self._places(), [(p, p.grad) for p in self._model.parameters()]
 
         def replay() -> None:
-            assert self._places() == places, "a tensor that the recording knows has moved"
+            adds = any(p.grad is not None for p, _ in written)
+            assert self._places() == places[: None if adds else len(self._places())], (
+                "a tensor that the recording knows has moved"
+            )
             self.replayed += 1
             now = self._state()
             self._set(baked)
             loss.copy_(work())
+            for parameter, gradient in () if adds else written:
+                assert (gradient is None) == (parameter.grad is None)
+                if gradient is not None and parameter.grad is not None:
+                    gradient.copy_(parameter.grad)
             for key, tensor in left.items():
                 tensor.copy_(self._state()[key])
             self._set({key: value for key, value in now.items() if key in baked})
@@ -118,7 +125,7 @@ def recorded_by(
             made.append(recorder)
         return RecordedPasses(
             model, engine, parameters, recorder, pulse=pulse, say=say, is_demanded=False,
-            pad_multiple=pad_multiple,
+            pad_multiple=pad_multiple, adds=adds_gradients(plan),
         )  # fmt: skip
 
     def patch() -> None:

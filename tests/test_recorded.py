@@ -196,6 +196,29 @@ def test_recording_leaves_gradients_and_random_numbers_alone() -> None:
     assert all(torch.equal(g, 2 * first[n]) for n, g in gradients(found).items())
 
 
+def test_gradients_of_a_lone_micro_batch_are_each_recordings_own() -> None:
+    """Neither cleared nor added to; what another shape wrote stays what it was."""
+    found, plain = tiny(), tiny()
+    passes, fake, _ = passes_of(found, adds=False)
+    plainly = PlainPasses(plain.model.train(), single(), Pulse())
+    batches = [collate([row((n,), seed=n, vocab=260)], pad_id=0) for n in (16, 32, 16, 32)]
+    places: dict[int, list[int]] = {}
+    for index, batch in enumerate(batches):
+        for parameter in (*found.trained.values(), *plain.trained.values()):
+            parameter.grad = None
+        passes.begin_step()
+        passes.run(batch, 17)
+        plainly.run(batch, 17)
+        for name, grad in gradients(plain).items():
+            torch.testing.assert_close(
+                gradients(found)[name], grad, rtol=1e-4, atol=1e-6 * float(grad.abs().max())
+            )
+        here = [p.grad.data_ptr() for p in found.trained.values() if p.grad is not None]
+        assert here == places.setdefault(index % 2, here)
+    assert (fake.recorded, fake.replayed) == (2, 4)
+    assert not set(places[0]) & set(places[1])
+
+
 def test_a_rising_b_is_recorded_once_and_once_more_when_it_has_risen() -> None:
     found = tiny(b_warmup_steps=4)
     passes, fake, _ = passes_of(found)

@@ -4,7 +4,8 @@ A model of 7B launches thousands of small kernels a pass, and the host may need 
 work. A recording (a CUDA graph) is one launch. It holds whatever the pass did, at the addresses and with the Python
 numbers of that moment, so that:
 - a batch is copied into tensors that stay; the loss is read from one. One recording a shape, `MAX_SHAPES` at most.
-- gradients are added to tensors that stay (`Engine.keep_gradients`).
+- gradients are added to tensors that stay (`Engine.keep_gradients`); or, where a step has one micro batch and no engine
+  has a place for them, each recording has its own, which a replay writes over: nothing is cleared, nothing is added.
 - the loss looks at every place and counts 0 where nothing is trained; its divisor is a tensor. So do passes that are
   not recorded, that a step's result does not depend on which shapes were seen first.
 - what the attributes of all modules hold is looked at before every step; where a number or a tensor's place has
@@ -76,10 +77,16 @@ def make_passes(
     recipe = plan.recipe
     return RecordedPasses(
         model, engine, parameters, CudaRecorder(engine.device), pulse=pulse, say=say,
+        adds=adds_gradients(plan),
         is_demanded=recipe.train.cuda_graph is True,
         # one shape for rows of any length
         pad_multiple=recipe.data.sequence_length if recipe.data.packing else PlainPasses.pad_multiple,
     )  # fmt: skip
+
+
+def adds_gradients(plan: Plan) -> bool:
+    """Whether a pass finds gradients to add to: of other micro batches, or an engine's buffer."""
+    return plan.strategy != "single" or plan.batch.accumulation > 1
 
 
 class PlainPasses:
@@ -108,6 +115,7 @@ class _Recording:
     loss: Tensor  # ()
     replay: Callable[[], None]
     left: tuple[tuple[nn.Module, str, Tensor], ...]  # what the pass put on modules
+    made: tuple[tuple[nn.Parameter, Tensor | None], ...]  # gradients that it writes; none where it adds
 
     def run(self, tensors: Mapping[str, Tensor], num_targets: int) -> Tensor:
         for name, place in self.inputs.items():
@@ -116,6 +124,8 @@ class _Recording:
         self.replay()
         for module, name, tensor in self.left:
             setattr(module, name, tensor)
+        for parameter, gradient in self.made:
+            parameter.grad = gradient
         return self.loss
 
 
@@ -124,6 +134,7 @@ class RecordedPasses:
 
     Args:
         is_demanded: a pass that cannot be recorded is a UserError of `run`, instead of running plainly.
+        adds: a micro batch's gradients are added to those that are there; False: there are none.
     """
 
     def __init__(
@@ -137,12 +148,15 @@ class RecordedPasses:
         say: Callable[[str], None],
         is_demanded: bool,
         pad_multiple: int,
+        adds: bool = True,
     ) -> None:
         self._model, self._engine = model, engine
         self._recorder, self._pulse, self._say = recorder, pulse, say
         self._is_demanded, self.pad_multiple = is_demanded, pad_multiple
-        engine.keep_gradients(parameters)
-        self._grads = [p.grad for p in parameters if p.grad is not None]
+        self._written = [] if adds else list(parameters)  # parameters whose gradients a pass makes anew
+        if adds:
+            engine.keep_gradients(parameters)
+        self._grads = [p.grad for p in parameters if p.grad is not None] if adds else []
         self._recordings: dict[Key, _Recording] = {}
         self._left: set[tuple[nn.Module, str]] = set()  # attributes that passes write
         self._state: ModuleState | None = None  # as the newest recording found it
@@ -167,6 +181,7 @@ class RecordedPasses:
 
     def _work(self, batch: Batch, divisor: Tensor) -> Work:
         def work() -> Tensor:
+            self._clear()
             # positions are given exactly where rows are packed
             with static_masks(is_packed=batch.position_ids is not None):
                 loss = self._engine.forward(self._model, batch) / divisor
@@ -196,11 +211,14 @@ class RecordedPasses:
             self._give_up(str(error), error)
             return None
         finally:  # passes that were run in order to record are none of the step's
-            torch._foreach_copy_(self._grads, kept)
+            if self._grads:
+                torch._foreach_copy_(self._grads, kept)
+            gradients = tuple((p, p.grad) for p in self._written)
+            self._clear()
         after = tensors_on(self._model)
         left = tuple((*place, tensor) for place, tensor in after.items() if before.get(place) is not tensor)
         self._left |= {(module, name) for module, name, _ in left}
-        made = _Recording(inputs=inputs, divisor=divisor, loss=loss, replay=replay, left=left)
+        made = _Recording(inputs=inputs, divisor=divisor, loss=loss, replay=replay, left=left, made=gradients)
         self._recordings[key] = made
         self._state = ModuleState(self._model, but=self._left)
         self._say(
@@ -208,6 +226,10 @@ class RecordedPasses:
             f"in {time.perf_counter() - began:.1f} s"
         )
         return made
+
+    def _clear(self) -> None:
+        for parameter in self._written:
+            parameter.grad = None
 
     def _forget(self) -> None:
         self._recorder.forget()  # which waits for the last replay

@@ -212,6 +212,7 @@ def train(
             seed_step(recipe.train.seed, at.step, index, engine.rank)
             with engine.accumulate(last=index == len(step.micro_batches) - 1):
                 loss_sum += passes.run(batch, max(step.num_targets_global, 1))
+            ahead.read_on()
         rounded.drop()
         pulse.at("reducing")
         engine.reduce_gradients()

@@ -50,19 +50,28 @@ class Ahead:
         self._last = last
         self._split = (world_size, rank, micro, accumulation)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
+        self._after = first
         self._next: Future[StepBatches] | None = self._submit(first)
 
     def step(self, step: int) -> StepBatches:
-        """The batches of `step`; starts on the one after it."""
+        """The batches of `step`."""
+        self.read_on()
         assert self._next is not None, "steps are asked for in order, up to the last"
         read = self._data.num_read
         while not wait([self._next], timeout=_LOOK_S).done:
             if self._data.num_read != read:
                 read = self._data.num_read
                 self._moved()
-        found = self._next.result()
-        self._next = self._submit(step + 1)
+        found, self._next, self._after = self._next.result(), None, step + 1
         return found
+
+    def read_on(self) -> None:
+        """Begin to read the step after the last one that was given, unless that has begun.
+
+        For a moment at which the device has work: the thread that reads takes turns with the one that launches.
+        """
+        if self._next is None:
+            self._next = self._submit(self._after)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
