@@ -3,8 +3,8 @@
 python benchmarks/attention_speed.py [--rows 4] [--length 2048]
 
 Llama-2-7B's heads (32 of 128) in bfloat16: torch's flash and cuDNN, and FlashAttention 4 where the package
-flash-attn-4 is installed (by itself: what torch 2.11 has for it knows an older one). Needed FLOPs: half of 4 T^2 d a head forward, of 10 backward. Outputs and
-gradients are compared with flash's.
+flash-attn-4 is installed (by itself: what torch 2.11 has for it knows an older one). Needed FLOPs: half of 4 T^2 d a
+head forward, of 10 backward. Outputs and gradients are compared with flash's.
 """
 
 from __future__ import annotations
