@@ -24,7 +24,7 @@ import string
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -78,18 +78,32 @@ def main() -> None:
     for peer in peers:
         add(rows, run_peer(args.peers, peer) | {"call": call, "command": peer_command(peer)}, args.out)
 
-    def run(job: tuple[Case, list[str], str]) -> tuple[Case, dict[str, Any]]:
-        case, overrides, asked = job
-        row = run_ours(case.name, overrides, recipe=case.recipe, unfused=case.is_unfused)
-        return case, row | {"call": call, "command": asked}
-
-    # nothing is timed while twins run, and none of another size beside them: two of 7B fill the memory
-    with ThreadPoolExecutor(args.together) as pool:
-        at_once = [job for job in pending if job[0].is_unfused and job[0].recipe == RECIPE]
-        early = list(pool.map(run, at_once)) if args.together > 1 else []
-    for case, row in [*early, *map(run, (job for job in pending if not early or job not in at_once))]:
-        add(rows, beside_targets(row, case, rows, args.override), args.out)
+    for (case, _, asked), row in made(pending, args.together):
+        row = beside_targets(row | {"call": call, "command": asked}, case, rows, args.override)
+        add(rows, row, args.out)
     print(table(rows))
+
+
+Job = tuple[Case, list[str], str]  # its overrides, and its command
+
+
+def made(pending: Sequence[Job], together: int) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Each row as soon as it is there: a machine may be taken away at any moment.
+
+    Args:
+        together: of 7B's twins, first; nothing is timed meanwhile, and two of them fill the memory.
+    """
+
+    def run(job: Job) -> tuple[Job, dict[str, Any]]:
+        case, overrides, _ = job
+        return job, run_ours(case.name, overrides, recipe=case.recipe, unfused=case.is_unfused)
+
+    first = [j for j in pending if j[0].is_unfused and j[0].recipe == RECIPE] if together > 1 else []
+    with ThreadPoolExecutor(together) as pool:
+        yield from pool.map(run, first)
+    for job in pending:
+        if job not in first:
+            yield run(job)
 
 
 def add(rows: list[dict[str, Any]], row: dict[str, Any], out: Path) -> None:

@@ -166,4 +166,6 @@ for kind in rows drill sweep; do # lists
   python3 -c 'import json, sys; print(json.dumps([r for p in sys.argv[1:] for r in json.load(open(p))], indent=1))' \
     $(ls "$work/$kind"-*.json 2>/dev/null) >"$OUT/$kind.json" || true
 done
-tar cJf "$OUT/logs.tar.xz" -C "$work" $(cd "$work" && ls -d ./*.log logs tree/.bench/*.json 2>/dev/null) 2>/dev/null || true
+# and what runs wrote, should a script not have come to its end
+tar cJf "$OUT/logs.tar.xz" -C "$work" $(cd "$work" && ls -d ./*.log logs tree/.bench/*.json \
+  */.bench/runs/*/{metrics.jsonl,events.jsonl,plan.json} 2>/dev/null) 2>/dev/null || true

@@ -16,6 +16,7 @@ from decompft.launcher.source import load
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import gpu_7b  # noqa: E402
 from gpu_7b import add, beside_targets, command, fixed, table  # noqa: E402
 from speed_cases import RECIPE, Case, cases, with_twins  # noqa: E402
 
@@ -34,6 +35,27 @@ def test_every_case_can_be_planned(gpus: int) -> None:
         plan = planner.make(load(case.recipe, list(case.overrides)), machine=machine)
         assert plan.cuda_graph == ("graph" in case.name), case.name
         assert plan.recompute in case.name or case.name.startswith(("map-", "8b")), case.name
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_row_is_there_before_the_next_one_runs(monkeypatch: pytest.MonkeyPatch, together: int) -> None:
+    ran: list[str] = []
+
+    def run(name: str, *_: Any, **__: Any) -> dict[str, Any]:
+        ran.append(name)
+        return {"case": name}
+
+    monkeypatch.setattr(gpu_7b, "run_ours", run)
+    chosen = [
+        Case(name=n, overrides=(n,), is_unfused=n.endswith("twin")) for n in ("a-twin", "a", "b-twin", "b")
+    ]
+    jobs = [(case, list(case.overrides), case.name) for case in chosen]
+    names = []
+    for (case, *_), row in gpu_7b.made(jobs, together):
+        names.append(case.name)
+        assert row["case"] == case.name
+        assert ran == names or (together > 1 and case.is_unfused)
+    assert names == {1: ["a-twin", "a", "b-twin", "b"], 2: ["a-twin", "b-twin", "a", "b"]}[together]
 
 
 def test_a_row_is_set_beside_its_targets_and_the_peers_of_its_call() -> None:
