@@ -52,7 +52,7 @@ from decompft.launcher.workload import (
 
 # tokens whose logits exist at once; the loss goes over the sequence in such chunks
 CHUNK_TOKENS = 1024
-# a chunk's logits in float32 and logsumexp's temporary of the same size
+# a chunk's logits in float32 and logsumexp's temporary of the same size, where no kernel computes the loss
 LOGIT_BYTES = 8
 # and one more where logits / softcap, its tanh and the product live at once
 SOFTCAP_BYTES = 4
@@ -243,8 +243,11 @@ def _logits(work: Workload, layout: Layout) -> Term:
     hidden = LOSS_HIDDEN_COPIES * tokens * shape.hidden * compute_bytes(work.recipe)
     rows = min(tokens, CHUNK_TOKENS) if shape.task == "causal-lm" else layout.micro_size
     note = f"{rows} rows of {shape.head.out} at a time, and the last hidden states"
-    logits = rows * shape.head.out * (LOGIT_BYTES + SOFTCAP_BYTES * shape.has_softcap)
-    return Term(name="logits and loss", num_bytes=logits + hidden, note=note)
+    is_plain = not (shape.has_softcap or shape.head.num_biases or work.num_token_params)
+    a_logit = LOGIT_BYTES + SOFTCAP_BYTES * shape.has_softcap
+    if layout.device == "cuda" and shape.task == "causal-lm" and is_plain:
+        a_logit = compute_bytes(work.recipe)  # the kernel writes slopes over the product
+    return Term(name="logits and loss", num_bytes=rows * shape.head.out * a_logit + hidden, note=note)
 
 
 def _dequantized(work: Workload, layout: Layout) -> list[Term]:

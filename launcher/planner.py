@@ -43,6 +43,8 @@ from decompft.launcher.workload import Layout, Workload
 # rows of a micro batch on a CPU: more gain no speed there
 MAX_CPU_MICRO = 8
 
+FILLED = 0.05  # of the memory
+
 Rung = tuple[Strategy, Recompute, bool]  # and cpu_offload
 _TITLES: dict[Recompute, list[str]] = {
     "none": [],
@@ -67,7 +69,8 @@ def make(recipe: Recipe, *, machine: Machine | None = None) -> Plan:
     machine = machine or detect()
     fitted = fit_to_model(recipe)
     recipe, shape = fitted.recipe, fitted.work.shape
-    work = replace(fitted.work, has_liger=machine.has_liger)
+    # what a laptop has installed says nothing of the GPUs it plans for
+    work = replace(fitted.work, has_liger=machine.has_liger or machine.device == "cpu")
     world, warnings = _world(recipe, machine)
     refuse_world(recipe, world)
     refuse_format(recipe, machine, world)
@@ -240,8 +243,11 @@ def _stated_blocks(work: Workload, mode: Recompute) -> int | None:
 
 
 def _fewest_blocks(work: Workload, layout: Layout, budget: Budget) -> Layout:
-    """With as few blocks that compute their MLP again as fit; all do."""
-    headroom = Budget.HEADROOM if fits(work, layout, budget) else 0.0
+    """With as few blocks that compute their MLP again as fit; all do.
+
+    It fills the memory, and measured peaks lay up to 4 % over their forecast: so much more is left free.
+    """
+    headroom = Budget.HEADROOM + FILLED
     count = bisect_left(
         range(1, work.shape.num_layers), True,
         key=lambda n: fits(work, replace(layout, recompute_blocks=n), budget, headroom=headroom),

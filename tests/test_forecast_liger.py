@@ -41,6 +41,15 @@ def test_a_plan_without_liger_counts_more_and_says_so() -> None:
     assert not any("liger" in w for w in known.warnings)
 
 
+def test_a_machine_without_gpus_knows_nothing_of_those_it_plans_for() -> None:
+    asked = {"parallel": {"gpu_memory_gib": 80.0, "gpus_per_node": 1}}
+    here, bare = (
+        make(CPU, LLAMA_7B, **asked),
+        make(dataclasses.replace(CPU, has_liger=False), LLAMA_7B, **asked),
+    )
+    assert here.world.device == "cuda" and here.forecast == bare.forecast and here.warnings == bare.warnings
+
+
 def test_liger_is_not_missed_where_it_would_not_run() -> None:
     on_cpu = make(dataclasses.replace(CPU, has_liger=False), TINY)
     unknown = make(dataclasses.replace(gpus(1, 80), has_liger=False), GPT2, data={"sequence_length": 512})

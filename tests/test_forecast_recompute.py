@@ -29,7 +29,8 @@ def test_norms_and_queries_that_are_normed_give_as_much_as_they_read() -> None:
 
 
 def test_selective_keeps_norms_inputs_and_attention_by_hand() -> None:
-    got = run(work(adapter={"rank": 4}), micro_size=1, recompute="selective")
+    many_words = work(TINY | {"vocab_size": 1024}, adapter={"rank": 4})
+    got = run(many_words, micro_size=1, recompute="selective")
     # per token: 2 norm inputs, q k v, attention's output; log-sum; A x of q, k, v, o and down
     elements = 2 * 64 + (64 + 2 * 32) + 64
     assert got["activations"] == 2048 * 2 * (elements * 2 + 4 * 4 + 5 * 4 * 2)

@@ -41,7 +41,7 @@ beside, and starts slower; the strategies are there for those whose cluster is b
 
 The forecast's constants were fitted to measurements of one and two H200s; `tests/test_forecast_measured.py` compares
 each run. What was never measured (recomputation but `full`, hsdp, offload, several nodes) is arithmetic.
-Liger's kernels are counted with where they are installed on the machine that plans, and for `--gpu`; without them
+Liger's kernels are counted with, unless the machine that plans has GPUs and no liger-kernel; without them
 a plan counts what torch's own norms and activations keep (as a CPU's, compared there with tensors, not measured on a
 GPU) and warns. `DECOMPFT_TRITON=0` turns Liger off unseen by the plan.
 The time of a step is said where the GPU was measured; `--gpu H200` plans for such GPUs ([scaling](scaling.md)).
