@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,11 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="the folder of peers.py and peer_unsloth.py")
     parser.add_argument(
         "--together", type=int, default=1, help="twins, which are not timed, that run at once"
+    )
+    parser.add_argument(
+        "--ahead",
+        action="store_true",
+        help="start the next run meanwhile; it waits for the GPU (one_at_a_time/)",
     )
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -78,7 +84,7 @@ def main() -> None:
     for peer in peers:
         add(rows, run_peer(args.peers, peer) | {"call": call, "command": peer_command(peer)}, args.out)
 
-    for (case, _, asked), row in made(pending, args.together):
+    for (case, _, asked), row in made(pending, args.together, ahead=args.ahead):
         row = beside_targets(row | {"call": call, "command": asked}, case, rows, args.override)
         add(rows, row, args.out)
     print(table(rows))
@@ -87,23 +93,29 @@ def main() -> None:
 Job = tuple[Case, list[str], str]  # its overrides, and its command
 
 
-def made(pending: Sequence[Job], together: int) -> Iterator[tuple[Job, dict[str, Any]]]:
+def made(
+    pending: Sequence[Job], together: int, *, ahead: bool = False
+) -> Iterator[tuple[Job, dict[str, Any]]]:
     """Each row as soon as it is there: a machine may be taken away at any moment.
 
     Args:
         together: of 7B's twins, first; nothing is timed meanwhile, and two of them fill the memory.
+        ahead: of the others, the next one begins while one runs, and waits for the GPU.
     """
 
-    def run(job: Job) -> tuple[Job, dict[str, Any]]:
+    def run(job: Job, *, waits: bool = False) -> tuple[Job, dict[str, Any]]:
         case, overrides, _ = job
-        return job, run_ours(case.name, overrides, recipe=case.recipe, unfused=case.is_unfused)
+        return job, run_ours(case.name, overrides, recipe=case.recipe, unfused=case.is_unfused, waits=waits)
 
     first = [j for j in pending if j[0].is_unfused and j[0].recipe == RECIPE] if together > 1 else []
     with ThreadPoolExecutor(together) as pool:
         yield from pool.map(run, first)
-    for job in pending:
-        if job not in first:
-            yield run(job)
+    rest = [job for job in pending if job not in first]
+    if not ahead:
+        yield from map(run, rest)
+        return
+    with ThreadPoolExecutor(2) as pool:
+        yield from pool.map(partial(run, waits=True), rest)
 
 
 def add(rows: list[dict[str, Any]], row: dict[str, Any], out: Path) -> None:
@@ -202,8 +214,13 @@ def run_ours(
     warm_up: int = WARM_UP,
     reordered: bool = False,
     unfused: bool = False,
+    waits: bool = False,
 ) -> dict[str, Any]:
-    """A run through `launch`, as a user starts it; `reordered` through reordered.py. Its figures, or its error."""
+    """A run through `launch`, as a user starts it; `reordered` through reordered.py. Its figures, or its error.
+
+    Args:
+        waits: for the GPU, which others may have that wait likewise.
+    """
     run = WORK / "runs" / name
     shutil.rmtree(run, ignore_errors=True)
     start = "import sys; from decompft.launcher.cli import main; sys.exit(main())"
@@ -212,6 +229,9 @@ def run_ours(
         argv = [sys.executable, str(ROOT / "benchmarks" / "reordered.py"), str(recipe), str(run), *overrides]
     began = time.perf_counter()
     environment = os.environ | ({SWITCH: "0"} if unfused else {})
+    if waits:
+        path = [str(ROOT / "benchmarks" / "one_at_a_time"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment |= {"GPU_LOCK": str(WORK / "gpu.lock"), "PYTHONPATH": os.pathsep.join(path)}
     done = subprocess.run(argv, capture_output=True, text=True, env=environment, cwd=ROOT)
     wall = time.perf_counter() - began
     if done.returncode:
@@ -239,7 +259,8 @@ def run_ours(
         "sequence_length": asked["data"]["sequence_length"], "losses": losses, "ok": losses[-1] < losses[0],
         "tokens_per_s": round(statistics.median(r["tokens_per_s"] for r in rows[warm_up:])),
         "flops_per_token": flops_per_token(plan),
-        **memory(events["memory"]), "load": events["load"] | {"cache_dir": None}, "wall_s": round(wall, 1),
+        **memory(events["memory"]), "load": events["load"] | {"cache_dir": None},
+        "wall_s": None if waits else round(wall, 1),
         "command": command(recipe, overrides, unfused=unfused),
         **({"fixed_loss": [evaluated[0], evaluated[-1]]} if evaluated else {}),
     }  # fmt: skip

@@ -101,7 +101,7 @@ rows() {
   for k in $(seq 0 $((gpus - 1))); do
     # shellcheck disable=SC2086 # several words
     (own "rows-$k" && CUDA_VISIBLE_DEVICES=$k timeout "$(left)" python3 benchmarks/gpu_7b.py --part "$k/$gpus" \
-      ${ROWS:+--only $ROWS} --together 2 "${peers[@]}" --out "$work/rows-$k.json") &
+      ${ROWS:+--only $ROWS} --together 2 --ahead "${peers[@]}" --out "$work/rows-$k.json") &
   done
   wait
 }
