@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +60,29 @@ def test_a_row_is_there_before_the_next_one_runs(monkeypatch: pytest.MonkeyPatch
         assert row["case"] == case.name
         assert ran == names or (together > 1 and case.is_unfused)
     assert names == {1: ["a-twin", "a", "b-twin", "b"], 2: ["a-twin", "b-twin", "a", "b"]}[together]
+
+
+def test_a_run_that_waits_for_the_gpu_comes_to_it_when_the_other_has_ended(tmp_path: Path) -> None:
+    path, ready = tmp_path / "gpu.lock", tmp_path / "ready"
+    code = (
+        f"import pathlib, torch\npathlib.Path({str(ready)!r}).touch()\n"
+        "try:\n    torch.cuda.init()\nexcept (AssertionError, RuntimeError):\n    pass  # no GPU\nprint('there')"
+    )
+    environment = os.environ | {
+        "GPU_LOCK": str(path),
+        "PYTHONPATH": str(gpu_7b.ROOT / "benchmarks" / "one_at_a_time"),
+    }
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = subprocess.Popen(
+            [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        while not ready.exists():
+            assert waiting.poll() is None
+            time.sleep(0.05)
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(timeout=1)
+    assert waiting.communicate(timeout=60)[0] == "there\n"
 
 
 def test_a_row_is_set_beside_its_targets_and_the_peers_of_its_call() -> None:
