@@ -42,7 +42,8 @@ class Settling:
         sizes = torch.cat([w.size for w in waits]).double()
         first, *more = {(w.offset, w.limit) for w in waits}
         if more:
-            each = torch.tensor([(w.offset, w.limit) for w in waits], dtype=torch.float64).to(sizes.device)
+            each = torch.tensor([(w.offset, w.limit) for w in waits], dtype=torch.float64)
+            each = each.to(sizes.device, non_blocking=True)
             found = (sizes + each[:, 0]) / each[:, 1]
         else:
             found = (sizes + first[0]) / first[1]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import losses, make_run, run_ranks
 from tiny_models import FAMILIES, NF4, built, row, saved, section, single
+from torch._subclasses import FakeTensorMode
 from transformers import get_scheduler
 
 from decompft.adapters.base import Settling
@@ -16,6 +17,7 @@ from decompft.launcher.checkpoints import newest_valid
 from decompft.launcher.recipe import AdapterSection, TrainSection
 from decompft.launcher.worker.data.batches import collate
 from decompft.launcher.worker.optimizer import (
+    _beside,
     clip_gradients,
     make_optimizer,
     read_moments,
@@ -190,6 +192,17 @@ def test_factors_of_layers_that_settle_otherwise():
     expected = [1e-3, 0.5, 0.5, 1.0]
     assert Settling.factors(waits).tolist() == pytest.approx(expected)
     assert [Settling.factors([w]).item() for w in waits] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("order", [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda"), ("cpu", "cpu")])
+def test_gradients_on_host_and_device_can_be_scaled_in_any_order(order):
+    """fsdp's under offload: matrices of the host beside vectors of the device."""
+    with FakeTensorMode():  # which knows what cannot be multiplied, without a GPU
+        gradients = [torch.ones(3, device=device) for device in order]
+        number = _beside(torch.ones((), dtype=torch.float64, device="cuda"), gradients)
+        assert number.dtype == torch.float32
+        for gradient in gradients:
+            gradient.mul_(number)
 
 
 # -- 8-bit moments ---------------------------------------------------------------------------------

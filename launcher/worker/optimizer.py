@@ -82,18 +82,29 @@ def clip_gradients(
     squares = engine.sum_pieces(torch.stack([n.to(engine.device) for n in norms]).square()).double()
     replicas = [engine.replicas(trained[n]) for n in names]
     if set(replicas) != {1}:
-        squares /= torch.tensor(replicas, dtype=squares.dtype).to(squares.device)
+        squares /= torch.tensor(replicas, dtype=squares.dtype).to(squares.device, non_blocking=True)
     factors = Settling.factors([waits[n] for n in waiting]).to(squares.device) if waiting else squares[:0]
     squares[len(others) :].masked_fill_(factors < 1, 0.0)
     norm = squares.sum().sqrt()
     clip = max_norm / (norm + 1e-6) if max_norm else torch.ones_like(norm)
     clip = torch.where(norm > max_norm, clip, 1.0)
     if max_norm and others:
-        torch._foreach_mul_([grads[n] for n in others], clip.to(grads[others[0]]))
+        scaled = [grads[n] for n in others]
+        torch._foreach_mul_(scaled, _beside(clip, scaled))
     if waiting:
-        each = torch.where(factors < 1, factors, clip).to(grads[waiting[0]])
-        torch._foreach_mul_([grads[n] for n in waiting], list(each.unbind()))
+        scaled = [grads[n] for n in waiting]
+        each = _beside(torch.where(factors < 1, factors, clip), scaled)
+        torch._foreach_mul_(scaled, list(each.unbind()))
     return norm
+
+
+def _beside(numbers: Tensor, gradients: list[Tensor]) -> Tensor:
+    """Numbers in the dtype of gradients, where all can be scaled by them.
+
+    Under offload fsdp has matrices in host memory and vectors on the device: a number of the host scales both, one
+    of the device its own alone.
+    """
+    return numbers.to(next((g for g in gradients if g.is_cpu), gradients[0]))
 
 
 def read_moments(
