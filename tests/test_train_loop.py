@@ -31,6 +31,35 @@ def test_evaluates_at_the_start_as_asked_and_at_the_end(tmp_path):
     assert [row["step"] for row in events(run, "eval")] == [0, 4, 6]
 
 
+def test_a_cpu_reads_the_next_step_beside_its_passes(tmp_path):
+    """A pass has ended when it returns: what is begun after it is hidden by nothing."""
+    seen = tmp_path / "seen"
+
+    def watch() -> None:
+        from decompft.launcher.worker.data.ahead import Ahead
+        from decompft.launcher.worker.recorded import PlainPasses
+
+        submit, run_pass = Ahead._submit, PlainPasses.run
+
+        def noted_submit(self, step):
+            with seen.open("a") as file:
+                print("read", step, file=file)
+            return submit(self, step)
+
+        def noted_pass(self, batch, num_targets):
+            with seen.open("a") as file:
+                print("pass", file=file)
+            return run_pass(self, batch, num_targets)
+
+        Ahead._submit, PlainPasses.run = noted_submit, noted_pass
+
+    run_ranks(make_run(tmp_path, train={**TRAIN, "max_steps": 2}), patch=watch)
+    passes = ["pass"] * (TRAIN["global_batch_size"] // TRAIN["micro_batch_size"])
+    # of what is past the end nothing is read, asked for as often as it is
+    found = [line for line in seen.read_text().splitlines() if line != "read 2"]
+    assert found == ["read 0", "read 1", *passes, *passes]
+
+
 def test_the_held_out_loss_falls(tmp_path):
     first, *_, last = events(run_with_eval(tmp_path), "eval")
     assert last["loss"] < first["loss"]

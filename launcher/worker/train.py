@@ -207,6 +207,8 @@ def train(
         passes.begin_step()
         loss_sum = torch.zeros((), device=engine.device)
         num_tokens = 0
+        if engine.device.type == "cpu":  # where a pass has ended when it returns
+            ahead.read_on()
         for index, batch in enumerate(step.micro_batches):
             num_tokens += batch.num_tokens
             seed_step(recipe.train.seed, at.step, index, engine.rank)
