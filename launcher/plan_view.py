@@ -21,6 +21,7 @@ BAR_WIDTH = 20
 def show(plan: Plan, console: Console | None = None) -> None:
     """Print the plan; without a terminal the same lines come plain and as wide as they need."""
     from rich.console import Console  # 30 ms, and only this verb needs it
+    from rich.markup import escape
     from rich.table import Table
 
     console = console or Console(highlight=False)
@@ -45,7 +46,8 @@ def show(plan: Plan, console: Console | None = None) -> None:
             )
         )
     for warning in plan.warnings:
-        console.print(f"[yellow]warning:[/yellow] {warning}", soft_wrap=True)
+        # as it is: decompft[gpu] is no markup
+        console.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
 
 
 def _decisions(plan: Plan) -> list[tuple[str, str]]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from io import StringIO
 
 import pytest
 from planning import CPU, LLAMA_7B, TINY, gpus, make
+from rich.console import Console
 from test_forecast import run, work
+
+from decompft.launcher.plan_view import show
 
 ADVICE = "liger-kernel is not installed here"
 GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 256}
@@ -27,6 +31,13 @@ def test_without_liger_a_gpu_keeps_what_a_cpu_keeps(mode: str) -> None:
 def test_a_family_that_liger_does_not_know_is_the_same_without_it() -> None:
     known = work(GPT2)
     assert run(known) == run(dataclasses.replace(known, has_liger=False))
+
+
+def test_the_command_is_printed_whole() -> None:
+    """decompft[gpu] is no markup."""
+    printed = StringIO()
+    show(make(dataclasses.replace(gpus(1, 80), has_liger=False), LLAMA_7B), Console(file=printed, width=160))
+    assert "pip install 'decompft[gpu]'" in printed.getvalue()
 
 
 def test_a_plan_without_liger_counts_more_and_says_so() -> None:
