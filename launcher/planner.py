@@ -237,9 +237,18 @@ def _choose(work: Workload, world: World, budget: Budget) -> tuple[Layout, str]:
 
 
 def _stated_blocks(work: Workload, mode: Recompute) -> int | None:
-    """The recipe's, of blocks that are there."""
-    stated = work.recipe.train.recompute_blocks
-    return stated if mode == "selective" and stated is not None and stated < work.shape.num_layers else None
+    """The recipe's; None: all.
+
+    Raises:
+        PlanError: the model has fewer.
+    """
+    stated, there = work.recipe.train.recompute_blocks, work.shape.num_layers
+    if stated is not None and stated > there:
+        raise PlanError(
+            f"train.recompute_blocks: {stated}, but the model has {there} blocks",
+            "leave it out, or give fewer",
+        )
+    return stated if mode == "selective" and stated != there else None
 
 
 def _fewest_blocks(work: Workload, layout: Layout, budget: Budget) -> Layout:

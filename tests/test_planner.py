@@ -103,6 +103,12 @@ def test_auto_runs_as_few_mlps_again_as_fit() -> None:
     assert make(gpus(1, 24), train=asked).recompute_blocks is None, "all, where it was asked for"
 
 
+def test_more_blocks_than_there_are_is_an_error() -> None:
+    asked: dict[str, Any] = {"recompute": "selective", "recompute_blocks": 33}
+    with pytest.raises(PlanError, match="the model has 32 blocks"):
+        make(gpus(1, 80), train=asked)
+
+
 def test_blocks_are_selectives_alone() -> None:
     with pytest.raises(ValidationError, match="selective alone"):
         make(gpus(1, 80), train={"recompute": "full", "recompute_blocks": 3})
