@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from speed_cases import RECIPE, RECIPE_8B, TOLERANCES, Case, cases, with_twins
+from waiting import waiting
 
 SWITCH = (
     "DECOMPFT_TRITON"  # of adapters/kernels/proved.py, which would bring torch; 0: no kernel of Triton runs
@@ -230,8 +231,7 @@ def run_ours(
     began = time.perf_counter()
     environment = os.environ | ({SWITCH: "0"} if unfused else {})
     if waits:
-        path = [str(ROOT / "benchmarks" / "one_at_a_time"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment |= {"GPU_LOCK": str(WORK / "gpu.lock"), "PYTHONPATH": os.pathsep.join(path)}
+        environment = waiting(environment, WORK / "gpu.lock")
     done = subprocess.run(argv, capture_output=True, text=True, env=environment, cwd=ROOT)
     wall = time.perf_counter() - began
     if done.returncode:

@@ -109,7 +109,7 @@ sweeps() {
   local k
   for k in $(seq 0 $((gpus - 1))); do
     (own "sweeps-$k" && CUDA_VISIBLE_DEVICES=$k timeout "$(left)" python3 benchmarks/scaling.py --device cuda \
-      --only length adapter depth --part "$k/$gpus" --out "$work/sweep-$k.json") &
+      --ahead --only length adapter depth --part "$k/$gpus" --out "$work/sweep-$k.json") &
   done
   wait
   (own sweeps-ranks && timeout "$(left)" python3 benchmarks/scaling.py --device cuda --only ranks --out "$work/sweep-ranks.json")

@@ -22,9 +22,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from waiting import waiting
 
 HERE = Path(__file__).resolve().parent
 ROWS_FILE = Path(".bench") / "scaling.jsonl"  # in the repository
@@ -137,6 +141,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="*", default=[], help="sweeps: ranks, length, adapter, depth")
     parser.add_argument("--part", default="0/1", help="K/N: every N-th cell from the K-th on")
+    parser.add_argument(
+        "--ahead", action="store_true", help="start the next run meanwhile, which waits for the GPU"
+    )
     parser.add_argument("--note", default="", help="what else the machine did")
     args = parser.parse_args()
     setting = SETTINGS[args.device]
@@ -148,17 +155,27 @@ def main() -> None:
     if "links" not in done and (not args.only or "ranks" in args.only):
         rows.append({"name": "links", "note": args.note, "device": args.device, **measure_links(args.device)})
         args.out.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
+    # the middle of each sweep is one run
+    alike: dict[tuple[str, ...], list[Cell]] = {}
     for cell in chosen:
-        if cell.name in done:
-            continue
-        rows = [row for row in rows if row["name"] != cell.name]
-        rows.append(measure(cell, setting, args.device) | {"note": args.note})
-        print(json.dumps(rows[-1]), flush=True)
-        args.out.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
+        if cell.name not in done:
+            alike.setdefault(tuple(overrides(cell, setting)), []).append(cell)
+    one = partial(measure, setting=setting, device=args.device, waits=args.ahead)
+    with ThreadPoolExecutor(1 + args.ahead) as pool:
+        for cells_, row in zip(alike.values(), pool.map(one, [c[0] for c in alike.values()]), strict=True):
+            names = {cell.name for cell in cells_}
+            rows = [other for other in rows if other["name"] not in names]
+            rows += [row | asdict(cell) | {"name": cell.name, "note": args.note} for cell in cells_]
+            print(json.dumps(rows[-1]), flush=True)
+            args.out.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
 
 
-def measure(cell: Cell, setting: Setting, device: str) -> dict[str, Any]:
-    """Launch a cell; tokens/s are the median of the steps after the first ones."""
+def measure(cell: Cell, setting: Setting, device: str, *, waits: bool = False) -> dict[str, Any]:
+    """Launch a cell; tokens/s are the median of the steps after the first ones.
+
+    Args:
+        waits: for the GPU, which another cell may have.
+    """
     words = overrides(cell, setting)
     row: dict[str, Any] = {
         **asdict(cell),
@@ -168,6 +185,8 @@ def measure(cell: Cell, setting: Setting, device: str) -> dict[str, Any]:
     }
     row["command"] = f"decompft launch benchmarks/{setting.recipe.name} {shlex.join(words)}"
     env = os.environ | ({"DECOMPFT_DEVICE": "cpu", "OMP_NUM_THREADS": "1"} if device == "cpu" else {})
+    if waits:
+        env = waiting(env, Path(tempfile.gettempdir()) / "gpu.lock")
     with tempfile.TemporaryDirectory() as folder:
         run, began = Path(folder) / "run", time.perf_counter()
         argv = [sys.executable, "-m", "decompft.launcher.cli", "launch", str(setting.recipe), *words]

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import gpu_7b  # noqa: E402
 from gpu_7b import add, beside_targets, command, fixed, table  # noqa: E402
 from speed_cases import RECIPE, Case, cases, with_twins  # noqa: E402
+from waiting import waiting  # noqa: E402
 
 
 @pytest.mark.parametrize("gpus", [1, 2])
@@ -68,21 +69,18 @@ def test_a_run_that_waits_for_the_gpu_comes_to_it_when_the_other_has_ended(tmp_p
         f"import pathlib, torch\npathlib.Path({str(ready)!r}).touch()\n"
         "try:\n    torch.cuda.init()\nexcept (AssertionError, RuntimeError):\n    pass  # no GPU\nprint('there')"
     )
-    environment = os.environ | {
-        "GPU_LOCK": str(path),
-        "PYTHONPATH": str(gpu_7b.ROOT / "benchmarks" / "one_at_a_time"),
-    }
+    environment = waiting({n: v for n, v in os.environ.items() if n != "PYTHONPATH"}, path)
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        waiting = subprocess.Popen(
+        child = subprocess.Popen(
             [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
         )
         while not ready.exists():
-            assert waiting.poll() is None
+            assert child.poll() is None
             time.sleep(0.05)
         with pytest.raises(subprocess.TimeoutExpired):
-            waiting.wait(timeout=1)
-    assert waiting.communicate(timeout=60)[0] == "there\n"
+            child.wait(timeout=1)
+    assert child.communicate(timeout=60)[0] == "there\n"
 
 
 def test_a_row_is_set_beside_its_targets_and_the_peers_of_its_call() -> None:
