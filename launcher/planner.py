@@ -43,7 +43,7 @@ from decompft.launcher.workload import Layout, Workload
 # rows of a micro batch on a CPU: more gain no speed there
 MAX_CPU_MICRO = 8
 
-FILLED = 0.05  # of the memory
+FILLED = 0.05  # part of the memory kept free beside Budget.HEADROOM where auto fills it
 
 Rung = tuple[Strategy, Recompute, bool]  # and cpu_offload
 _TITLES: dict[Recompute, list[str]] = {
@@ -231,9 +231,10 @@ def _choose(work: Workload, world: World, budget: Budget) -> tuple[Layout, str]:
     if chosen is None:
         smallest = layouts[-1]
         raise PlanError(_too_large(work, smallest, budget), cheaper_changes(work, smallest, budget))
+    faster = [x for x in layouts[: layouts.index(chosen)] if _title(x) != _title(chosen)]
     if chosen.recompute == "selective" and work.recipe.train.recompute == "auto":
         chosen = _fewest_blocks(work, chosen, budget)
-    return chosen, _reason(work, layouts, chosen, budget)
+    return chosen, _reason(work, faster, chosen, budget)
 
 
 def _stated_blocks(work: Workload, mode: Recompute) -> int | None:
@@ -264,7 +265,7 @@ def _fewest_blocks(work: Workload, layout: Layout, budget: Budget) -> Layout:
     return layout if count + 1 == work.shape.num_layers else replace(layout, recompute_blocks=count + 1)
 
 
-def _reason(work: Workload, layouts: list[Layout], chosen: Layout, budget: Budget) -> str:
+def _reason(work: Workload, faster: list[Layout], chosen: Layout, budget: Budget) -> str:
     def need(layout: Layout) -> str:
         return gib(forecast(work, layout, capacity_bytes=None).total_bytes)
 
@@ -272,8 +273,6 @@ def _reason(work: Workload, layouts: list[Layout], chosen: Layout, budget: Budge
     if budget.device_bytes is None:
         return f"{_title(chosen)}: {ranks}, {need(chosen)} each; the memory of a device is unknown"
     text = f"{_title(chosen)}: {ranks}, {need(chosen)} of {gib(budget.device_bytes)} each"
-    before = layouts.index(replace(chosen, recompute_blocks=_stated_blocks(work, chosen.recompute)))
-    faster = [x for x in layouts[:before] if _title(x) != _title(chosen)]
     if faster:
         # the one that came nearest to fitting
         near = min(reversed(faster), key=lambda x: forecast(work, x, capacity_bytes=None).total_bytes)
