@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from step_classes import replayed, seconds
+from step_classes import copy_rate, replayed, seconds
 from torch import Tensor
 
 from decompft.adapters.kernels import cross_entropy
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--hidden", type=int, default=4096)
     args = parser.parse_args()
-    memory = copy_speed()
+    memory = copy_rate()
     print(f"a large copy: {memory / 1e12:.2f} TB/s; ms:")
     print(
         f"{'vocabulary':>10}{'torch':>9}{'fused':>9}{'products':>10}{'kernel':>9}{'limit':>9}   columns, warps"
@@ -62,13 +62,6 @@ def main() -> None:
         limit = 1000 * 2 * logits.nbytes / memory
         best = ", ".join(f"{b}: {ms:.3f}" for b, ms in sorted(found.items(), key=lambda item: item[1])[:4])
         print(f"{vocab:10d}{plain:9.3f}{fused:9.3f}{products:10.3f}{found[own]:9.3f}{limit:9.3f}   {best}")
-
-
-def copy_speed() -> float:
-    """Bytes/s, read and written."""
-    large = torch.empty(2**31, dtype=torch.uint8, device="cuda")
-    other = torch.empty_like(large)
-    return 2 * large.nbytes / seconds(lambda: other.copy_(large))
 
 
 def both_products(hidden: Tensor, weight: Tensor) -> None:

@@ -6,7 +6,7 @@ Weights of Llama-2-7B's linears in nf4 with double quantization, 8,192 tokens in
 one launch, what it reads and writes over them, and that as a share of a large copy's rate in the same process. Launches
 are replayed from a CUDA graph over as many weights as the L2 cache cannot hold; the median of 20 replays. Tiles of one
 kernel have to give the same bits; the fastest by the sum over the sizes is named last, to be made the default in
-fp8.py. Not run on a GPU yet.
+fp8.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from itertools import chain
 
 import torch
 from check_fp8_kernels import ROW_WARPS, TALL_TILES
-from step_classes import replayed, seconds
+from step_classes import copy_rate, replayed
 from torch import Tensor
 
 from decompft.adapters.frozen.fourbit import Nf4Linear
@@ -33,7 +33,7 @@ Launch = Callable[[], object]
 
 def main() -> None:
     rate = copy_rate()
-    print(f"a copy of 1 GiB: {rate / 1e9:,.0f} GB/s", flush=True)
+    print(f"a copy of 2 GiB: {rate / 1e9:,.0f} GB/s", flush=True)
     print(f"{'kernel':>16} {'out':>6} {'in':>6} {'tile':>10} {'ms':>8} {'GB/s':>7} {'of copy':>8}")
     in_all: dict[str, dict[object, float]] = defaultdict(lambda: defaultdict(float))
     for num_out, num_in in SIZES:
@@ -50,12 +50,6 @@ def main() -> None:
         if len(by_tile) > 1:
             default = fp8._ROW_WARPS if kernel == "fourbit_rows" else (fp8._TALL_WARPS, fp8._TALL_PIECES)
             print(f"{kernel}: {min(by_tile, key=lambda t: by_tile[t])} is fastest, {default} is the default")
-
-
-def copy_rate() -> float:
-    """Bytes a second, read and written."""
-    one, other = (torch.empty(1 << 30, dtype=torch.uint8, device=CUDA) for _ in range(2))
-    return 2 * one.nbytes / seconds(lambda: other.copy_(one))
 
 
 Timed = tuple[str, object, int, list[Launch]]  # kernel, tile, bytes of a launch, one launch for each weight

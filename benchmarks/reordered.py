@@ -19,9 +19,7 @@ from decompft.launcher.worker.tools import prepare
 
 def main() -> None:
     recipe, folder, overrides = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-    plan = make(load(recipe, overrides))
-    run = RunDir.create(folder, recipe_text=recipe.read_text(), plan=plan)
-    prepare.main([str(run.path)])
+    rank = prepared_rank(recipe, folder, overrides)
     original = feed.PreparedTrain.step
 
     def reversed_step(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -30,7 +28,14 @@ def main() -> None:
         return step
 
     feed.PreparedTrain.step = reversed_step  # type: ignore[method-assign]
-    run_rank(Rank(run=run, incarnation=run.next_incarnation(), resume=None, rank=0, stream=sys.stdout))
+    run_rank(rank)
+
+
+def prepared_rank(recipe: Path, folder: Path, overrides: list[str]) -> Rank:
+    """A run's only rank, for `run_rank` in this process; what it says goes to stdout."""
+    run = RunDir.create(folder, recipe_text=recipe.read_text(), plan=make(load(recipe, overrides)))
+    prepare.main([str(run.path)])
+    return Rank(run=run, incarnation=run.next_incarnation(), resume=None, rank=0, stream=sys.stdout)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from inspect import signature
 
 import torch
-from step_classes import measured_rates, replayed
+from step_classes import copy_rate, replayed
 from torch import Tensor
 
 from decompft.adapters.kernels import rms_norm
@@ -36,12 +36,12 @@ def main() -> None:
     ]
     if not rms_norm.fits(sets[0][0], weight):
         raise SystemExit(rms_norm.PROVED.reason(device, torch.bfloat16))
-    rates, each = measured_rates(), 2 * args.tokens * args.columns
+    memory, each = copy_rate(), 2 * args.tokens * args.columns
     beside = liger(weight)
-    print(f"memory {rates.memory / 1e12:.2f} TB/s; liger-kernel {'is' if beside else 'is not'} installed")
+    print(f"memory {memory / 1e12:.2f} TB/s; liger-kernel {'is' if beside else 'is not'} installed")
     print(f"{'pass':<28}{'arrays':>7}{'limit us':>10}{'kernel us':>11}{'of it':>7}{'beside us':>11}")
     for name, arrays, work in ours(weight):
-        found, limit = replayed([run(work, s) for s in sets]), arrays * each / rates.memory
+        found, limit = replayed([run(work, s) for s in sets]), arrays * each / memory
         other = f"{1e6 * replayed([run(beside[name], s) for s in sets]):11.1f}" if beside else ""
         print(f"{name:<28}{arrays:7d}{1e6 * limit:10.1f}{1e6 * found:11.1f}{limit / found:7.0%}{other}")
 

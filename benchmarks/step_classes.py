@@ -81,10 +81,14 @@ def measured_rates() -> Rates:
         )  # fmt: skip
     except RuntimeError:  # a card without
         fp8 = bfloat16
+    return Rates(bfloat16=bfloat16, fp8=fp8, memory=copy_rate())
+
+
+def copy_rate() -> float:
+    """Bytes/s of a copy of 2 GiB, read and written."""
     large = torch.empty(2**31, dtype=torch.uint8, device="cuda")
     other = torch.empty_like(large)
-    memory = 2 * large.nbytes / seconds(lambda: other.copy_(large))
-    return Rates(bfloat16=bfloat16, fp8=fp8, memory=memory)
+    return 2 * large.nbytes / seconds(lambda: other.copy_(large))
 
 
 def seconds(work: Any, repeats: int = 20) -> float:

@@ -8,9 +8,7 @@ time between its kernels by length, and the longest waits of a step with the ker
 
 from __future__ import annotations
 
-import random
 import statistics
-import string
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -19,14 +17,11 @@ from typing import Any
 
 import torch
 from gpu_7b import RECIPE, WORK, write_text
+from reordered import prepared_rank
 from torch.profiler import ProfilerActivity, profile
 
-from decompft.launcher.planner import make
-from decompft.launcher.runs import RunDir
-from decompft.launcher.source import load
 from decompft.launcher.worker.data.ahead import Ahead
-from decompft.launcher.worker.main import Rank, run_rank
-from decompft.launcher.worker.tools import prepare
+from decompft.launcher.worker.main import run_rank
 
 FIRST, LAST = 10, 14  # steps [FIRST, LAST) are traced
 LONGEST = 12
@@ -42,18 +37,9 @@ class Kernel:
 def main() -> None:
     WORK.mkdir(exist_ok=True)
     write_text(WORK / "random.jsonl", num_records=200)
-    asked = [
-        "parallel.strategy=single",
-        "parallel.gpus_per_node=1",
-        f"train.max_steps={LAST + 2}",
-        *sys.argv[1:],
-    ]
-    plan = make(load(RECIPE, asked))
-    name = "".join(random.choices(string.ascii_lowercase, k=8))
-    run = RunDir.create(
-        Path(tempfile.gettempdir()) / f"gaps-{name}", recipe_text=RECIPE.read_text(), plan=plan
-    )
-    prepare.main([str(run.path)])
+    fixed = ["parallel.strategy=single", "parallel.gpus_per_node=1", f"train.max_steps={LAST + 2}"]
+    folder = Path(tempfile.mkdtemp(prefix="gaps-")) / "run"
+    rank = prepared_rank(RECIPE, folder, [*fixed, *sys.argv[1:]])
     trace = profile(activities=[ProfilerActivity.CUDA])
     original = Ahead.step
 
@@ -66,7 +52,7 @@ def main() -> None:
         return original(self, step)
 
     Ahead.step = watched  # type: ignore[method-assign]
-    run_rank(Rank(run=run, incarnation=run.next_incarnation(), resume=None, rank=0, stream=sys.stderr))
+    run_rank(rank)
     say(sys.argv[1:], kernels(trace))
 
 

@@ -120,11 +120,10 @@ def _again(work: Workload, layout: Layout, rates: Rates, forward_s: float) -> fl
     if layout.recompute == "selective":
         assert pieces is not None, f"the planner takes full for {work.shape.model_type}"
         chosen = [x for x in linears if runs_again(x.name, pieces)]
-        blocks = layout.recompute_blocks or work.shape.num_layers
-        return _weights(work, chosen) / _weights(work, linears) * blocks / work.shape.num_layers
     else:
         chosen = [x for x in linears if not is_left_out(x.name, pieces)]
-    share = _weights(work, chosen) / _weights(work, linears)
+    layers = work.shape.num_layers
+    share = _weights(work, chosen) / _weights(work, linears) * (layout.recompute_blocks or layers) / layers
     return share * (OFFLOAD_DEARER if layout.recompute == "offloaded" else 1.0)
 
 

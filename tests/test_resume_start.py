@@ -137,13 +137,19 @@ def test_whatever_happens_to_checkpoints_shows_in_when_they_were_completed(tmp_p
     assert completed_at(tmp_path / "checkpoints") == seen[-1] != {}
 
 
-def test_a_fork_that_died_before_its_first_checkpoint_begins_at_its_origin_again(tmp_path: Path) -> None:
-    RunDir.create(tmp_path / "old", recipe_text=RECIPE, plan=make_plan())
-    origin = make_checkpoint(tmp_path / "old", 100)
-    fork = RunDir(tmp_path / "new")
+def forked(folder: Path, step: int) -> tuple[RunDir, Path]:
+    """A fork without checkpoints, and the checkpoint of another run at which it begins."""
+    RunDir.create(folder / "old", recipe_text=RECIPE, plan=make_plan())
+    origin = make_checkpoint(folder / "old", step)
+    fork = RunDir(folder / "new")
     fork.path.mkdir()
     fork.write_origin(origin)
     fork.record(recipe_text=RECIPE, plan=make_plan())
+    return fork, origin
+
+
+def test_a_fork_that_died_before_its_first_checkpoint_begins_at_its_origin_again(tmp_path: Path) -> None:
+    fork, origin = forked(tmp_path, 100)
     start = choose_start(make_plan(), run_dir=fork.path, resume="auto")
     assert (start.is_new, start.checkpoint) == (False, origin)
     with pytest.raises(UserError, match="train.seed"):
@@ -207,12 +213,7 @@ def test_resume_auto_goes_on_before_a_loss_that_was_not_finite(tmp_path: Path) -
 
 
 def test_a_fork_that_diverged_begins_at_its_origin_again(tmp_path: Path) -> None:
-    RunDir.create(tmp_path / "old", recipe_text=RECIPE, plan=make_plan())
-    origin = make_checkpoint(tmp_path / "old", 6)
-    fork = RunDir(tmp_path / "new")
-    fork.path.mkdir()
-    fork.write_origin(origin)
-    fork.record(recipe_text=RECIPE, plan=make_plan())
+    fork, origin = forked(tmp_path, 6)
     make_checkpoint(fork.path, 9, reason="non-finite")
     start = choose_start(make_plan(), run_dir=fork.path, resume="auto")
     assert start.checkpoint == origin and "only suspect checkpoints of its own" in start.notes[-1]

@@ -18,7 +18,7 @@ from decompft.adapters.kernels import rms_norm as kernel
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """y of an x (..., H) that `kernels.rms_norm.fits` takes."""
     if not (torch.is_grad_enabled() and x.requires_grad):
-        return kernel.forward(x.view(-1, x.shape[-1]), weight_H, eps)[0].view(x.shape)
+        return _forward(x, weight_H, eps)[0]
     y: Tensor = _Norm.apply(x, weight_H, eps)
     return y
 

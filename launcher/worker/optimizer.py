@@ -76,7 +76,7 @@ def clip_gradients(
     waits = {f"{n}.{t}": w for n, a in layers for t, w in a.settling().items()}
     pieces = {n: engine.gradient(p) for n, p in trained.items()}
     grads = {n: g for n, g in pieces.items() if g is not None}
-    others, waiting = ([n for n in grads if (n in waits) == waits_] for waits_ in (False, True))
+    others, waiting = [n for n in grads if n not in waits], [n for n in grads if n in waits]
     names = [*others, *waiting]
     norms = torch._foreach_norm([grads[n] for n in names])
     squares = engine.sum_pieces(torch.stack([n.to(engine.device) for n in norms]).square()).double()

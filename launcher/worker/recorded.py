@@ -156,7 +156,7 @@ class RecordedPasses:
         self._written = [] if adds else list(parameters)  # parameters whose gradients a pass makes anew
         if adds:
             engine.keep_gradients(parameters)
-        self._grads = [p.grad for p in parameters if p.grad is not None] if adds else []
+        self._grads = [p.grad for p in parameters if adds and p.grad is not None]
         self._recordings: dict[Key, _Recording] = {}
         self._left: set[tuple[nn.Module, str]] = set()  # attributes that passes write
         self._state: ModuleState | None = None  # as the newest recording found it
