@@ -4,7 +4,8 @@
     python benchmarks/adapters_7b.py --join .bench/adapters-*.jsonl --out benchmarks/results/adapters_7b.json
 
 The base is built once; each method's adapters are put over the same frozen layers and timed on the same batch: hooks,
-forward, backward, clipping and AdamW, until the loss is on the host. LoRA runs first and last of each part. No
+forward, backward, clipping and AdamW, until the loss is on the host; with --recorded likewise with passes recorded, as
+under train.cuda_graph: true. LoRA runs first and last of each part. No
 method starts as it would: trained tensors and what they need of the base (singular vectors, norms) are random, as a
 step's time does not depend on their values, and 224 decompositions would take longer than all steps.
 """
@@ -40,9 +41,12 @@ from decompft.launcher.recipe import AdapterSection  # noqa: E402
 from decompft.launcher.source import load  # noqa: E402
 from decompft.launcher.worker.build import DTYPES  # noqa: E402
 from decompft.launcher.worker.engines.choose import make_engine  # noqa: E402
+from decompft.launcher.worker.graph_recorder import CudaRecorder, Recorder  # noqa: E402
 from decompft.launcher.worker.joining import join_linears  # noqa: E402
 from decompft.launcher.worker.liger import keep_outputs  # noqa: E402
 from decompft.launcher.worker.optimizer import clip_gradients, make_optimizer  # noqa: E402
+from decompft.launcher.worker.pulse import Pulse  # noqa: E402
+from decompft.launcher.worker.recorded import Passes, PlainPasses, RecordedPasses  # noqa: E402
 
 RECIPE = Path(__file__).resolve().parent / "llama7b_shape.yaml"
 LATE = 1_000_000  # a step after every phase switch
@@ -52,13 +56,17 @@ NOTE = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(
+    argv: Sequence[str] | None = None, *, recorder: Callable[[nn.Module], Recorder] | None = None
+) -> None:
+    """`recorder`: instead of CUDA's, in a test."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--part", default="0/1", help="k/n: every n-th case from the k-th on")
     parser.add_argument("--micro", nargs="*", type=int, default=[4, 8])
     parser.add_argument("--steps", type=int, default=5, help="measured, after two")
+    parser.add_argument("--recorded", action="store_true", help="passes recorded, too")
     parser.add_argument("--cases", nargs="*", help="names; default all")
     parser.add_argument("--override", nargs="*", default=[], help="KEY=VALUE of the recipe, for trials")
     parser.add_argument(
@@ -75,10 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     others = [c for n, c in named.items() if n != REFERENCE and (not args.cases or n in args.cases)][
         part::parts
     ]
-    bench = Bench(args.override)
+    bench = Bench(args.override, recorder)
     with args.out.open("w") as file:
         for place, case in enumerate((named[REFERENCE], *others, named[REFERENCE])):
-            for row in bench.measure(case, args.micro, args.steps):
+            for row in bench.measure(case, args.micro, args.steps, recorded=args.recorded):
                 row |= {"part": part, "place": place}
                 print(json.dumps(row), flush=True)
                 file.write(json.dumps(row) + "\n")
@@ -88,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 class Bench:
     """A model whose adapters are exchanged."""
 
-    def __init__(self, overrides: list[str]) -> None:
+    def __init__(self, overrides: list[str], recorder: Callable[[nn.Module], Recorder] | None = None) -> None:
         fixed = [
             "adapter.method=lora",
             "train.recompute=none",
@@ -101,9 +109,12 @@ class Bench:
         self.trial: Trial = prepare(self.plan, engine)
         self.engine, self.model = engine, self.trial.built.model
         self.on_gpu = engine.device.type == "cuda"
+        self._recorder = recorder or (lambda model: CudaRecorder(engine.device))
 
-    def measure(self, case: Case, micros: Sequence[int], steps: int) -> list[dict[str, Any]]:
-        """A row a micro batch; one with `error` when the method does not run."""
+    def measure(
+        self, case: Case, micros: Sequence[int], steps: int, *, recorded: bool = False
+    ) -> list[dict[str, Any]]:
+        """A row a micro batch, and one more with passes recorded; one with `error` when the method does not run."""
         began = time.perf_counter()
         row: dict[str, Any] = {"case": case.name, "method": case.method, "options": case.options}
         rows: list[dict[str, Any]] = []
@@ -115,7 +126,15 @@ class Bench:
                 **{f"dense_{k}": v for k, v in asdict(self.count()).items()},
             }  # fmt: skip
             for micro in micros:
-                rows.append({**row, **facts, "micro_batch": micro, **self.time(micro, steps)})
+                start = {
+                    n: p.detach().to("cpu", copy=True)
+                    for n, p in self.model.named_parameters()
+                    if p.requires_grad
+                }
+                for is_recorded in (False, True) if recorded else (False,):
+                    self.model.load_state_dict(start, strict=False)
+                    found = self.time(micro, steps, is_recorded=is_recorded)
+                    rows.append({**row, **facts, "micro_batch": micro, "is_recorded": is_recorded, **found})
         except (Exception, torch.OutOfMemoryError) as error:
             rows.append({**row, "error": f"{type(error).__name__}: {error}"[:2000]})
         self.trial.engine.zero_gradients(list(self.model.parameters()))
@@ -152,20 +171,29 @@ class Bench:
         layer.on_step(LATE)
         return dense_tensors(layer, torch.bfloat16 if self.on_gpu else torch.float32)
 
-    def time(self, micro: int, steps: int) -> dict[str, Any]:
+    def passes(self, trained: Sequence[nn.Parameter], *, is_recorded: bool) -> Passes:
+        if not is_recorded:
+            return PlainPasses(self.model, self.engine, Pulse())
+        return RecordedPasses(
+            self.model, self.engine, trained, self._recorder(self.model),
+            pulse=Pulse(), say=print, is_demanded=True, pad_multiple=PlainPasses.pad_multiple, adds=False,
+        )  # fmt: skip
+
+    def time(self, micro: int, steps: int, *, is_recorded: bool) -> dict[str, Any]:
         recipe, layers = self.plan.recipe, list(adapters(self.model))
         length = recipe.data.sequence_length
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         optimizer = make_optimizer(self.model, trained, recipe.train, self.engine)
         batch = random_batch(micro, length).to(self.engine.device)
+        passes = self.passes(list(trained.values()), is_recorded=is_recorded)
         rounded = round_factors(self.model.model, DTYPES[recipe.quantization.activations])
 
         def step(number: int) -> float:
             for _, adapter in layers:
                 adapter.on_step(LATE + number)
             rounded.refresh()
-            loss = self.engine.forward(self.model, batch) / batch.num_targets
-            self.engine.backward(loss)
+            passes.begin_step()
+            loss = passes.run(batch, batch.num_targets)
             rounded.drop()
             clip_gradients(layers, trained, self.engine, recipe.train.max_grad_norm)
             optimizer.step()
@@ -186,7 +214,8 @@ class Bench:
             "tokens_per_s": round(micro * length / statistics.median(seconds[2:])),
             "peak_bytes": torch.cuda.max_memory_allocated() if self.on_gpu else None,
         }  # fmt: skip
-        return found | (kernels(lambda: step(2 + steps)) if self.on_gpu else {})
+        # a replay's kernels are those of the plain pass
+        return found | (kernels(lambda: step(2 + steps)) if self.on_gpu and not is_recorded else {})
 
 
 def kernels(step: Callable[[], float]) -> dict[str, Any]:
@@ -216,14 +245,15 @@ def fill(adapter: nn.Module) -> None:
 
 
 def join(paths: Sequence[Path]) -> dict[str, Any]:
-    """One table: each row beside LoRA's of its own part and micro batch, the median of before and after."""
+    """One table: each row beside LoRA's of its own part, micro batch and kind, the median of before and after."""
     rows = [json.loads(line) for path in sorted(paths) for line in path.read_text().splitlines()]
     table = []
     for row in rows:
         if "error" not in row:
             mine = [
                 r for r in rows
-                if r["case"] == REFERENCE and r.get("micro_batch") == row["micro_batch"] and r["part"] == row["part"]
+                if r["case"] == REFERENCE
+                and all(r.get(k) == row.get(k) for k in ("micro_batch", "is_recorded", "part"))
             ]  # fmt: skip
             reference = statistics.median(r["step_s"] for r in mine)
             row["step_over_lora"] = round(row["step_s"] / reference, 4)

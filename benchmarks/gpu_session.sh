@@ -2,17 +2,18 @@
 # A session on the GPU machine, in calls of at most ten minutes that overlap with the work:
 #   begin GPUS MINUTES PART...   what call 1 carried (.carry/1) is unpacked; the parts start in the background, and what
 #                                of them can end early does so, so many minutes after this
-#   go                           for the scoreboard and attention: what call 2 carried (.carry/2) completes what they want
+#   go                           what a further call carried (.carry/2 and so on); scoreboard, parity and attention wait for it
 #   wait SECONDS                 look after them for so long, or until all have ended; results go to $OUT
 # Parts, run in the order given; each has the GPUs to itself but drills and scoreboard, which share them:
 #   drills       kill, preempt and resume of a 7B shape over two GPUs, with kernels that add in a fixed order
 #   scoreboard   its missing cells, SHARE of them at once on each GPU (default 14), BOARD_MINUTES long (default: to the end)
-#   methods      every method's step beside LoRA's at 7B
+#   methods      each method's step beside LoRA's at 7B, recorded and not: METHODS, names with commas between them, default all
 #   tests        pytest -m gpu of TESTS (default: all files that have some), for TESTS_S seconds at most (default 300), on the
 #                first GPU, and beside it on the last of two or more: kernels
 #   kernels      products and kernels by themselves: KERNELS, names of scripts, default all; then profiles
+#   parity       200 steps of a real model in fp8 and in bfloat16, beside tests where the model was carried (not timed)
 #   gaps         where the GPU waits in a run's steps: GAPS, overrides with commas between them
-#   attention    torch's attention kernels and FlashAttention 4, once `go` was called (FA4=yes in gpu_pack.sh)
+#   attention    torch's attention kernels and FlashAttention 4, once `go` had it (FA4=yes in gpu_pack.sh)
 #   packed       short documents packed and padded, 8 layers of 7B's shape; the table goes into logs.tar.xz
 #   profiles     a step's kernels by class, of PROFILES (default: see below)
 #   rows         the table of speed on one GPU, a part of it on each, the peers beside it; ROWS: names, default all
@@ -23,7 +24,7 @@
 # E.g. after kernels have changed: begin 2 25 tests rows pair methods, and the next time: begin 2 25 sweeps
 set -euo pipefail
 work=$PWD/.bench/session; mkdir -p "$work"
-after() { while [ ! -e "$work/$1.done" ]; do sleep 0.5; done; }
+after() { until [ -e "$work/$1.done" ]; do sleep 0.5; [ "$(left)" -gt 1 ] || exit 1; done; }
 left() { # seconds, one at least
   local seconds=$(($(cat "$work/deadline") - $(date +%s)))
   echo $((seconds > 1 ? seconds : 1))
@@ -39,22 +40,24 @@ drills() { # at once: each loads the model half a dozen times
   wait
 }
 scoreboard() {
-  after model
+  after model.gguf
   local cells=(--model "$work/input/model.gguf" --data "$work/input/commonsense" --work "$work" --out "$work/all.json")
   python3 benchmarks/scoreboard.py --prepare "${cells[@]}"
   python3 benchmarks/scoreboard.py "${cells[@]}" --gpus "$gpus" --per-gpu "${SHARE:-14}" --minutes "${BOARD_MINUTES:-$(minutes)}" \
     --merge benchmarks/results/scoreboard.json
 }
-methods() {
-  local k
+methods() { # METHODS: names of cases with commas between them
+  local k cases
+  IFS=, read -ra cases <<<"${METHODS:-}"
   for k in $(seq 0 $((gpus - 1))); do
-    CUDA_VISIBLE_DEVICES=$k timeout "$(left)" python3 benchmarks/adapters_7b.py --part "$k/$gpus" --steps 3 \
-      --out "$work/7b-$k.jsonl" &
+    CUDA_VISIBLE_DEVICES=$k timeout "$(left)" python3 benchmarks/adapters_7b.py --part "$k/$gpus" --micro 4 --steps 3 --recorded \
+      ${cases:+--cases "${cases[@]}"} --out "$work/7b-$k.jsonl" &
   done
   wait
 }
 tests() { # only files with such tests: others want packages that are not there
   [ "$gpus" = 1 ] || (CUDA_VISIBLE_DEVICES=$((gpus - 1)) part kernels) &
+  [ ! -e "$work/input/model.gguf.sha256" ] || part parity &
   # shellcheck disable=SC2046 # several words
   CUDA_VISIBLE_DEVICES=0 timeout -s INT -k 15 "${TESTS_S:-300}" python3 -m pytest -v --tb=short -m gpu -p no:cacheprovider \
     ${TESTS:-tests/test_kernels_proved.py $(grep -l "mark.gpu" tests/test_*.py)}
@@ -75,10 +78,20 @@ gaps() {
   done
 }
 attention() {
-  after carried
-  mkdir -p "$work/fa4"; cat "$work"/input/fa4.?? | tar xJ -C "$work/fa4"
+  after fa4
+  mkdir -p "$work/fa4"; tar xJf "$work/input/fa4" -C "$work/fa4"
   local packages=$work/fa4/nvidia_cutlass_dsl
   PYTHONPATH=$PYTHONPATH:$work/fa4:$packages/dsl_packages timeout 200 python3 benchmarks/attention_speed.py
+}
+parity() {
+  local method
+  after model.gguf
+  mkdir -p "$work/logs"
+  for method in lora map; do
+    (own "parity-$method" && timeout "$(left)" python3 benchmarks/fp8_parity.py --model "$work/input/model.gguf" \
+      --data "$work/input/commonsense" --methods $method --out "$work/logs/fp8_parity-$method.json") &
+  done
+  wait
 }
 packed() {
   mkdir -p "$work/logs"
@@ -122,7 +135,7 @@ begin)
   nvidia-smi --query-gpu=index,name,memory.total --format=csv,noheader; nproc
   tar xJf .carry/1/site.tar.xz
   mkdir -p "$work/input"; tar xJf .carry/1/data.tar.xz -C "$work/input"
-  for file in model fa4; do [ ! -e ".carry/1/$file.aa" ] || cp ".carry/1/$file.aa" "$work/input/"; done
+  find .carry/1 -name '*.aa' -o -name '*.sha256' | xargs -r cp -t "$work/input"
   # every call brings the checkout anew, while processes of the call before read theirs: they get a copy
   rm -rf "$work/tree" "$work"/*.done "$work"/*.log; mkdir "$work/tree"
   cp -r adapters launcher recipes slurm benchmarks tests pyproject.toml "$work/tree/"; ln -s "$PWD/.gpu-site" "$work/tree/.gpu-site"
@@ -131,7 +144,7 @@ begin)
   export DECOMPFT_CACHE=$work/cache OMP_NUM_THREADS=4 gpus work
   python3 -c 'import bitsandbytes, liger_kernel, torch, decompft.launcher.planner; print(torch.__version__, torch.cuda.device_count())'
   part() { ("$1") >"$work/$1.log" 2>&1 || echo "exit code $?" >>"$work/$1.log"; touch "$work/$1.done"; }
-  export -f after left minutes own drills scoreboard methods tests kernels gaps attention packed profiles sweeps rows pair part
+  export -f after left minutes own drills scoreboard methods tests kernels gaps attention parity packed profiles sweeps rows pair part
   setsid bash -c '
     for name in "$@"; do
       case $name in drills | scoreboard) part "$name" & ;; *) wait; part "$name" ;; esac
@@ -139,13 +152,12 @@ begin)
     wait; touch "$work/all.done"' session "$@" </dev/null >"$work/session.log" 2>&1 &
   ;;
 go)
-  if [ -e .carry/2/model.sha256 ]; then
-    cat "$work/input/model.aa" .carry/2/model.a[b-z] >"$work/input/model.gguf"
-    echo "$(cat .carry/2/model.sha256)  $work/input/model.gguf" | sha256sum -c
-    touch "$work/model.done"
-  fi
-  cp .carry/2/fa4.* "$work/input/" 2>/dev/null || true
-  touch "$work/carried.done"
+  find .carry -name '*.a[a-z]' | xargs -r cp -t "$work/input"
+  for sum in "$work"/input/*.sha256; do
+    whole=${sum%.sha256}
+    cat "$whole".a? >"$whole"
+    ! echo "$(cat "$sum")  $whole" | sha256sum --status -c || touch "$work/$(basename "$whole").done"
+  done
   ;;
 wait)
   until=$(($(date +%s) + $2))

@@ -14,6 +14,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import adapters_7b  # noqa: E402
 from dense_tensors import dense_tensors  # noqa: E402
+from recording import FakeRecorder  # noqa: E402
 from scoreboard_cases import cases  # noqa: E402
 
 from decompft.adapters.base import Adapter  # noqa: E402
@@ -95,28 +96,18 @@ def test_methods_are_timed_beside_lora_of_the_same_run(tmp_path):
     sizes = ["data.sequence_length=32", "train.micro_batch_size=1", "train.global_batch_size=1"]
     overrides = [f"model.config={json.dumps(MODEL)}", *sizes, "quantization.compute=float32"]
     part, out = tmp_path / "part.jsonl", tmp_path / "table.json"
-    adapters_7b.main(
-        [
-            "--micro",
-            "1",
-            "2",
-            "--steps",
-            "1",
-            "--out",
-            str(part),
-            "--cases",
-            "map",
-            "dora",
-            "--override",
-            *overrides,
-        ]
-    )
+    asked = ["--micro", "1", "2", "--steps", "1", "--recorded", "--out", str(part), "--cases", "map", "dora"]
+    adapters_7b.main([*asked, "--override", *overrides], recorder=FakeRecorder)
     adapters_7b.main(["--join", str(part), "--out", str(out)])
     rows = json.loads(out.read_text())["rows"]
     assert {row["case"] for row in rows} == {"lora", "map", "dora"}
     assert not [row for row in rows if "error" in row]
-    assert len([row for row in rows if row["case"] == "lora"]) == 4  # first and last, two micro batches
+    # first and last, two micro batches, with passes recorded and without
+    assert len([row for row in rows if row["case"] == "lora"]) == 8
     assert all(row["step_over_lora"] > 0 for row in rows)
+    losses = {(r["case"], r["place"], r["micro_batch"], r["is_recorded"]): r["loss"] for r in rows}
+    for (*where, is_recorded), loss in losses.items():
+        assert loss == pytest.approx(losses[*where, not is_recorded], rel=1e-4)
 
 
 class Three(torch.nn.Module):
