@@ -72,12 +72,12 @@ def unfused(method: str) -> tuple[str, ...]:
     return _none(method, graph=False)
 
 
-def _none(method: str, *, graph: bool) -> tuple[str, ...]:
-    """A method's overrides without recomputation."""
+def _none(method: str, *, graph: bool, recompute: str = "none") -> tuple[str, ...]:
+    """A method's overrides without recomputation, or with that of norms alone."""
     # so that LieRA's loss, which starts slowest, falls by more than rounding
     faster = ("train.learning_rate=1e-3",) if method == "liera" else ()
     recorded = f"train.cuda_graph={str(graph).lower()}"
-    return f"adapter.method={method}", "train.recompute=none", *faster, recorded
+    return f"adapter.method={method}", f"train.recompute={recompute}", *faster, recorded
 
 
 def cases(gpus: int) -> tuple[Case, ...]:
@@ -104,23 +104,20 @@ def _single() -> tuple[Case, ...]:
                         )
                     )  # fmt: skip
     found.sort(key=lambda case: "selective" in case.name or "offloaded" in case.name)
-    for method, target, gib in (("dora", 19_000, 36.0), ("liera", None, None)):
+    for method, recompute, target, gib in (
+        ("dora", "none", 19_000, 36.0),
+        ("dora", "norms", 19_000, 36.0),
+        ("liera", "none", None, None),
+    ):
         for graph in (False, True):
             found.append(
                 Case(
-                    name="-".join((method, "none", "bfloat16", *["graph"] * graph)),
-                    overrides=_none(method, graph=graph),
+                    name="-".join((method, recompute, "bfloat16", *["graph"] * graph)),
+                    overrides=_none(method, graph=graph, recompute=recompute),
                     tokens_per_s=target, peak_gib=gib, twin=unfused(method),
-                    peers=("nf4-liger-dora",) if method == "dora" else (),
+                    peers=("nf4-liger-dora",) if (method, recompute) == ("dora", "none") else (),
                 )
             )  # fmt: skip
-    found.append(
-        Case(
-            name="dora-norms-bfloat16",
-            overrides=("adapter.method=dora", "train.recompute=norms", "train.cuda_graph=false"),
-            tokens_per_s=19_000, peak_gib=36.0, twin=unfused("dora"),
-        )
-    )  # fmt: skip
     for rows in (2, 4):
         batch = (f"train.micro_batch_size={rows}", f"train.global_batch_size={rows}")
         found.append(
