@@ -129,7 +129,9 @@ sweeps() {
 }
 pair() { timeout "$(left)" python3 benchmarks/gpu_7b.py --gpus 2 ${PAIR:+--only $PAIR} --out "$work/pair.json"; }
 
-case ${1:?begin, go or wait} in
+# a machine that was idle for half a minute is given back, and the next call has a bare one: that is not waited on
+[ "${1:?begin, go or wait}" = begin ] || [ -e "$work/deadline" ] || { echo "nothing was begun on this machine" >&2; exit 3; }
+case $1 in
 begin)
   gpus=$2; echo $(($(date +%s) + 60 * $3)) >"$work/deadline"; shift 3
   nvidia-smi --query-gpu=index,name,memory.total --format=csv,noheader; nproc
