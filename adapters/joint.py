@@ -16,6 +16,7 @@ from torch import Tensor, is_grad_enabled, nn
 
 from decompft.adapters.base import Adapter
 from decompft.adapters.frozen.base import FrozenLinear
+from decompft.adapters.frozen.gated import gated
 from decompft.adapters.frozen.linear import Member, frozen_linears
 from decompft.adapters.spec import spec_of
 
@@ -46,8 +47,8 @@ class Joint:
             return None
         state = (x, x._version, is_grad_enabled())
         if self._x is None:
-            if any(m.config.dropout and m.training for m in self.members if isinstance(m, Adapter)):
-                return None  # each has a mask of its own
+            if self.drops:
+                return None
             ys = frozen_linears(x, [_member(m) for m in self.members])
             self._x = state
             self._outputs = {id(m): y for m, y in zip(self.members, ys, strict=True)}
@@ -57,6 +58,11 @@ class Joint:
         if not self._outputs:
             self._x = None
         return y
+
+    @property
+    def drops(self) -> bool:
+        """Whether each has a mask of its own, and computes alone."""
+        return any(m.config.dropout and m.training for m in self.members if isinstance(m, Adapter))
 
     def part(self) -> None:
         """From now on each computes alone."""
@@ -76,6 +82,14 @@ class Joint:
     def drop(self, *, is_running: bool) -> None:
         """Forget x and its outputs; whether members compute together from here on."""
         self.is_running, self._x, self._outputs = is_running, None, {}
+
+
+def together(x: Tensor, pair: tuple[Adapter | FrozenLinear, Adapter | FrozenLinear]) -> Tensor | None:
+    """silu(gate(x)) * up(x) where gate and up are all members of one node; None where they compute alone."""
+    joint = pair[0].joint if isinstance(pair[0], Adapter | FrozenLinear) else None
+    if joint is None or joint.members != pair or joint.drops:
+        return None
+    return gated(x, [_member(m) for m in pair])
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import check_fp8_kernels
 import torch
 from torch import Tensor
 
-from decompft.adapters.kernels import columns, combine, cross_entropy, dequantize, proved, rms_norm
+from decompft.adapters.kernels import columns, combine, cross_entropy, dequantize, proved, rms_norm, swiglu
 
 SM = 90
 POINTERS = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32}
@@ -30,6 +30,7 @@ SOURCES = {"codes_ptr": "*u8", "bytes_ptr": "*u8"}
 FLOATS = {"eps": "fp32", "eps_over_s": "fp32", "s": "fp32", "tiny": "fp32", "limit": "fp32"}
 INNERS = (16, 48, 192)  # of the thin product that `combine` adds
 SHAPES = ((1, 1), (3, 129), (257, 128), (600, 300))
+SWIGLU_RANKS = ((16, 16), (5, 0), (0, 48), (0, 0), (64, 3))
 RMS_NORMS = ((1, 1), (7, 100), (70, 128), (3, 4096), (2, 5000), (2, 16384))
 # of an element that is rounded once: Triton's interpreter cuts bfloat16 off instead of rounding to the nearest
 SPACING = {torch.bfloat16: 2**-7, torch.float16: 0.0, torch.float32: 0.0}
@@ -90,6 +91,7 @@ def compile_all() -> None:
     compile_visit()
     compile_cross_entropy()
     compile_rms_norm()
+    compile_swiglu()
 
 
 def compile_combine() -> None:
@@ -155,6 +157,25 @@ def compile_rms_norm() -> None:
             compile_one(rms_norm_triton.backward, types, constants, num_warps=warps, **rms_norm._OPTIONS)
 
 
+def compile_swiglu() -> None:
+    """Every pair of ranks, with and without branches."""
+    from decompft.adapters.kernels import swiglu_triton
+
+    for pointer, gate_r, up_r in itertools.product(("*bf16", "*fp16"), (0, 16, 64), (0, 16, 64)):
+        branches = {"gate": gate_r, "up": up_r}
+        factors = {f"{name}_{f}_ptr": r for name, r in branches.items() for f in ("h", "w")}
+        absent = {name: None for name, r in factors.items() if not r}
+        arrays = ("gate_ptr", "up_ptr", "y_ptr", "dy_ptr", "d_gate_ptr", "d_up_ptr")
+        for kernel, tile in (
+            (swiglu_triton.swiglu_forward, swiglu.FORWARD),
+            (swiglu_triton.swiglu_backward, swiglu.BACKWARD),
+        ):
+            sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "TILES": tile.tiles}
+            constants = {"GATE_R": gate_r, "UP_R": up_r} | sizes | absent
+            types = dict.fromkeys((*arrays, *factors), pointer)
+            compile_one(kernel, types, constants, num_warps=tile.warps, num_stages=1)
+
+
 def compile_one(kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: Any) -> None:
     """Down to machine code.
 
@@ -214,12 +235,16 @@ def interpret() -> None:
     for dtype, size in itertools.product(POINTERS.values(), RMS_NORMS):
         rms_norm.example(torch.device("cpu"), dtype, size, cut_by=SPACING[dtype])
         print(f"interpreter: rms_norm: {size} {str(dtype).removeprefix('torch.')}: as torch")
+    for size, ranks in itertools.product(((1, 1), (3, 129), (300, 272)), SWIGLU_RANKS):
+        # the interpreter multiplies bfloat16 as if their bits were integers
+        for dtype in (torch.float16, *[torch.bfloat16] * (not any(ranks))):
+            swiglu.example(torch.device("cpu"), dtype, size, ranks, cut_by=SPACING[dtype])
+    print(f"interpreter: swiglu of branches of ranks {SWIGLU_RANKS}: as torch")
     for dtype, num, dots, inner in itertools.product(
         POINTERS.values(), (0, 1, 2, 3), (False, True), (0, *INNERS)
     ):
         if not num and (dots or not inner):
             continue
-        # the interpreter multiplies bfloat16 as if their bits were integers
         if dtype == torch.float16 or not inner or (dtype == torch.float32 and inner == min(INNERS)):
             combine.example(
                 torch.device("cpu"), dtype, num=num, dots=dots, inner=inner, tall=num < 2, size=(70, 70)

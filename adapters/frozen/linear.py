@@ -21,7 +21,8 @@ that of the dequantized weight all the same. Gradients of the scales need no fur
   between <dx, x> after it and before, of a dx that is rounded, it would be less exact. Where kernels/combine.py runs,
   one pass makes dx of all that, and these dots. d q = <up^T dy, h>; `col` likewise, by columns.
 - a vector `row` that multiplies the weight while it is dequantized: with Y the output without bias, kept by
-  reference, d row_o = (sum_t dY_to Y_to - sum_k up_ok (dup)_ok) / row_o, as the thin part of Y has the slope dup.
+  reference, d row_o = (sum_t dY_to Y_to - sum_k up_ok (dup)_ok) / row_o, as the thin part of Y has the slope dup;
+  without the second sum where the branch was left out of Y (`Later`).
 - a vector `row` over a dense bfloat16 weight, which scaled and rounded again would be what it was for every scale
   nearer to 1 than 1/512: W (col * x) is scaled instead, and saved. Like LoRA's addition, in bfloat16 that hides what
   is less than half a step of an output. A scalar scales a float32 product there.
@@ -41,7 +42,7 @@ from decompft.adapters.frozen.again import is_running_again
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.frozen.factors import Factors, Grads, Thin
 from decompft.adapters.frozen.slope import Slope
-from decompft.adapters.frozen.thin import add_thin, thin_back, wide
+from decompft.adapters.frozen.thin import Later, add_thin, thin_back, wide
 from decompft.adapters.kernels import combine
 from decompft.adapters.kernels.columns import dot_columns, dot_columns_and_scale_, times_columns
 
@@ -77,16 +78,20 @@ def frozen_linear(
 
 
 def frozen_linears(
-    x: Tensor, members: Sequence[Member], *, dropped: Tensor | None = None
+    x: Tensor, members: Sequence[Member], *, dropped: Tensor | None = None, later: Later | None = None
 ) -> tuple[Tensor, ...]:
-    """x (..., in) -> y (..., out) of each member; `dropped` with one member only."""
+    """x (..., in) -> y (..., out) of each member; `dropped` with one member only.
+
+    Args:
+        later: takes branches that are left out of y then; what comes back to y has to be as if they were in it.
+    """
     assert dropped is None or len(members) == 1, "each member would have a mask of its own"
     parts, tensors = [], []
     for base, thin, trained, fixed in members:
         own = (trained, fixed, base.storage())
         parts.append(_Part(base, thin, tuple(map(len, own))))
         tensors += [t for group in own for t in group]
-    found: tuple[Tensor, ...] = _FrozenLinears.apply(x, dropped, tuple(parts), *tensors)
+    found: tuple[Tensor, ...] = _FrozenLinears.apply(x, dropped, later, tuple(parts), *tensors)
     return found
 
 
@@ -101,7 +106,12 @@ class _Part(NamedTuple):
 class _FrozenLinears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor | None, parts: tuple[_Part, ...], *tensors: Tensor
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        later: Later | None,
+        parts: tuple[_Part, ...],
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         x_TI = x.reshape(-1, x.shape[-1])
         own = list(_split_each(tensors, [part.counts for part in parts]))
@@ -110,7 +120,8 @@ class _FrozenLinears(torch.autograd.Function):
         d_TI = x_TI if dropped is None else dropped.reshape(x_TI.shape)
         ctx.set_materialize_grads(False)
         begun = [p.y_TO for p in passes]
-        thin = add_thin(d_TI, [p.f for p in passes], begun, are_read=passes[0].is_read)
+        thin = add_thin(d_TI, [p.f for p in passes], begun, are_read=passes[0].is_read, later=later)
+        left_out = [None] * len(parts) if later is None else later.branches
         for part, found, y_TO, (_, _, storage) in zip(parts, passes, begun, own, strict=True):
             if not found.is_read:
                 found.y_TO = x_TI.new_full((len(x_TI), part.base.out_features), torch.nan)
@@ -119,7 +130,7 @@ class _FrozenLinears(torch.autograd.Function):
         saved: list[Tensor | None] = [x, dropped, *thin.tensors()]
         ctx.scale, ctx.counts, ctx.facts = thin.scale, [], []
         ys: list[Tensor] = []
-        for part, found, (trained, fixed, storage) in zip(parts, passes, own, strict=True):
+        for part, found, branch, (trained, fixed, storage) in zip(parts, passes, left_out, own, strict=True):
             f, (y_TO, kept_TO) = found.f, _add_biases(part.base, found)
             ys.append(y_TO)
             q, number = (f.q, 1.0) if isinstance(f.q, Tensor) else (None, f.q)
@@ -132,8 +143,10 @@ class _FrozenLinears(torch.autograd.Function):
                 f.keep,
             )
             ctx.counts.append(tuple(map(len, groups)))
-            ctx.facts.append((part.base, part.thin, number, f.relu, found.folds))
+            ctx.facts.append((part.base, part.thin, number, f.relu, found.folds, branch is None))
             saved += [t for group in groups for t in group]
+        if later is not None:
+            later.are_kept = any(p.folds for p in passes)
         ctx.num_thin = len(thin.tensors())
         ctx.save_for_backward(*saved)
         return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
@@ -163,14 +176,14 @@ class _FrozenLinears(torch.autograd.Function):
         d_trained: list[Grads] = [(None,) * len(trained) for _, trained, *_ in own]
 
         def pull_back(k: int, g_TO: Tensor, found: _Found) -> None:
-            _, adapter, _, _, folds = ctx.facts[k]
+            _, adapter, _, _, folds, is_whole = ctx.facts[k]
             _, trained, fixed, _, noted, _ = own[k]
             if adapter is not None:
-                grads = _finished(g_TO, factors[k], folds, thin.grads[k], found, dx.dots)
+                grads = _finished(g_TO, factors[k], folds, is_whole, thin.grads[k], found, dx.dots)
                 d_trained[k] = adapter.pull_back(trained, (*fixed, *noted), factors[k], grads, found.weight)
 
         waiting: list[tuple[int, Tensor, _Found]] = []
-        for k, ((base, adapter, _, _, folds), g_TO) in enumerate(zip(ctx.facts, gs, strict=True)):
+        for k, ((base, adapter, _, _, folds, _), g_TO) in enumerate(zip(ctx.facts, gs, strict=True)):
             if g_TO is None:
                 continue
             pulls = adapter is not None and adapter.pulls_through_weight
@@ -190,7 +203,7 @@ class _FrozenLinears(torch.autograd.Function):
         dd_TI = thin.slope() if dropped is not None and needs_dropped else None
         d_dropped = None if dd_TI is None else dd_TI.view(dropped.shape)
         dx_TI = None if dx.sum_TI is None else dx.sum_TI.view(x.shape)
-        return (dx_TI, d_dropped, None, *d_tensors)
+        return (dx_TI, d_dropped, None, None, *d_tensors)
 
 
 @dataclass(slots=True)
@@ -340,16 +353,22 @@ def _back_through_base(
 
 
 def _finished(
-    g_TO: Tensor, f: Factors, folds: bool, thin: Grads, found: _Found, dots: Sequence[Tensor]
+    g_TO: Tensor,
+    f: Factors,
+    folds: bool,
+    is_whole: bool,
+    thin: Grads,
+    found: _Found,
+    dots: Sequence[Tensor],
 ) -> Factors:
-    """The gradients of all factors."""
+    """The gradients of all factors; `is_whole`: y was kept with its branch."""
     (up, down, q), row = thin, found.row
     if found.place is not None and f.row is not None:
         # products summed in float32 of what holds row W^T dy: at row == 0 exactly the quotient is NaN and stops the
         # run, in words
         row = (dots[found.place] / f.row).reshape(1)
     if folds and row is not None and f.row is not None:
-        if up is not None and f.up is not None:
+        if is_whole and up is not None and f.up is not None:
             row -= torch.linalg.vecdot(up, f.up)
         row /= f.row
     bias = None if f.bias is None else g_TO.sum(0, dtype=wide(g_TO.dtype))

@@ -9,7 +9,7 @@ scales multiply in float32 or better, and gradients of factors leave in float32 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,6 +35,19 @@ class Added(NamedTuple):
         return () if self.h_TK is None else (self.h_TK, self.scale_K, self.down_KI, *self.ups)
 
 
+class Later:
+    """Branches that are not added to their y here: whoever reads the ys adds h up^T to each, in float32.
+
+    Args:
+        takes: whether he can, of a member's h (T, R), scaled already, and up (O, R).
+    """
+
+    def __init__(self, takes: Callable[[Tensor, Tensor], bool], num_members: int) -> None:
+        self.takes = takes
+        self.branches: list[Product | None] = [None] * num_members
+        self.are_kept = False  # the ys are read once more in the backward pass
+
+
 class Back:
     """Gradients of the factors, and the slope of x_d, which is a product that nobody may need."""
 
@@ -58,12 +71,18 @@ class Back:
 
 
 def add_thin(
-    d_TI: Tensor, factors: Sequence[Factors], ys: list[Tensor | None], *, are_read: bool = True
+    d_TI: Tensor,
+    factors: Sequence[Factors],
+    ys: list[Tensor | None],
+    *,
+    are_read: bool = True,
+    later: Later | None = None,
 ) -> Added:
     """Add the thin branch of each member that has one to its y (T, O), in place; where y is None, it becomes y.
 
     Args:
         are_read: the ys; else they stay as they are.
+        later: takes what it can instead.
     """
     places, thin, downs, ups = _thin(factors)
     if not places:
@@ -83,8 +102,11 @@ def add_thin(
         return Added(scale, h_TK, scale_K, down_copy, up_copies)
     hq_TK = h_TK if scale_K is None else _times(h_TK, scale_K)
     for place, up, copy, hq_TR in zip(places, ups, up_copies, hq_TK.split_with_sizes(widths, 1), strict=True):
-        up_RO = (up.to(dtype) if copy is None else copy).T
-        y_TO = ys[place]
+        up_OR, y_TO = up.to(dtype) if copy is None else copy, ys[place]
+        if later is not None and later.takes(hq_TR, up_OR):
+            later.branches[place] = hq_TR, up_OR
+            continue
+        up_RO = up_OR.T
         ys[place] = product(hq_TR, up_RO) if y_TO is None else add_product_(y_TO, hq_TR, up_RO)
     return Added(scale, h_TK, scale_K, down_copy, up_copies)
 

@@ -23,7 +23,8 @@ SWITCH = "DECOMPFT_TRITON"  # 0: no kernel of ours or of Liger's runs, to find o
 
 # each has a `PROVED`
 _MODULES = (
-    "columns", "dequantize", "norm", "rows", "changed", "visit", "combine", "rms_norm", "cross_entropy", "fp8",
+    "columns", "dequantize", "norm", "rows", "changed", "visit", "combine", "swiglu", "rms_norm", "cross_entropy",
+    "fp8",
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from decompft.launcher.recompute import Recompute
 from decompft.launcher.worker.attention import use_attention
 from decompft.launcher.worker.engines.base import Engine
 from decompft.launcher.worker.fp8 import use_fp8
+from decompft.launcher.worker.gated import use_gated
 from decompft.launcher.worker.liger import keep_outputs
 from decompft.launcher.worker.norms import use_norms
 
@@ -72,7 +73,7 @@ def _use_liger(hf: Any, engine: Engine) -> str:
 
 
 def _prove_kernels(hf: Any, engine: Engine, format: str, dtype: torch.dtype, recompute: Recompute) -> str:
-    """Those of ours that these layers will want, proved before training, and norms put in place."""
+    """Those of ours that these layers will want, proved before training, and norms and MLPs put in place."""
     if engine.device.type != "cuda":
         return ""
     from decompft.adapters.kernels.proved import prove_all  # which only a GPU needs
@@ -80,4 +81,5 @@ def _prove_kernels(hf: Any, engine: Engine, format: str, dtype: torch.dtype, rec
     methods = {layer.config.method for _, layer in adapters(hf)}
     said = prove_all(engine.device, dtype, methods, format, hf.config.model_type)
     use_norms(hf, recompute)
+    use_gated(hf)
     return said

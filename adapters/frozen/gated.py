@@ -1,0 +1,58 @@
+"""silu(gate(x)) * up(x) in two nodes of autograd, of which the second adds the thin branches of the first.
+
+The node of linear.py that computes gate and up leaves out their branches, whose h it has; swiglu.py adds them where it
+reads the arrays anyway. Of that the first node need not know in its backward pass: what comes back to an output is what
+would come back to it with its branch added, and all its gradients follow from that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from decompft.adapters.frozen.linear import Member, frozen_linears
+from decompft.adapters.frozen.thin import Later
+from decompft.adapters.kernels import swiglu as kernel
+
+
+def gated(x: Tensor, members: Sequence[Member]) -> Tensor:
+    """x (..., in) -> silu(y_gate) * y_up (..., out) of the members gate and up; only where the kernel `fits` x."""
+    later = Later(kernel.takes, len(members))
+    gate, up = frozen_linears(x, members, later=later)
+    of_gate, of_up = later.branches
+    factors = (*(of_gate or (None, None)), *(of_up or (None, None)))
+    y: Tensor = _SwiGlu.apply(gate, up, later.are_kept, *factors)
+    return y
+
+
+class _SwiGlu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, are_kept: bool, *factors: Tensor | None) -> Tensor:
+        ctx.are_kept = are_kept
+        ctx.save_for_backward(gate, up, *factors)
+        return kernel.forward(_flat(gate), _flat(up), *_branches(factors)).view(gate.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        gate, up, *factors = ctx.saved_tensors
+        # over gate and up, which nobody reads after this, unless a row's slope does
+        slopes = kernel.backward(
+            _flat(dy).contiguous(), _flat(gate), _flat(up), *_branches(factors), in_place=not ctx.are_kept
+        )
+        d_gate, d_up = (slope.view(gate.shape) for slope in slopes)
+        return d_gate, d_up, None, *[None] * len(factors)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _branches(factors: Sequence[Tensor | None]) -> tuple[kernel.Branch | None, kernel.Branch | None]:
+    gate_h, gate_w, up_h, up_w = factors
+    return (
+        None if gate_h is None or gate_w is None else (gate_h, gate_w),
+        None if up_h is None or up_w is None else (up_h, up_w),
+    )

@@ -1,0 +1,187 @@
+"""Models whose activation adds the branches of gate and up: the numbers of those that write them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_frozen_norms import assert_close
+from test_kernel_swiglu import Twins
+from test_recompute import BF16, LORA, METHODS, assert_equal, batch, gradients
+from tiny_models import FAMILIES, PLAIN, built, row, saved, section
+from torch import Tensor
+
+from decompft.adapters.kernels import swiglu as kernel
+from decompft.launcher.recipe import AdapterSection, ModelSection, QuantizationSection
+from decompft.launcher.recompute import MODES, Recompute
+from decompft.launcher.worker import chosen_kernels
+from decompft.launcher.worker.data.batches import collate
+from decompft.launcher.worker.engines.base import Engine
+from decompft.launcher.worker.gated import use_gated
+
+OURS = [name for name, fields in FAMILIES.items() if fields["model_type"] in kernel.FAMILIES]
+
+
+class Ours(Twins):
+    """Twins in the kernels' place, and MLPs put in place as on a GPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(monkeypatch)
+        self.mlps = 0
+        monkeypatch.setattr(chosen_kernels, "_prove_kernels", self._put)
+
+    def _put(self, hf: Any, engine: Any, format: str, dtype: torch.dtype, recompute: Recompute) -> str:
+        self.mlps = use_gated(hf)
+        return ""
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> ModelSection:
+    return section(saved(tmp_path_factory.mktemp("llama"), FAMILIES["llama"])[0])
+
+
+def close(plain: Any, ours: Any, rtol: float) -> None:
+    """As of norms, but for losses, which differ by rounding: branches are not rounded here."""
+    assert ours[0] == pytest.approx(plain[0], rel=rtol)
+    assert_close((plain[0], plain[1]), (plain[0], ours[1]), rtol)
+
+
+@pytest.mark.parametrize("family", OURS)
+def test_every_family_has_the_losses_and_slopes_of_its_own_mlp(tmp_path, family, monkeypatch) -> None:
+    """Of two micro batches, in every mode."""
+    model = section(saved(tmp_path, FAMILIES[family])[0])
+    plain = gradients(model, PLAIN, LORA, "none")
+    ours = Ours(monkeypatch)
+    layers = FAMILIES[family]["num_hidden_layers"]
+    found = {}
+    for mode in MODES:
+        ours.branches.clear()
+        found[mode] = gradients(model, PLAIN, LORA, mode)
+        close(plain, found[mode], 1e-5)
+        assert_equal(found["none"], found[mode])
+        assert ours.mlps == layers
+        again = mode in ("selective", "full", "offloaded")
+        assert ours.branches == [(True, True)] * (2 * layers * (1 + again)), mode
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_have_the_slopes_of_the_mlps_that_were_there(llama, method, monkeypatch) -> None:
+    plain = gradients(llama, PLAIN, METHODS[method], "none")
+    ours = Ours(monkeypatch)
+    close(plain, gradients(llama, PLAIN, METHODS[method], "none"), 1e-5)
+    alone = method in ("liera", "lora-dropout")
+    assert bool(ours.branches) == (not alone), "they compute linear by linear"
+
+
+@pytest.mark.parametrize("method", ["lora", "map", "dora"])
+def test_modes_have_equal_numbers_in_bfloat16(llama, method, monkeypatch) -> None:
+    Ours(monkeypatch)
+    plain = gradients(llama, BF16, METHODS[method], "none")
+    for mode in MODES[1:]:
+        assert_equal(plain, gradients(llama, BF16, METHODS[method], mode))
+
+
+@pytest.mark.parametrize("method", ["lora", "map"])
+def test_float8_products_have_their_branches(llama, method, monkeypatch) -> None:
+    """Rounded to bfloat16 once less, by which codes of float8 turn: nearer to it than it is to bfloat16."""
+    fp8 = QuantizationSection(format="nf4", compute="fp8")
+
+    def found(quantization: QuantizationSection) -> Tensor:
+        _, slopes = gradients(llama, quantization, METHODS[method], "none")
+        return torch.cat([slope.flatten() for slope in slopes.values()])
+
+    plain, bfloat16 = found(fp8), found(BF16)
+    ours = Ours(monkeypatch)
+    one = found(fp8)
+    assert ours.branches
+    assert (one - plain).norm() <= 0.75 * (plain - bfloat16).norm()
+
+
+def test_targets_may_leave_one_out(llama, monkeypatch) -> None:
+    adapter = AdapterSection(method="lora", rank=4, alpha=8.0, targets=["up_proj", "down_proj"])
+    plain = gradients(llama, PLAIN, adapter, "none")
+    ours = Ours(monkeypatch)
+    close(plain, gradients(llama, PLAIN, adapter, "none"), 1e-5)
+    assert set(ours.branches) == {(False, True)}
+
+
+def test_evaluation_and_generation_are_the_same(llama, monkeypatch) -> None:
+    prompt = torch.arange(3, 9).view(1, 6)
+
+    def found() -> tuple[Tensor, Tensor]:
+        made = built(llama, PLAIN, LORA).model.eval()
+        with torch.no_grad():
+            said = made.model.generate(prompt, max_new_tokens=8, do_sample=False)
+            return made(batch()), said
+
+    plain = found()
+    ours = Ours(monkeypatch)
+    for one, other in zip(found(), plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0.0)
+    assert len(ours.branches) >= 8 * ours.mlps and not ours.in_place
+
+
+def test_what_does_not_fit_goes_where_it_went(llama, monkeypatch) -> None:
+    ours = Ours(monkeypatch)
+    made = built(llama, PLAIN, LORA).model.train()
+    made(batch())
+    count = len(ours.branches)
+    monkeypatch.setattr(kernel, "fits", lambda x: False)
+    made(batch())
+    assert len(ours.branches) == count > 0
+
+
+def test_who_watches_a_linear_sees_its_calls(llama, monkeypatch) -> None:
+    ours = Ours(monkeypatch)
+    made = built(llama, PLAIN, LORA).model.train()
+    seen: list[Tensor] = []
+    layer = made.model.model.layers[0].mlp.gate_proj
+    handle = layer.register_forward_hook(lambda *given: seen.append(given[-1]))
+    made(batch())
+    assert len(seen) == 1 and len(ours.branches) == ours.mlps - 1
+    handle.remove()
+    made(batch())
+    assert len(seen) == 1 and len(ours.branches) == 2 * ours.mlps - 1
+
+
+@pytest.mark.parametrize(("family", "act"), [("gemma", "silu"), ("llama", "gelu")])
+def test_other_families_and_activations_are_left_alone(family: str, act: str) -> None:
+    hf = SimpleNamespace(config=SimpleNamespace(model_type=family, hidden_act=act))
+    assert use_gated(hf) == 0
+
+
+# --- on a GPU ---
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("method", ["lora", "map", "dora"])
+def test_a_llama_on_a_gpu_is_close_to_itself_without(method: str, mode: Recompute, monkeypatch) -> None:
+    model = ModelSection(
+        config={**FAMILIES["llama"], "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4},
+        weights="random",
+    )
+    nf4 = QuantizationSection(format="nf4", compute="bfloat16")
+
+    def found() -> tuple[float, dict[str, Tensor], str]:
+        engine = Engine(torch.device("cuda"), timeout_s=60)
+        made = built(model, nf4, METHODS[method], engine=engine, recompute=mode)
+        moved = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in made.trained.values():
+                parameter += (0.02 * torch.randn(parameter.shape, generator=moved)).to(parameter.device)
+        loss = made.model.train()(collate([row((40, 24))], pad_id=0).to(torch.device("cuda")))
+        loss.backward()
+        return loss.item(), {n: p.grad.double() for n, p in made.trained.items()}, made.kernels
+
+    loss, slopes, kernels = found()
+    assert "swiglu" in kernels.partition(" (proved")[0]
+    monkeypatch.setattr(kernel, "fits", lambda x: False)  # as where DECOMPFT_TRITON is 0
+    plain_loss, plain_slopes, _ = found()
+    # a rounding less an array, over four blocks
+    assert loss == pytest.approx(plain_loss, rel=2**-8)
+    for name, expected in plain_slopes.items():
+        if expected.numel() > 1:  # slopes of MAP's scalars are sums that cancel
+            assert (slopes[name] - expected).norm() <= 0.05 * expected.norm(), name
