@@ -161,19 +161,25 @@ def compile_swiglu() -> None:
     """Every pair of ranks, with and without branches."""
     from decompft.adapters.kernels import swiglu_triton
 
-    for pointer, gate_r, up_r in itertools.product(("*bf16", "*fp16"), (0, 16, 64), (0, 16, 64)):
-        branches = {"gate": gate_r, "up": up_r}
-        factors = {f"{name}_{f}_ptr": r for name, r in branches.items() for f in ("h", "w")}
+    for pointer, gate_r, up_r, dots in itertools.product(
+        ("*bf16", "*fp16"), (0, 16, 64), (0, 16, 64), (False, True)
+    ):
+        ranks = {"GATE_R": gate_r, "UP_R": up_r}
+        factors = {f"{name}_{f}_ptr": r for name, r in (("gate", gate_r), ("up", up_r)) for f in ("h", "w")}
         absent = {name: None for name, r in factors.items() if not r}
-        arrays = ("gate_ptr", "up_ptr", "y_ptr", "dy_ptr", "d_gate_ptr", "d_up_ptr")
-        for kernel, tile in (
-            (swiglu_triton.swiglu_forward, swiglu.FORWARD),
-            (swiglu_triton.swiglu_backward, swiglu.BACKWARD),
+        types = dict.fromkeys(("gate_ptr", "up_ptr", "y_ptr", "dy_ptr", *factors), pointer)
+        sums = {"GATE_DOTS": dots, "UP_DOTS": dots}
+        for kernel, tile, own in (
+            (swiglu_triton.swiglu_forward, swiglu.FORWARD, {}),
+            (
+                swiglu_triton.swiglu_backward,
+                swiglu.BACKWARD,
+                sums | ({} if dots else {"gate_dots_ptr": None, "up_dots_ptr": None}),
+            ),
         ):
             sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "TILES": tile.tiles}
-            constants = {"GATE_R": gate_r, "UP_R": up_r} | sizes | absent
-            types = dict.fromkeys((*arrays, *factors), pointer)
-            compile_one(kernel, types, constants, num_warps=tile.warps, num_stages=1)
+            if own or not dots:
+                compile_one(kernel, types, ranks | own | sizes | absent, num_warps=tile.warps, num_stages=1)
 
 
 def compile_one(kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: Any) -> None:

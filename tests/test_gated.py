@@ -120,7 +120,7 @@ def test_evaluation_and_generation_are_the_same(llama, monkeypatch) -> None:
     ours = Ours(monkeypatch)
     for one, other in zip(found(), plain, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=0.0)
-    assert len(ours.branches) >= 8 * ours.mlps and not ours.in_place
+    assert len(ours.branches) >= 8 * ours.mlps and not ours.dots
 
 
 def test_what_does_not_fit_goes_where_it_went(llama, monkeypatch) -> None:

@@ -25,7 +25,7 @@ class Twins:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.branches: list[tuple[bool, bool]] = []  # of each forward pass
-        self.in_place: list[bool] = []  # of each backward pass
+        self.dots: list[tuple[bool, bool]] = []  # of each backward pass
         monkeypatch.setattr(kernel, "fits", lambda x: True)
         monkeypatch.setattr(kernel, "forward", self.forward)
         monkeypatch.setattr(kernel, "backward", self.backward)
@@ -35,10 +35,10 @@ class Twins:
         self.branches.append((branches[0] is not None, branches[1] is not None))
         return kernel.plain_forward(gate_TO, up_TO, *branches)
 
-    def backward(self, dy: Tensor, gate: Tensor, up: Tensor, *branches: Any, in_place: bool) -> Any:
+    def backward(self, dy: Tensor, gate: Tensor, up: Tensor, *rest: Any) -> Any:
         assert dy.is_contiguous() and dy.shape == gate.shape == up.shape
-        self.in_place.append(in_place)
-        return kernel.plain_backward(dy, gate, up, *branches, in_place=in_place)
+        self.dots.append(rest[-1])
+        return kernel.plain_backward(dy, gate, up, *rest)
 
 
 @pytest.fixture
@@ -63,12 +63,14 @@ def test_the_twins_are_autograds(ranks: tuple[int, int]) -> None:
     expected = nn.functional.silu(whole[0]) * whole[1]
     torch.testing.assert_close(kernel.plain_forward(gate, up, *branches), expected.detach())
     slopes = torch.autograd.grad(expected, given, dy)
-    for in_place in (False, True):
+    for dots in ((False, False), (True, False), (True, True)):
         arrays = gate.clone(), up.clone()
-        found = kernel.plain_backward(dy, *arrays, *branches, in_place=in_place)
-        for one, slope, array in zip(found, slopes, arrays, strict=True):
-            torch.testing.assert_close(one, slope)
-            assert (one is array) == in_place
+        sums = kernel.plain_backward(dy, *arrays, *branches, dots)
+        for array, slope, was, found, is_wanted in zip(arrays, slopes, (gate, up), sums, dots, strict=True):
+            torch.testing.assert_close(array, slope)
+            assert (found is not None) == is_wanted
+            if found is not None:
+                torch.testing.assert_close(found, (slope * was).sum(0))
 
 
 def test_a_cpu_takes_the_plain_way() -> None:
@@ -142,10 +144,23 @@ def test_branches_that_are_not_taken_are_written(twins: Twins, monkeypatch) -> N
     assert twins.branches == [(False, False)]
 
 
-def test_outputs_that_a_rows_slope_reads_are_left_alone(twins: Twins) -> None:
-    for variant, in_place in (("lora", True), ("dora", False)):
-        slopes(pair(variant, variant, base_name="nf4-dq"), as_one=True)
-        assert twins.in_place.pop() == in_place, variant
+def test_only_a_rows_slope_wants_dots(twins: Twins) -> None:
+    for variants, wanted in (
+        (("lora", "map"), (False, False)),
+        (("dora", "dora"), (True, True)),
+        (("lora", "ssb"), (False, True)),
+    ):
+        slopes(pair(*variants, base_name="nf4-dq"), as_one=True)
+        assert twins.dots.pop() == wanted, variants
+
+
+def test_a_biased_linear_is_kept_without_its_bias(twins: Twins) -> None:
+    made = pair("dora", "dora", base_name="nf4-dq")
+    bias = torch.linspace(-1, 1, OUT)
+    for linear in (made.gate, made.up):
+        linear.base.bias = nn.Parameter(bias.clone(), requires_grad=False)
+    assert_close(slopes(made, as_one=True), slopes(made, as_one=False))
+    assert twins.dots == [(False, False)]
 
 
 def test_what_computes_alone_is_not_put_together(twins: Twins) -> None:

@@ -24,26 +24,25 @@ def gated(x: Tensor, members: Sequence[Member]) -> Tensor:
     gate, up = frozen_linears(x, members, later=later)
     of_gate, of_up = later.branches
     factors = (*(of_gate or (None, None)), *(of_up or (None, None)))
-    y: Tensor = _SwiGlu.apply(gate, up, later.are_kept, *factors)
+    y: Tensor = _SwiGlu.apply(gate, up, later, *factors)
     return y
 
 
 class _SwiGlu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, are_kept: bool, *factors: Tensor | None) -> Tensor:
-        ctx.are_kept = are_kept
+    def forward(ctx: Any, gate: Tensor, up: Tensor, later: Later, *factors: Tensor | None) -> Tensor:
+        ctx.later = later
         ctx.save_for_backward(gate, up, *factors)
         return kernel.forward(_flat(gate), _flat(up), *_branches(factors)).view(gate.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         gate, up, *factors = ctx.saved_tensors
-        # over gate and up, which nobody reads after this, unless a row's slope does
-        slopes = kernel.backward(
-            _flat(dy).contiguous(), _flat(gate), _flat(up), *_branches(factors), in_place=not ctx.are_kept
-        )
-        d_gate, d_up = (slope.view(gate.shape) for slope in slopes)
-        return d_gate, d_up, None, *[None] * len(factors)
+        wanted = tuple(ctx.later.wants_dots)
+        # gate and up become what comes back to them: nobody reads them after this
+        found = kernel.backward(_flat(dy).contiguous(), _flat(gate), _flat(up), *_branches(factors), wanted)
+        ctx.later.dots = list(found)
+        return gate, up, None, *[None] * len(factors)
 
 
 def _flat(tensor: Tensor) -> Tensor:

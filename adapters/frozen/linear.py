@@ -130,8 +130,10 @@ class _FrozenLinears(torch.autograd.Function):
         saved: list[Tensor | None] = [x, dropped, *thin.tensors()]
         ctx.scale, ctx.counts, ctx.facts = thin.scale, [], []
         ys: list[Tensor] = []
-        for part, found, branch, (trained, fixed, storage) in zip(parts, passes, left_out, own, strict=True):
+        for k, (part, found, (trained, fixed, storage)) in enumerate(zip(parts, passes, own, strict=True)):
             f, (y_TO, kept_TO) = found.f, _add_biases(part.base, found)
+            if later is not None and kept_TO is y_TO:
+                later.wants_dots[k], kept_TO = True, None
             ys.append(y_TO)
             q, number = (f.q, 1.0) if isinstance(f.q, Tensor) else (None, f.q)
             groups = (
@@ -143,11 +145,9 @@ class _FrozenLinears(torch.autograd.Function):
                 f.keep,
             )
             ctx.counts.append(tuple(map(len, groups)))
-            ctx.facts.append((part.base, part.thin, number, f.relu, found.folds, branch is None))
+            ctx.facts.append((part.base, part.thin, number, f.relu, found.folds, left_out[k] is None))
             saved += [t for group in groups for t in group]
-        if later is not None:
-            later.are_kept = any(p.folds for p in passes)
-        ctx.num_thin = len(thin.tensors())
+        ctx.num_thin, ctx.later = len(thin.tensors()), later
         ctx.save_for_backward(*saved)
         return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
@@ -162,16 +162,10 @@ class _FrozenLinears(torch.autograd.Function):
         own = list(_split_each(rest, ctx.counts))
         factors = [_factors(*facts[2:4], *groups) for facts, groups in zip(ctx.facts, own, strict=True)]
         thin = thin_back(gs, d_TI, factors, thin_tensors, ctx.scale)
-        live = [
-            (facts[0], f, o[0][0])
-            for facts, f, o, g in zip(ctx.facts, factors, own, gs, strict=True)
-            if g is not None
-        ]
+        live = [(facts[0], f) for facts, f, g in zip(ctx.facts, factors, gs, strict=True) if g is not None]
         thin_first = needs_dx and dropped is None and not any(_needs_own(*member) for member in live)
         thin_last = dropped is None and not thin_first
-        in_one_pass = (
-            thin_last and all(f.col is None for _, f, _ in live) and combine.fits(x_TI, thin.factors())
-        )
+        in_one_pass = thin_last and all(f.col is None for _, f in live) and combine.fits(x_TI, thin.factors())
         dx = Slope(x_TI, needs_dx, thin.slope() if thin_first else None, in_one_pass=in_one_pass)
         d_trained: list[Grads] = [(None,) * len(trained) for _, trained, *_ in own]
 
@@ -187,8 +181,10 @@ class _FrozenLinears(torch.autograd.Function):
             if g_TO is None:
                 continue
             pulls = adapter is not None and adapter.pulls_through_weight
-            kept_TO, storage = own[k][0][0], own[k][3]
-            found = _back_through_base(g_TO, dx, base, storage, factors[k], kept_TO, folds, pulls)
+            kept_TO, storage, row = own[k][0][0], own[k][3], None
+            if _is_vector(base, factors[k]):
+                row = ctx.later.dots[k] if kept_TO is None else dot_columns(g_TO, kept_TO)
+            found = _back_through_base(g_TO, dx, base, storage, factors[k], row, folds, pulls)
             if pulls:
                 pull_back(k, g_TO, found)
             else:
@@ -243,7 +239,7 @@ def _begin(
         weight = base.unpack(storage, x_TI.dtype)
         noted = thin.note(trained, fixed, weight)
     f = Factors() if thin is None else thin.factors(trained, (*fixed, *noted))
-    is_vector = f.row is not None and (f.row.numel() > 1 or base.out_features == 1)
+    is_vector = _is_vector(base, f)
     folds = is_vector and base.folds(storage)
     if folds and f.row is not None:
         f = replace(f, row=f.row.masked_fill(f.row == 0, _NEARLY_ZERO))
@@ -294,9 +290,14 @@ def _factors(number: float, relu: bool, own: tuple[Any, ...], *groups: tuple[Ten
     return Factors(up=up, down=down, q=q, row=row, col=col, bias=bias, relu=relu, keep=groups[-1])
 
 
-def _needs_own(base: FrozenLinear, f: Factors, kept_TO: Tensor | None) -> bool:
+def _is_vector(base: FrozenLinear, f: Factors) -> bool:
+    """Whether rows have scales of their own."""
+    return f.row is not None and (f.row.numel() > 1 or base.out_features == 1)
+
+
+def _needs_own(base: FrozenLinear, f: Factors) -> bool:
     """Whether a member's part of dx is wanted by itself, or is made before it is added."""
-    return not base.adds_back or f.col is not None or (f.row is not None and kept_TO is None)
+    return not base.adds_back or f.col is not None or (f.row is not None and not _is_vector(base, f))
 
 
 class _Found(NamedTuple):
@@ -314,17 +315,17 @@ def _back_through_base(
     base: FrozenLinear,
     storage: tuple[Tensor, ...],
     f: Factors,
-    kept_TO: Tensor | None,
+    row: Tensor | None,
     folds: bool,
     pulls: bool,
 ) -> _Found:
     """Adds this base's product to dx; finds the gradients of row and col.
 
+    `row`, of a scale that is a vector: the dots of the columns of g and of what was kept.
     Where the row's scale is folded into the weight, its gradient is still to be finished: see `_finished`.
     """
-    row = scale = None
-    if kept_TO is not None and f.row is not None:
-        row = dot_columns(g_TO, kept_TO)
+    scale = None
+    if row is not None and f.row is not None:
         if pulls or not folds:
             g_TO = times_columns(g_TO, f.row)
         else:
@@ -339,7 +340,7 @@ def _back_through_base(
     def product(into_TI: Tensor | None) -> Tensor:
         return base.product_back(g_TO, storage, scale, weight, into_TI)
 
-    scalar = scale if kept_TO is None else None
+    scalar = scale if row is None else None
     if f.col is None and scalar is None:
         dx.add(product, adds=base.adds_back)
         return _Found(weight, row)

@@ -38,14 +38,18 @@ class Added(NamedTuple):
 class Later:
     """Branches that are not added to their y here: whoever reads the ys adds h up^T to each, in float32.
 
+    In the backward pass he may write over the ys, and has to leave `dots` where `wants_dots`.
+
     Args:
-        takes: whether he can, of a member's h (T, R), scaled already, and up (O, R).
+        takes: whether he can add a branch, of a member's h (T, R), scaled already, and up (O, R).
     """
 
     def __init__(self, takes: Callable[[Tensor, Tensor], bool], num_members: int) -> None:
         self.takes = takes
         self.branches: list[Product | None] = [None] * num_members
-        self.are_kept = False  # the ys are read once more in the backward pass
+        self.wants_dots = [False] * num_members
+        # of each member the sums (O,) over tokens of y times what comes back to it, float32
+        self.dots: list[Tensor | None] = [None] * num_members
 
 
 class Back:

@@ -6,7 +6,8 @@
 A thin product that is written by itself, or added to, passes over all of gate, or up, once or twice more. Here the
 arrays come from products with the frozen weights alone, and a tile's branch is computed where the tile is read, once in
 the forward pass and once more in the backward pass. g and u are float32 within a tile and never written; y, dg and du
-are rounded once.
+are rounded once. dg and du are written over gate and up, and with them, where a scale of rows has its slope by them,
+the sums over tokens of dg gate and of du up.
 
 Shapes: T tokens, O columns, R a branch's rank: gate, up, y (T, O), h (T, R), w (O, R). A branch may be absent.
 """
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from decompft.adapters.kernels.launch import launch
-from decompft.adapters.kernels.proved import Proved, close_to
+from decompft.adapters.kernels.proved import Proved, WrongKernelError, close_to
 
 MAX_RANK = 64  # of a branch, padded to a power of 2 of which a tensor core takes 16
 # whose MLPs are down(silu(gate(x)) * up(x)), each with its own class of the same lines
@@ -28,6 +29,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _DTYPES = (torch.bfloat16, torch.float16)
 
 Branch = tuple[Tensor, Tensor]  # h, w
+Dots = tuple[bool, bool]
 
 
 class Tile(NamedTuple):
@@ -69,31 +71,49 @@ def backward(
     up_TO: Tensor,
     of_gate: Branch | None,
     of_up: Branch | None,
-    *,
-    in_place: bool,
-) -> tuple[Tensor, Tensor]:
-    """What comes back to gate and to up; `in_place`: written over gate and up."""
-    d_gate_TO, d_up_TO = (
-        (gate_TO, up_TO) if in_place else (torch.empty_like(gate_TO), torch.empty_like(up_TO))
-    )
-    arrays = dy_TO, gate_TO, up_TO, d_gate_TO, d_up_TO
-    _launch(_triton().swiglu_backward, BACKWARD, arrays, of_gate, of_up)
-    return d_gate_TO, d_up_TO
+    dots: Dots = (False, False),
+) -> tuple[Tensor | None, ...]:
+    """gate and up become what comes back to them; all contiguous.
+
+    Args:
+        dots: whether of gate, and of up, the sums (O,) over tokens of what they were times what they become are
+            wanted, float32. They are returned, None in the place of one that is not.
+    """
+    made = [
+        torch.empty(_grid(BACKWARD, dy_TO)[1], dy_TO.shape[1], dtype=torch.float32, device=dy_TO.device)
+        if is_wanted
+        else None
+        for is_wanted in dots
+    ]
+    arrays = dy_TO, gate_TO, up_TO, *made
+    flags = {"GATE_DOTS": dots[0], "UP_DOTS": dots[1]}
+    _launch(_triton().swiglu_backward, BACKWARD, arrays, of_gate, of_up, **flags)
+    return tuple(None if parts is None else parts.sum(0) for parts in made)
 
 
 def _launch(
-    kernel: Any, tile: Tile, arrays: tuple[Tensor, ...], of_gate: Branch | None, of_up: Branch | None
+    kernel: Any,
+    tile: Tile,
+    arrays: tuple[Tensor | None, ...],
+    of_gate: Branch | None,
+    of_up: Branch | None,
+    **flags: bool,
 ) -> None:
-    num_rows, num_columns = arrays[0].shape
+    first = arrays[0]
+    assert first is not None
     factors = (*(of_gate or (None, None)), *(of_up or (None, None)))
     ranks = [0 if branch is None else branch[0].shape[1] for branch in (of_gate, of_up)]
-    grid = (-(-num_columns // tile.columns), -(-num_rows // (tile.rows * tile.tiles)))
     launch(
-        kernel, grid, arrays[0].device,
-        *arrays, *factors, num_rows, num_columns, *ranks, *(0 if f is None else f.stride(0) for f in factors),
-        GATE_R=padded(ranks[0]), UP_R=padded(ranks[1]),
+        kernel, _grid(tile, first), first.device,
+        *arrays, *factors, *first.shape, *ranks, *(0 if f is None else f.stride(0) for f in factors),
+        **flags, GATE_R=padded(ranks[0]), UP_R=padded(ranks[1]),
         ROWS=tile.rows, COLUMNS=tile.columns, TILES=tile.tiles, num_warps=tile.warps, num_stages=1,
     )  # fmt: skip
+
+
+def _grid(tile: Tile, like_TO: Tensor) -> tuple[int, int]:
+    num_rows, num_columns = like_TO.shape
+    return -(-num_columns // tile.columns), -(-num_rows // (tile.rows * tile.tiles))
 
 
 def plain_forward(gate_TO: Tensor, up_TO: Tensor, of_gate: Branch | None, of_up: Branch | None) -> Tensor:
@@ -108,17 +128,20 @@ def plain_backward(
     up_TO: Tensor,
     of_gate: Branch | None,
     of_up: Branch | None,
-    *,
-    in_place: bool,
-) -> tuple[Tensor, Tensor]:
+    dots: Dots = (False, False),
+) -> tuple[Tensor | None, ...]:
     """The twin of `backward`."""
     gate, up = _whole(gate_TO, of_gate), _whole(up_TO, of_up)
     dy, part = dy_TO.to(gate.dtype), torch.sigmoid(gate)
     silu = gate * part
-    d_gate, d_up = ((dy * up * (silu * (1 - part) + part)), dy * silu)
-    if in_place:
-        return gate_TO.copy_(d_gate), up_TO.copy_(d_up)
-    return d_gate.to(gate_TO.dtype), d_up.to(up_TO.dtype)
+    found: list[Tensor | None] = []
+    for array, slope, is_wanted in zip(
+        (gate_TO, up_TO), (dy * up * (silu * (1 - part) + part), dy * silu), dots, strict=True
+    ):
+        rounded = slope.to(array.dtype)
+        found.append((rounded.to(gate.dtype) * array).sum(0) if is_wanted else None)
+        array.copy_(rounded)
+    return tuple(found)
 
 
 def _whole(y_TO: Tensor, branch: Branch | None) -> Tensor:
@@ -147,7 +170,7 @@ def example(
     *,
     cut_by: float = 0.0,
 ) -> None:
-    """Forward and backward, in place and not, beside float64.
+    """Forward and backward, with dots and without, beside float64.
 
     Args:
         size: T, O.
@@ -189,13 +212,18 @@ def example(
         spacing * d_gate.abs() + some * terms + off + tiny,
         (spacing + some) * d_up.abs() + 1.1 * dy_size * off_g + tiny,
     )
-    for in_place in (False, True):
-        given = (gate.clone(), up.clone()) if in_place else (gate, up)
-        found = backward(dy, *given, branches[0], branches[1], in_place=in_place)
-        if in_place and any(f is not a for f, a in zip(found, given, strict=True)):
-            raise AssertionError("in place")
-        for one, expected, bound in zip(found, (d_gate, d_up), bounds, strict=True):
-            close_to(one, expected.to(dtype), bound)
+    for dots in ((False, False), (True, False), (False, True)):
+        arrays = gate.clone(), up.clone()
+        sums = backward(dy, *arrays, branches[0], branches[1], dots)
+        for array, expected, bound in zip(arrays, (d_gate, d_up), bounds, strict=True):
+            close_to(array, expected.to(dtype), bound)
+        for found, array, was, is_wanted in zip(sums, arrays, (gate, up), dots, strict=True):
+            if (found is None) == is_wanted:
+                raise WrongKernelError("sums that were asked for and those that are there differ")
+            if found is not None:
+                terms = array.double() * was.double()
+                # float32 sums, over a tile's rows by a tree, then over tiles
+                close_to(found, terms.sum(0).float(), 2.0**-24 * (64 + len(gate)) * terms.abs().sum(0))
 
 
 def _example(device: torch.device, dtype: torch.dtype) -> None:

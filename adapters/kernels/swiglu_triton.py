@@ -78,10 +78,10 @@ def swiglu_forward(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def swiglu_backward(  # type: ignore[no-untyped-def]
     dy_ptr,  # (rows, columns)
-    gate_ptr,
-    up_ptr,
-    d_gate_ptr,  # (rows, columns), may be gate itself
-    d_up_ptr,  # likewise
+    gate_ptr,  # what comes back to it is written over it
+    up_ptr,  # likewise
+    gate_dots_ptr,  # (grid of rows, columns) float32; written if GATE_DOTS
+    up_dots_ptr,
     gate_h_ptr,  # the rest as above
     gate_w_ptr,
     up_h_ptr,
@@ -94,13 +94,15 @@ def swiglu_backward(  # type: ignore[no-untyped-def]
     gate_w_stride,
     up_h_stride,
     up_w_stride,
+    GATE_DOTS: tl.constexpr,
+    UP_DOTS: tl.constexpr,
     GATE_R: tl.constexpr,
     UP_R: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """What comes back to gate and to up."""
+    """What comes back to gate and to up; of each, if asked for, the columns' dots with what it is written over."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     in_columns = columns < num_columns
     if GATE_R > 0:
@@ -111,17 +113,18 @@ def swiglu_backward(  # type: ignore[no-untyped-def]
     dy_ptr += first * num_columns
     gate_ptr += first * num_columns
     up_ptr += first * num_columns
-    d_gate_ptr += first * num_columns
-    d_up_ptr += first * num_columns
     rows_left = num_rows - first
+    gate_dots = tl.zeros((COLUMNS,), dtype=tl.float32)
+    up_dots = tl.zeros((COLUMNS,), dtype=tl.float32)
     for tile in range(TILES):
         rows = tile * ROWS + tl.arange(0, ROWS)
         in_rows = rows < rows_left
         mask = in_rows[:, None] & in_columns[None, :]
         at = rows[:, None] * num_columns + columns[None, :]
-        gate = tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(up_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        bare_gate = tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        bare_up = tl.load(up_ptr + at, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        gate, up = bare_gate, bare_up
         if GATE_R > 0:
             h_ptr = gate_h_ptr + first * gate_h_stride
             gate = _with_branch(gate, h_ptr, gate_h_stride, gate_rank, rows, in_rows, gate_w, GATE_R)
@@ -130,6 +133,16 @@ def swiglu_backward(  # type: ignore[no-untyped-def]
             up = _with_branch(up, h_ptr, up_h_stride, up_rank, rows, in_rows, up_w, UP_R)
         part = tl.sigmoid(gate)
         silu = gate * part
-        d_gate = dy * up * (silu * (1.0 - part) + part)
-        tl.store(d_gate_ptr + at, d_gate.to(d_gate_ptr.dtype.element_ty), mask=mask)
-        tl.store(d_up_ptr + at, (dy * silu).to(d_up_ptr.dtype.element_ty), mask=mask)
+        d_gate = (dy * up * (silu * (1.0 - part) + part)).to(gate_ptr.dtype.element_ty)
+        d_up = (dy * silu).to(up_ptr.dtype.element_ty)
+        if GATE_DOTS:
+            gate_dots += tl.sum(d_gate.to(tl.float32) * bare_gate, axis=0)
+        if UP_DOTS:
+            up_dots += tl.sum(d_up.to(tl.float32) * bare_up, axis=0)
+        tl.store(gate_ptr + at, d_gate, mask=mask)
+        tl.store(up_ptr + at, d_up, mask=mask)
+    to = tl.program_id(1).to(tl.int64) * num_columns + columns
+    if GATE_DOTS:
+        tl.store(gate_dots_ptr + to, gate_dots, mask=in_columns)
+    if UP_DOTS:
+        tl.store(up_dots_ptr + to, up_dots, mask=in_columns)
