@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from decompft.adapters.frozen.base import FrozenLinear
-from decompft.adapters.frozen.factors import Factors
+from decompft.adapters.frozen.base import FrozenLinear, weight_times
+from decompft.adapters.frozen.factors import Factors, WeightTimes
 from decompft.adapters.frozen.linear import frozen_linear
 from decompft.adapters.spec import ADAPTER_SPECS, AdapterConfig
 
@@ -58,7 +59,7 @@ class Adapter(nn.Module):
     their registry names do not train, but lie in the adapter's file.
     """
 
-    reads_weight = False  # `note` is shown the weight in every pass
+    reads_weight = False  # `note` wants products of the weight in every pass
     pulls_through_weight = False  # and so is `pull_back`
     uses_products = True  # W x is its base's `product`; False: it multiplies with a W that it has changed
     note_has_slope = False  # and what it returns has a gradient, which `pull_back` carries on
@@ -96,11 +97,11 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def note(
-        self, trained: tuple[Tensor, ...], fixed: tuple[Tensor, ...], weight: Tensor
+        self, trained: tuple[Tensor, ...], fixed: tuple[Tensor, ...], times: WeightTimes
     ) -> tuple[Tensor, ...]:
-        """Small tensors that this pass needs of the weight that is used (out, in); constants to autograd.
+        """Small tensors that this pass needs of products of the weight that is used; constants to autograd.
 
-        Only called where `reads_weight`. `weight` is in the compute dtype.
+        Only called where `reads_weight`.
         """
         return ()
 
@@ -191,7 +192,7 @@ class Adapter(nn.Module):
         """The factors of now, over the base weight `dense` (out, in)."""
         fixed = self.fixed_over(dense)
         if self.reads_weight:
-            fixed = (*fixed, *self.note(self.trained(), fixed, dense))
+            fixed = (*fixed, *self.note(self.trained(), fixed, partial(weight_times, dense)))
         return self.factors(self.trained(), fixed)
 
     @torch.no_grad()

@@ -3,8 +3,8 @@
     W* = diag(m / n) (W + s B A),    n_j = |W_j + s B_j A|
 
 n comes from W A^T, rank columns, and a rank x rank product (METHODS 1.3, identity 2): B A is never made whole. Of a
-quantized base, W is what is really used: the dequantized weight, which is unpacked for W A^T, and then
-again with m / n in it for the product with x.
+quantized base, W is what is really used: the dequantized weight, of which W A^T is made tile by tile
+(kernels/weight_times.py, else of all of it), before it is unpacked with m / n in it for the product with x.
 
 W A^T is taken with A rounded to the compute dtype, as the forward pass rounds it, and summed in float32. In
 bfloat16 that moves n_j by at most about 2**-8 |s B_j A| / |W_j| of itself: the part of the update in the row,
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from decompft.adapters.base import Adapter, Facts, kaiming_uniform
 from decompft.adapters.frozen.base import FrozenLinear
-from decompft.adapters.frozen.factors import Factors
+from decompft.adapters.frozen.factors import Factors, WeightTimes
 from decompft.adapters.kernels import rows
 from decompft.adapters.lora import scaling
 from decompft.adapters.spec import AdapterConfig
@@ -43,11 +43,11 @@ class DoraLinear(Adapter):
         self.scaling = scaling(config)
 
     def note(
-        self, trained: tuple[Tensor, ...], fixed: tuple[Tensor, ...], weight: Tensor
+        self, trained: tuple[Tensor, ...], fixed: tuple[Tensor, ...], times: WeightTimes
     ) -> tuple[Tensor, ...]:
         """n (out,), and on a GPU the factors that are made in the same launch."""
         A, B, m = trained
-        P = weight_times(A, weight)
+        P = times(A)
         if rows.fits(A, B):
             return rows.factors(P, A @ A.T, B, fixed[0], m, self.scaling)
         return (row_norms(A, B, fixed[0], P, self.scaling),)
@@ -101,14 +101,6 @@ def norms_squared(dense: Tensor) -> Tensor:
     """|W_j|^2 (out,), float32 or better."""
     weight = dense if dense.dtype == torch.float64 else dense.float()
     return torch.linalg.vecdot(weight, weight)
-
-
-def weight_times(A: Tensor, weight: Tensor) -> Tensor:
-    """P = W A^T (out, rank) in A's dtype, A (rank, in) rounded to the dtype of `weight` (out, in)."""
-    rounded = A.to(weight.dtype)
-    if weight.is_cuda and weight.itemsize == 2:
-        return torch.mm(weight, rounded.T, out_dtype=torch.float32)  # which only CUDA has
-    return (weight @ rounded.T).to(A.dtype)
 
 
 def row_norms(A: Tensor, B: Tensor, rn2: Tensor, P: Tensor, s: float) -> Tensor:

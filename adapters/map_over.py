@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from decompft.adapters.base import Adapter, Facts, Settling
-from decompft.adapters.dora import DoraLinear, norms_squared, row_norms, weight_times
+from decompft.adapters.dora import DoraLinear, norms_squared, row_norms
 from decompft.adapters.frozen.base import FrozenLinear
-from decompft.adapters.frozen.factors import Factors
+from decompft.adapters.frozen.factors import Factors, WeightTimes
 from decompft.adapters.inject import make_adapter
 from decompft.adapters.map import Map
 from decompft.adapters.spec import AdapterConfig, spec_of
@@ -101,11 +101,11 @@ class MapOverDora(MapOver):
     note_has_slope = True
 
     def note(
-        self, trained: tuple[Tensor, ...], fixed: tuple[Tensor, ...], weight: Tensor
+        self, trained: tuple[Tensor, ...], fixed: tuple[Tensor, ...], times: WeightTimes
     ) -> tuple[Tensor, ...]:
         """DoRA's n (out,), a constant, and P (out, rank), which depends on A."""
         A, B, *_ = trained
-        P = weight_times(A, weight)
+        P = times(A)
         with torch.no_grad():
             n = row_norms(A, B, fixed[0], P, self.scaling)
         return n, P

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from _pytest.mark import ParameterSet
 
 from decompft.adapters.base import Adapter
 from decompft.adapters.formats import FORMAT_SPECS
-from decompft.adapters.frozen.base import FrozenLinear
+from decompft.adapters.frozen.base import FrozenLinear, weight_times
 from decompft.adapters.frozen.dense import DenseLinear
 from decompft.adapters.frozen.fourbit import Fp4Linear, Nf4Linear
 from decompft.adapters.frozen.fp8 import Fp8Linear
@@ -157,7 +158,7 @@ def plain(
     """The layer in plain operations that autograd sees, in the dtype of `x`, over the weight `dense`."""
     fixed = adapter.fixed()
     if adapter.reads_weight:
-        noted = adapter.note(adapter.trained(), fixed, dense)
+        noted = adapter.note(adapter.trained(), fixed, partial(weight_times, dense))
         fixed = (*fixed, *(noted if adapter.note_has_slope else (n.detach() for n in noted)))
     f = adapter.factors(adapter.trained(), fixed)
     y = (x if f.col is None else x * f.col) @ dense.T
@@ -223,7 +224,7 @@ def test_gradients_match_finite_differences(variant, base_name, weight, x):
     twin = copy.deepcopy(adapter).double()
     dense = adapter.base.dense(torch.float64)
     if twin.reads_weight and not twin.note_has_slope:  # constants of the pass stay what they were
-        noted = twin.note(twin.trained(), twin.fixed(), dense)
+        noted = twin.note(twin.trained(), twin.fixed(), partial(weight_times, dense))
         twin.note = lambda *_: noted
 
     def value(t: torch.Tensor) -> torch.Tensor:

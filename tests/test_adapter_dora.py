@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from test_adapter_contract import IN, OUT, RANK, config_of, make_adapter, make_b
 from torch import nn
 
 from decompft.adapters.base import Adapter
-from decompft.adapters.dora import row_norms, weight_times
+from decompft.adapters.dora import row_norms
+from decompft.adapters.frozen.base import weight_times
 from decompft.adapters.frozen.factors import Factors
 from decompft.adapters.spec import ADAPTER_SPECS
 
@@ -64,10 +66,10 @@ def test_row_norms_are_identity_2_and_column_norms_identity_3(scale, weight):
     draw = torch.Generator().manual_seed(0)
     A, B = torch.randn(RANK, IN, generator=draw), scale * torch.randn(OUT, RANK, generator=draw)
     V = weight.double() + S * B.double() @ A.double()
-    found = row_norms(A, B, weight.square().sum(1), weight_times(A, weight), S)
+    found = row_norms(A, B, weight.square().sum(1), weight_times(weight, A), S)
     assert torch.allclose(found.double(), torch.linalg.norm(V, dim=1), rtol=1e-5)
     # of the transpose A^T is the left factor, and Q = W^T B takes P's place
-    found = row_norms(B.T, A.T.contiguous(), weight.square().sum(0), weight_times(B.T, weight.T), S)
+    found = row_norms(B.T, A.T.contiguous(), weight.square().sum(0), weight_times(weight.T, B.T), S)
     assert torch.allclose(found.double(), torch.linalg.norm(V, dim=0), rtol=1e-5)
 
 
@@ -75,7 +77,7 @@ def test_a_row_that_the_update_cancels_does_not_break_the_root(weight):
     B = torch.zeros(OUT, 1)
     B[3] = -1 / S
     A = weight[3:4].clone()
-    found = row_norms(A, B, weight.square().sum(1), weight_times(A, weight), S)
+    found = row_norms(A, B, weight.square().sum(1), weight_times(weight, A), S)
     assert torch.isfinite(found).all() and found[3] < 1e-3 * weight[3].norm()
 
 
@@ -92,7 +94,9 @@ def test_starts_with_a_ratio_of_exactly_one(weight):
     """m / n is 1 to the last bit: MAP over DoRA divides what is left of m / n - 1 by its own norm."""
     for base_name in ("dense-fp32", "nf4-dq", "int8"):
         adapter = make_adapter("dora", make_base(base_name, weight))
-        noted = adapter.note(adapter.trained(), adapter.fixed(), adapter.base.dense(torch.float32))
+        noted = adapter.note(
+            adapter.trained(), adapter.fixed(), partial(weight_times, adapter.base.dense(torch.float32))
+        )
         row = adapter.factors(adapter.trained(), (*adapter.fixed(), *noted)).row
         assert torch.equal(row, torch.ones(OUT))
 
@@ -121,7 +125,7 @@ def test_what_bfloat16_costs_the_norm_is_bounded(weight):
     with torch.no_grad():
         adapter.B *= 0.1  # an update of a third of the base, far beyond what fine-tuning does
     W = adapter.base.dense(torch.bfloat16)
-    (n,) = adapter.note(adapter.trained(), adapter.fixed(), W)
+    (n,) = adapter.note(adapter.trained(), adapter.fixed(), partial(weight_times, W))
     update = S * adapter.B.double() @ adapter.A.double()
     exact = torch.linalg.norm(W.double() + update, dim=1)
     part = torch.linalg.norm(update, dim=1) / torch.linalg.norm(W.double(), dim=1)

@@ -40,6 +40,14 @@ class Products(Protocol):
     ) -> Tensor: ...
 
 
+def weight_times(weight: Tensor, A: Tensor) -> Tensor:
+    """W A^T (out, rank) in A's dtype, A (rank, in) rounded to the dtype of `weight` (out, in)."""
+    rounded = A.to(weight.dtype)
+    if weight.is_cuda and weight.itemsize == 2:
+        return torch.mm(weight, rounded.T, out_dtype=torch.float32)  # which only CUDA has
+    return (weight @ rounded.T).to(A.dtype)
+
+
 class FrozenLinear(nn.Module):
     """A linear layer whose weight never trains.
 
@@ -159,6 +167,10 @@ class FrozenLinear(nn.Module):
             return found if into_TI is None else into_TI.add_(found)
         weight = self.unpack(storage, g_TO.dtype, scale) if weight is None else weight
         return g_TO @ weight if into_TI is None else into_TI.addmm_(g_TO, weight)
+
+    def times(self, storage: tuple[Tensor, ...], A: Tensor, dtype: torch.dtype) -> Tensor:
+        """W A^T (out, rank) in A's dtype or wider, of A (rank, in) rounded to `dtype`, as W is."""
+        return weight_times(self.unpack(storage, dtype), A)
 
     def fp8_rows(self, storage: tuple[Tensor, ...], weight: Tensor | None = None) -> Rows:
         """W (out, in) in e4m3 with a scale an output row.

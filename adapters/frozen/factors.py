@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+# A (rank, in) -> W A^T (out, rank) in A's dtype or wider, A rounded to the dtype in which W is used
+WeightTimes = Callable[[Tensor], Tensor]
 Grads = tuple[Tensor | None, ...]
 
 
@@ -33,7 +36,7 @@ class Thin(Protocol):
     def factors(self, trained: tuple[Tensor, ...], fixed: tuple[Tensor, ...]) -> Factors: ...
 
     def note(
-        self, trained: tuple[Tensor, ...], fixed: tuple[Tensor, ...], weight: Tensor
+        self, trained: tuple[Tensor, ...], fixed: tuple[Tensor, ...], times: WeightTimes
     ) -> tuple[Tensor, ...]: ...
 
     def pull_back(

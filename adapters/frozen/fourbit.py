@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from decompft.adapters.formats import ROW_TAIL_BYTES, SCALE_ALIGN
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.frozen.rows import as_bytes, as_float32, bytes_parameter, float_chunks, load_operators
-from decompft.adapters.kernels import changed, dequantize
+from decompft.adapters.kernels import changed, dequantize, weight_times
 from decompft.adapters.kernels.changed import Change
 from decompft.adapters.kernels.fp8 import FourBit, Rows, fourbit_columns, fourbit_rows
 
@@ -109,6 +109,14 @@ class FourBitLinear(FrozenLinear):
             return None
         return changed.changed(
             codes, scales, self.code, self.block_size, dtype, change, slope, double_quant=self.double_quant
+        )
+
+    def times(self, storage: tuple[Tensor, ...], A: Tensor, dtype: torch.dtype) -> Tensor:
+        (codes, scales), rounded = storage, A.to(dtype)
+        if not weight_times.fits(codes, self.block_size, rounded):
+            return super().times(storage, A, dtype)
+        return weight_times.weight_times(
+            codes, scales, rounded, self.code, self.block_size, double_quant=self.double_quant
         )
 
     def fp8_rows(self, storage: tuple[Tensor, ...], weight: Tensor | None = None) -> Rows:

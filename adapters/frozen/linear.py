@@ -231,26 +231,23 @@ def _begin(
     *,
     is_read: bool,
 ) -> _Pass:
-    """The factors; and the product already, where it cannot be added to the thin branch or the weight is at hand."""
+    """The factors; and the product already, where it cannot be added to the thin branch."""
     base, thin = part.base, part.thin
-    weight: Tensor | None = None
     noted: tuple[Tensor, ...] = ()
     if thin is not None and thin.reads_weight:
-        weight = base.unpack(storage, x_TI.dtype)
-        noted = thin.note(trained, fixed, weight)
+        noted = thin.note(trained, fixed, lambda A: base.times(storage, A, x_TI.dtype))
     f = Factors() if thin is None else thin.factors(trained, (*fixed, *noted))
     is_vector = _is_vector(base, f)
     folds = is_vector and base.folds(storage)
     if folds and f.row is not None:
         f = replace(f, row=f.row.masked_fill(f.row == 0, _NEARLY_ZERO))
-        weight = None  # freed before the scaled one is made: one at a time
     # a vector's slope reads y
     found = _Pass(f, noted, folds, scales_output=is_vector and not folds, is_read=is_read or is_vector)
     if not found.is_read:
         return found
     has_branch = f.up is not None and f.down is not None
-    if not has_branch or weight is not None or found.scales_output or not base.adds(storage, found.scale):
-        _multiply(x_TI, base, storage, found, weight)
+    if not has_branch or found.scales_output or not base.adds(storage, found.scale):
+        _multiply(x_TI, base, storage, found)
     return found
 
 
@@ -259,13 +256,12 @@ def _multiply(
     base: FrozenLinear,
     storage: tuple[Tensor, ...],
     found: _Pass,
-    weight: Tensor | None = None,
     into_TO: Tensor | None = None,
 ) -> None:
     """y = row W (col x), added to `into_TO` if there is one."""
     if found.f.col is not None:
         x_TI = times_columns(x_TI, found.f.col)
-    y_TO = base.product(x_TI, storage, found.scale, weight, into_TO)
+    y_TO = base.product(x_TI, storage, found.scale, into_TO=into_TO)
     if found.scales_output and found.f.row is not None:
         found.kept_TO, y_TO = y_TO, times_columns(y_TO, found.f.row)
     found.y_TO = y_TO

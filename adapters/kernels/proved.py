@@ -24,7 +24,7 @@ SWITCH = "DECOMPFT_TRITON"  # 0: no kernel of ours or of Liger's runs, to find o
 # each has a `PROVED`
 _MODULES = (
     "columns", "dequantize", "norm", "rows", "changed", "visit", "combine", "swiglu", "rms_norm", "cross_entropy",
-    "fp8",
+    "weight_times", "fp8",
 )  # fmt: skip
 
 

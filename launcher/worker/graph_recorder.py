@@ -52,6 +52,7 @@ class CudaRecorder:
 
     def record(self, work: Work) -> tuple[Callable[[], None], Tensor]:
         gc.collect()  # with cycles go nodes of autograd that know another stream
+        torch.cuda.empty_cache()  # what an evaluation left: blocks of one stream are not given to another
         for _ in range(_WARM_UPS - 1):
             self.plain(work)
         mode = torch.cuda.get_sync_debug_mode()
