@@ -37,7 +37,7 @@ class Rates:
 H200 = Rates(
     name="H200",
     # LoRA, 4 rows: 19,394 tokens/s of 28.2 GFLOP, less the tail (single_gpu.json, lora-none-bfloat16, call H). Before:
-    # call F's 18,560, without kernels for the loss and the norms, and on a card 4 % slower (PEFT: 15,782 tokens/s there,
+    # call F's 18,560, without kernels for the loss and the norms, on a card 4 % slower (PEFT: 15,782 tokens/s there,
     # 16,382 in call H, 15,754 on another card of H's day)
     flops=8_192 * 28.2e9 / (8_192 / 19_394 - 5e-3),
     # between LoRA's and MAP's rows of call H in fp8, with and without recomputation, all of them recorded
