@@ -9,6 +9,14 @@ from decompft.launcher.strategies import STRATEGIES
 from decompft.launcher.workload import Layout
 
 
+def is_recorded(recipe: Recipe, layout: Layout) -> bool:
+    """Whether passes of this layout are recorded; where they are demanded and cannot be, they are not."""
+    wanted = recipe.train.cuda_graph
+    if wanted is False or _obstacle(recipe, layout)[0]:
+        return False
+    return wanted is True or not _not_worth_it(recipe)
+
+
 def decide_cuda_graph(recipe: Recipe, layout: Layout) -> tuple[bool, str]:
     """Whether `train.cuda_graph` is on, and a line for the plan; "" where nobody asked.
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from decompft.adapters.formats import FORMAT_SPECS
 from decompft.adapters.spec import spec_of
+from decompft.launcher.cuda_graph import is_recorded
 from decompft.launcher.forecast_fitted import (
     CPU_PROCESS_BYTES,
     CUDA_CONTEXT_BYTES,
@@ -21,6 +22,8 @@ from decompft.launcher.forecast_fitted import (
     DEEPSPEED_PROCESS_BYTES,
     NCCL_BYTES,
     NCCL_HOST_BYTES,
+    RECORDED_BYTES,
+    RECORDED_EVALUATION_BYTES,
 )
 from decompft.launcher.forecast_recompute import (
     ON_THE_WAY,
@@ -40,7 +43,7 @@ from decompft.launcher.forecast_states import (
     states,
 )
 from decompft.launcher.models import ModelShape
-from decompft.launcher.plan import RUNTIME, Forecast, Term
+from decompft.launcher.plan import RECORDED, RUNTIME, Forecast, Term
 from decompft.launcher.recompute import pieces_of, runs_again
 from decompft.launcher.workload import (
     Layout,
@@ -87,7 +90,13 @@ def forecast(
         *gathered(work, layout),
     )
     is_away = layout.cpu_offload and is_cuda
-    terms = (*(() if is_away else held), *beside, _loading(work, layout, beside), _runtime(layout))
+    terms = (
+        *(() if is_away else held),
+        *beside,
+        _loading(work, layout, beside),
+        _recorded(work, layout),
+        _runtime(layout),
+    )
     host: tuple[Term, ...] = ()
     if is_cuda:
         slices = LOAD_SLICES * _largest_slice(work, layout)
@@ -305,6 +314,20 @@ def _loading(work: Workload, layout: Layout, beside: tuple[Term, ...]) -> Term:
 def _largest_slice(work: Workload, layout: Layout) -> int:
     """Bytes of this rank's rows of the largest tensor, as the file has them: of the compute dtype."""
     return -(-largest_tensor(work.shape) * compute_bytes(work.recipe) // layout.shard_size)
+
+
+def _recorded(work: Workload, layout: Layout) -> Term:
+    """What `train.cuda_graph` reserves beyond tensors: nothing where passes run plainly."""
+    if not is_recorded(work.recipe, layout):
+        return Term(name=RECORDED, num_bytes=0)
+    data = work.recipe.data
+    if not (data.eval or data.eval_fraction):
+        return Term(name=RECORDED, num_bytes=RECORDED_BYTES, note="a CUDA graph's own memory")
+    return Term(
+        name=RECORDED,
+        num_bytes=RECORDED_BYTES + RECORDED_EVALUATION_BYTES,
+        note="a CUDA graph's own memory, which evaluations cannot use",
+    )
 
 
 def _runtime(layout: Layout) -> Term:

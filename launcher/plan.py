@@ -47,7 +47,8 @@ class Term(Frozen):
     note: str = ""
 
 
-RUNTIME = "runtime context"  # the one term that no tensor allocator sees
+# terms that no tensor allocator counts
+RUNTIME, RECORDED = "runtime context", "recorded passes"
 
 
 class Forecast(Frozen):
@@ -65,7 +66,7 @@ class Forecast(Frozen):
     @property
     def allocated_bytes(self) -> int:
         """What torch.cuda.max_memory_allocated should show: all but the runtime's own."""
-        return sum(t.num_bytes for t in self.terms if t.name != RUNTIME)
+        return sum(t.num_bytes for t in self.terms if t.name not in (RUNTIME, RECORDED))
 
     @property
     def host_total_bytes(self) -> int:

@@ -36,14 +36,16 @@ class Rates:
 
 H200 = Rates(
     name="H200",
-    # LoRA, 4 rows: 18,560 tokens/s of 28.2 GFLOP, less the tail (single_gpu.json, lora-none-bfloat16)
-    flops=8_192 * 28.2e9 / (8_192 / 18_560 - 5e-3),
-    # between LoRA's and MAP's rows in fp8, with and without recomputation
-    fp8_flops=790e12,
+    # LoRA, 4 rows: 19,394 tokens/s of 28.2 GFLOP, less the tail (single_gpu.json, lora-none-bfloat16, call H). Before:
+    # call F's 18,560, without kernels for the loss and the norms, on a card 4 % slower (PEFT: 15,782 tokens/s there,
+    # 16,382 in call H, 15,754 on another card of H's day)
+    flops=8_192 * 28.2e9 / (8_192 / 19_394 - 5e-3),
+    # between LoRA's and MAP's rows of call H in fp8, with and without recomputation, all of them recorded
+    fp8_flops=832e12,
     # LoRA, 4 rows: Liger's 65 norms of 8,192 tokens of 4,096 bfloat16 numbers in 2.31 ms (profile_step.py, 2026-11-23)
     norm_bytes_per_s=65 * 2 * 8_192 * 4_096 * 2 / 2.31e-3,
     # MAP in fp8: both passes on one thread of the host 304 ms (benchmarks/host_time.py, 2026-11-23), over the 16,230
-    # launches that METHODS counts; there are fewer since
+    # launches that METHODS counts; there are fewer since. No row of call H holds it
     launch_s=304e-3 / 16_230,
     gather_s=0.1e-3,
     # zero2, 4 rows: 591 ms a step (matrix.json), less MAP's launches and the tail, over 896 tensors

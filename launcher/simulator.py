@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from decompft.adapters.spec import spec_of
 from decompft.launcher.collectives import Fabric, Group, all_gather_s, all_reduce_s
+from decompft.launcher.cuda_graph import is_recorded
 from decompft.launcher.forecast_recompute import norm_numbers
 from decompft.launcher.models import LinearShape
 from decompft.launcher.plan import StepTime, TimeTerm
@@ -138,7 +139,9 @@ def _micro(
     forward, backward = flops(work, layout.micro_size * work.recipe.data.sequence_length)
     scale = dearer / (rates.fp8_flops if _is_fp8(work) and rates.fp8_flops else rates.flops)
     again = _again(work, layout, rates, forward * scale)
-    host = launches * work.shape.num_layers * rates.launch_s * (1 + again * FORWARD_SHARE)
+    host = 0.0  # one launch
+    if not is_recorded(work.recipe, layout):
+        host = launches * work.shape.num_layers * rates.launch_s * (1 + again * FORWARD_SHARE)
     host += _engine_host_s(work, layout, rates, again)
     links, exposed = _gather_s(work, layout, fabric, nodes)
     if reduces:

@@ -71,6 +71,20 @@ def test_small_micro_batches_are_bound_by_the_host_and_large_ones_by_arithmetic(
     assert seconds(small, "waiting for the host") > 0 == seconds(large, "waiting for the host")
 
 
+def test_recorded_passes_do_not_wait_for_the_host() -> None:
+    plain, recorded = (
+        simulate(
+            work(SEVEN_B, train={"cuda_graph": recorded}), layout(micro_size=1), H200, fabric(), nodes=1,
+            accumulation=1,
+        )
+        for recorded in (False, True)
+    )  # fmt: skip
+    wait = "waiting for the host"
+    assert (
+        seconds(recorded, wait) == 0 < seconds(plain, wait) == pytest.approx(plain.seconds - recorded.seconds)
+    )
+
+
 def test_accumulation_does_not_communicate_under_ddp() -> None:
     one, four = (
         step(strategy="ddp", world_size=16, nodes=2, micro_size=8, accumulation=n) for n in (1, 4)
