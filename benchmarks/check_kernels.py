@@ -21,7 +21,16 @@ import check_fp8_kernels
 import torch
 from torch import Tensor
 
-from decompft.adapters.kernels import columns, combine, cross_entropy, dequantize, proved, rms_norm, swiglu
+from decompft.adapters.kernels import (
+    columns,
+    combine,
+    cross_entropy,
+    dequantize,
+    proved,
+    rms_norm,
+    swiglu,
+    weight_times,
+)
 
 SM = 90
 POINTERS = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32}
@@ -92,6 +101,7 @@ def compile_all() -> None:
     compile_cross_entropy()
     compile_rms_norm()
     compile_swiglu()
+    compile_weight_times()
 
 
 def compile_combine() -> None:
@@ -149,12 +159,18 @@ def compile_rms_norm() -> None:
         tile = {"ROWS": rows, "COLUMNS": columns}
         types = dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr"), pointer)
         compile_one(
-            rms_norm_triton.forward, types | {"eps": "fp32"}, tile, num_warps=warps, **rms_norm._OPTIONS
+            rms_norm_triton.rms_norm_forward,
+            types | {"eps": "fp32"},
+            tile,
+            num_warps=warps,
+            **rms_norm._OPTIONS,
         )
         types = dict.fromkeys(("dy_ptr", "x_ptr", "weight_ptr", "other_ptr", "dx_ptr"), pointer)
         for sums in (False, True):
             constants = {"SUMS": sums} | tile | ({} if sums else {"other_ptr": None})
-            compile_one(rms_norm_triton.backward, types, constants, num_warps=warps, **rms_norm._OPTIONS)
+            compile_one(
+                rms_norm_triton.rms_norm_backward, types, constants, num_warps=warps, **rms_norm._OPTIONS
+            )
 
 
 def compile_swiglu() -> None:
@@ -180,6 +196,25 @@ def compile_swiglu() -> None:
             sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "TILES": tile.tiles}
             if own or not dots:
                 compile_one(kernel, types, ranks | own | sizes | absent, num_warps=tile.warps, num_stages=1)
+
+
+def compile_weight_times() -> None:
+    """Every rank, with blocks of two sizes."""
+    from decompft.adapters.kernels import weight_times_triton
+
+    for pointer, double, fused, padded, block in itertools.product(
+        ("*bf16", "*fp16"), (False, True), (False, True), (16, 32, 64), (32, 64)
+    ):
+        if fused and not double:
+            continue
+        tile = {
+            "ROWS": weight_times._ROWS, "COLUMNS": weight_times.columns_of(block), "TILES": weight_times._TILES
+        }  # fmt: skip
+        constants = {"DOUBLE": double, "FUSED": fused, "TIMES": 0, "R": padded} | tile
+        compile_one(
+            weight_times_triton.weight_times, SOURCES | {"a_ptr": pointer}, constants,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def compile_one(kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: Any) -> None:
@@ -245,6 +280,13 @@ def interpret() -> None:
         # the interpreter multiplies bfloat16 as if their bits were integers
         for dtype in (torch.float16, *[torch.bfloat16] * (not any(ranks))):
             swiglu.example(torch.device("cpu"), dtype, size, ranks, cut_by=SPACING[dtype])
+    for code, rank, size, double in (
+        ("nf4", 64, (130, 9), False),
+        ("fp4", 1, (1, 1), True),
+        ("nf4", 33, (64, 8), True),
+    ):
+        weight_times.example(torch.device("cpu"), torch.float16, code, rank, size, double_quant=double)
+    print("interpreter: weight_times: as torch")
     print(f"interpreter: swiglu of branches of ranks {SWIGLU_RANKS}: as torch")
     for dtype, num, dots, inner in itertools.product(
         POINTERS.values(), (0, 1, 2, 3), (False, True), (0, *INNERS)

@@ -66,7 +66,7 @@ tests() { # only files with such tests: others want packages that are not there
 kernels() {
   local which
   own kernels
-  for which in ${KERNELS:-products combine_speed fp8_kernels_time visit_speed cross_entropy_speed rms_norm_speed}; do timeout 60 python3 "benchmarks/$which.py" || true; done
+  for which in ${KERNELS:-products combine_speed fp8_kernels_time visit_speed cross_entropy_speed rms_norm_speed swiglu_speed}; do timeout 60 python3 "benchmarks/$which.py" || true; done
   profiles
 }
 gaps() {

@@ -21,7 +21,7 @@ THIN = 256
 # by a kernel's name, the first that fits
 _NAMES = (
     ("attention", r"sdpa|flash|fmha|attention|cudnn"),
-    ("unpack the weights", r"dequant|unpack|^changed"),
+    ("unpack the weights", r"dequant|unpack|^changed|^weight_times"),
     ("round to float8", r"quantize|fp8|^fourbit_|^rows$|^block_highs"),
     ("parts of dx, thin branches of y", r"^combine"),
     ("scales of rows and columns", r"^columns"),

@@ -50,7 +50,7 @@ def forward(x_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]
     y_TH, rstd_T = torch.empty_like(x_TH), x_TH.new_empty(len(x_TH), dtype=torch.float32)
     rows, columns, warps = tile_of(x_TH.shape[1])
     launch(
-        _triton().forward, (-(-len(x_TH) // rows),), x_TH.device,
+        _triton().rms_norm_forward, (-(-len(x_TH) // rows),), x_TH.device,
         x_TH, weight_H, y_TH, rstd_T, *x_TH.shape, eps, ROWS=rows, COLUMNS=columns, num_warps=warps, **_OPTIONS,
     )  # fmt: skip
     return y_TH, rstd_T
@@ -63,7 +63,7 @@ def backward(
     dx_TH = torch.empty_like(x_TH)
     rows, columns, warps = tile_of(x_TH.shape[1])
     launch(
-        _triton().backward, (-(-len(x_TH) // rows),), x_TH.device,
+        _triton().rms_norm_backward, (-(-len(x_TH) // rows),), x_TH.device,
         dy_TH, x_TH, weight_H, rstd_T, other_TH, dx_TH, *x_TH.shape,
         SUMS=other_TH is not None, ROWS=rows, COLUMNS=columns, num_warps=warps, **_OPTIONS,
     )  # fmt: skip

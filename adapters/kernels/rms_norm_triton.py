@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def forward(  # type: ignore[no-untyped-def]
+def rms_norm_forward(  # type: ignore[no-untyped-def]
     x_ptr,  # (rows, columns), contiguous, as all here
     weight_ptr,  # (columns,)
     y_ptr,  # (rows, columns)
@@ -37,7 +37,7 @@ def forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def backward(  # type: ignore[no-untyped-def]
+def rms_norm_backward(  # type: ignore[no-untyped-def]
     dy_ptr,  # (rows, columns), contiguous, as all here
     x_ptr,
     weight_ptr,  # (columns,)
