@@ -59,7 +59,9 @@ class Map(Adapter):
         return float(self._warmup)
 
     def on_step(self, step: int) -> None:
-        share = (step + 1) / (self.config.options.b_warmup_steps or 1)
+        if not self.config.options.b_warmup_steps:
+            return
+        share = (step + 1) / self.config.options.b_warmup_steps
         if share >= 1:
             self._warmup = 1.0
         elif isinstance(self._warmup, Tensor):

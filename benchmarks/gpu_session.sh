@@ -12,7 +12,7 @@
 #                first GPU, and beside it on the last of two or more: kernels
 #   kernels      products and kernels by themselves: KERNELS, names of scripts, default all; then profiles
 #   parity       200 steps of a real model in fp8 and in bfloat16, beside tests where the model was carried (not timed)
-#   gaps         where the GPU waits in a run's steps: GAPS, overrides with commas between them
+#   gaps         where the GPU waits in a run's steps: GAPS, each a method and overrides, with commas between them
 #   attention    torch's attention kernels and FlashAttention 4, once `go` had it (FA4=yes in gpu_pack.sh)
 #   packed       short documents packed and padded, 8 layers of 7B's shape; the table goes into logs.tar.xz
 #   profiles     a step's kernels by class, of PROFILES (default: see below)
@@ -72,9 +72,9 @@ kernels() {
 gaps() {
   local which
   own gaps
-  for which in ${GAPS:-adapter.method=lora adapter.method=lora,quantization.compute=fp8,train.cuda_graph=true}; do
+  for which in ${GAPS:-lora map lora,quantization.compute=fp8}; do
     # shellcheck disable=SC2086 # several words
-    timeout 90 python3 benchmarks/step_gaps.py ${which//,/ } || true
+    timeout 90 python3 benchmarks/step_gaps.py train.cuda_graph=true adapter.method=${which//,/ } || true
   done
 }
 attention() {
