@@ -8,7 +8,7 @@ module's forward pass ends, also where it ends by an exception: then nothing of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,9 +84,11 @@ class Joint:
         self.is_running, self._x, self._outputs = is_running, None, {}
 
 
-def together(x: Tensor, pair: tuple[Adapter | FrozenLinear, Adapter | FrozenLinear]) -> Tensor | None:
-    """silu(gate(x)) * up(x) where gate and up are all members of one node; None where they compute alone."""
-    joint = pair[0].joint if isinstance(pair[0], Adapter | FrozenLinear) else None
+def together(
+    x: Tensor, pair: tuple[Adapter | FrozenLinear, Adapter | FrozenLinear]
+) -> tuple[Tensor, Callable[[], Tensor]] | None:
+    """silu(gate(x)) * up(x) as `gated` where gate and up are all members of one node; None where they compute alone."""
+    joint = pair[0].joint
     if joint is None or joint.members != pair or joint.drops:
         return None
     return gated(x, [_member(m) for m in pair])

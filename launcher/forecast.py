@@ -30,6 +30,7 @@ from decompft.launcher.forecast_recompute import (
     host_bytes,
     kept_by_norms,
     kept_by_selective,
+    kept_without_activation,
     made_again_by_norms,
     made_again_by_selective,
 )
@@ -147,13 +148,15 @@ def _activations(work: Workload, layout: Layout) -> list[Term]:
         pieces = pieces_of(shape.model_type)
         assert pieces is not None, f"the planner takes full for {shape.model_type}"
         again, again_layer = _thin_bytes(work, e, only=lambda name: runs_again(name, pieces))
-        # the last ones keep all but norms, and have freed it when the first of the others runs again
-        rest = layers - (layout.recompute_blocks or layers)
-        more = rest * (kept_by_norms(shape, e, is_fused=is_fused) - kept_by_selective(shape, e))
+        # the last ones keep their linears' outputs, and have freed them when the first of the others runs again
+        rest = 0 if layout.recompute_blocks is None else layers - layout.recompute_blocks
+        more = rest * (kept_without_activation(shape, e, is_fused=is_fused) - kept_by_selective(shape, e))
         more += again * rest // layers
         kept = (kept_by_selective(shape, e) * layers + more + thin - again) * tokens
         made = (made_again_by_selective(shape, e, is_fused=is_fused) + again_layer - more) * tokens
-        made = max(made, made_again_by_norms(shape, e, is_fused=is_fused) * tokens)
+        # of the last, one norm's output or the activation's
+        last = max(made_again_by_norms(shape, e, is_fused=is_fused), shape.intermediate * e * bool(rest))
+        made = max(made, last * tokens)
         besides = f", {rest} with their MLPs" * bool(rest)
         return [
             Term(

@@ -28,6 +28,11 @@ def made_again_by_norms(shape: ModelShape, e: int, *, is_fused: bool) -> int:
     return shape.hidden * e + copy
 
 
+def kept_without_activation(shape: ModelShape, e: int, *, is_fused: bool) -> int:
+    """What a layer keeps under `selective` that does not run its MLP again: no input of the MLP's last linear."""
+    return kept_by_norms(shape, e, is_fused=is_fused) - shape.intermediate * e
+
+
 def kept_by_selective(shape: ModelShape, e: int) -> int:
     """The inputs of norms, and what attention made; adapters' thin products apart.
 

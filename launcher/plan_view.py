@@ -119,11 +119,9 @@ def _methods(recipe: Recipe) -> str:
 
 def _recompute(plan: Plan) -> str:
     some = plan.recompute_blocks
-    return (
-        plan.recompute
-        if some is None
-        else f"{plan.recompute} in the first {some} blocks, norms in the others"
-    )
+    if some is None:
+        return plan.recompute
+    return f"{plan.recompute} in the first {some} blocks, norms and activations in the others"
 
 
 def _mesh(plan: Plan) -> str:

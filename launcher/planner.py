@@ -259,10 +259,10 @@ def _fewest_blocks(work: Workload, layout: Layout, budget: Budget) -> Layout:
     """
     headroom = Budget.HEADROOM + FILLED
     count = bisect_left(
-        range(1, work.shape.num_layers), True,
+        range(work.shape.num_layers), True,
         key=lambda n: fits(work, replace(layout, recompute_blocks=n), budget, headroom=headroom),
     )  # fmt: skip
-    return layout if count + 1 == work.shape.num_layers else replace(layout, recompute_blocks=count + 1)
+    return layout if count == work.shape.num_layers else replace(layout, recompute_blocks=count)
 
 
 def _reason(work: Workload, faster: list[Layout], chosen: Layout, budget: Budget) -> str:

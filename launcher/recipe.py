@@ -218,9 +218,9 @@ class TrainSection(Section):
     )
     recompute_blocks: int | None = Field(
         None,
-        ge=1,
+        ge=0,
         description="with recompute: selective, so many blocks compute their MLP again, the first ones, and the others "
-        "norms alone; default: all, and with auto as few as fit",
+        "norms and the MLP's activation alone; default: all, and with auto as few as fit",
     )
     deterministic: bool = Field(
         False,

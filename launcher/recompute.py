@@ -14,10 +14,11 @@ BY_PIECES: tuple[Recompute, ...] = ("norms", "selective")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pieces:
-    """The modules of a block that `selective` runs again, by their names in the block; `norms` the norms alone."""
+    """The modules of a block that are run again, by their names in the block, and those of its MLP by theirs in it."""
 
     norms: tuple[str, ...]  # only their inputs are kept; some are absent from some configs
     last: str  # the linear that ends the MLP: all before it is run again, it is not
+    inner: tuple[str, ...] = ("gate_proj", "up_proj")  # the linears before the MLP's activation
     mlp: str = "mlp"
     adds_output: bool = (
         True  # the MLP's output goes to the residual sum, dropped out or not, and is not saved
@@ -35,9 +36,13 @@ _PIECES: dict[str, Pieces] = {
     "gemma": _LLAMA,
     "gemma2": Pieces(norms=_FOUR_NORMS, last="down_proj", adds_output=False),
     "gemma3_text": Pieces(norms=(*_FOUR_NORMS, *_QK_NORMS), last="down_proj", adds_output=False),
-    "phi": Pieces(norms=("input_layernorm", "self_attn.q_layernorm", "self_attn.k_layernorm"), last="fc2"),
-    "phi3": _LLAMA,
-    "gpt2": Pieces(norms=("ln_1", "ln_2"), last="c_proj"),
+    "phi": Pieces(
+        norms=("input_layernorm", "self_attn.q_layernorm", "self_attn.k_layernorm"),
+        last="fc2",
+        inner=("fc1",),
+    ),
+    "phi3": Pieces(norms=_LLAMA.norms, last="down_proj", inner=("gate_up_proj",)),
+    "gpt2": Pieces(norms=("ln_1", "ln_2"), last="c_proj", inner=("c_fc",)),
 }
 
 

@@ -124,7 +124,8 @@ def _again(work: Workload, layout: Layout, rates: Rates, forward_s: float) -> fl
     else:
         chosen = [x for x in linears if not is_left_out(x.name, pieces)]
     layers = work.shape.num_layers
-    share = _weights(work, chosen) / _weights(work, linears) * (layout.recompute_blocks or layers) / layers
+    blocks = layers if layout.recompute_blocks is None else layout.recompute_blocks
+    share = _weights(work, chosen) / _weights(work, linears) * blocks / layers
     return share * (OFFLOAD_DEARER if layout.recompute == "offloaded" else 1.0)
 
 

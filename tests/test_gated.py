@@ -64,6 +64,9 @@ def test_every_family_has_the_losses_and_slopes_of_its_own_mlp(tmp_path, family,
         assert ours.mlps == layers
         again = mode in ("selective", "full", "offloaded")
         assert ours.branches == [(True, True)] * (2 * layers * (1 + again)), mode
+    ours.branches.clear()
+    assert_equal(found["none"], gradients(model, PLAIN, LORA, "selective", count=0))
+    assert ours.branches == [(True, True)] * (4 * layers), "activations alone are made again"
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -81,6 +84,7 @@ def test_modes_have_equal_numbers_in_bfloat16(llama, method, monkeypatch) -> Non
     plain = gradients(llama, BF16, METHODS[method], "none")
     for mode in MODES[1:]:
         assert_equal(plain, gradients(llama, BF16, METHODS[method], mode))
+    assert_equal(plain, gradients(llama, BF16, METHODS[method], "selective", count=0))
 
 
 @pytest.mark.parametrize("method", ["lora", "map"])

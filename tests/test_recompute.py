@@ -80,6 +80,7 @@ def test_no_family_has_other_numbers(tmp_path, family) -> None:
     plain = gradients(model, PLAIN, LORA, "none")
     for mode in AGAIN:
         assert_equal(plain, gradients(model, PLAIN, LORA, mode))
+    assert_equal(plain, gradients(model, PLAIN, LORA, "selective", count=0))
 
 
 @pytest.mark.parametrize("compute", [NF4, BF16], ids=["float32", "bfloat16"])
@@ -90,10 +91,11 @@ def test_no_method_has_other_numbers(llama, method, compute) -> None:
         assert_equal(plain, gradients(llama, compute, METHODS[method], mode))
 
 
-@pytest.mark.parametrize("method", ["lora", "map", "dora", "lora-dropout"])
-def test_selective_in_some_blocks_has_no_other_numbers(llama, method) -> None:
+@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize("method", METHODS)
+def test_selective_in_some_blocks_has_no_other_numbers(llama, method, count) -> None:
     plain = gradients(llama, BF16, METHODS[method], "none")
-    assert_equal(plain, gradients(llama, BF16, METHODS[method], "selective", count=1))
+    assert_equal(plain, gradients(llama, BF16, METHODS[method], "selective", count=count))
 
 
 # --- what is run again ---
@@ -198,9 +200,11 @@ def test_a_layer_keeps_what_the_forecast_says(family, compute) -> None:
     assert found["none"] > found["norms"] > found["selective"] > found["full"]
 
 
-def test_selective_in_some_blocks_keeps_what_the_forecast_says() -> None:
+@pytest.mark.parametrize("some", [0, 4])
+@pytest.mark.parametrize("family", ["llama", "gemma", "qwen3", "gpt2"])
+def test_selective_in_some_blocks_keeps_what_the_forecast_says(family, some) -> None:
     found, expected = (
-        count("llama", 6, "selective", "bfloat16", some=4) - count("llama", 6, "selective", "bfloat16")
+        count(family, 6, "selective", "bfloat16", some=some) - count(family, 6, "selective", "bfloat16")
         for count in (kept, forecast_activations)
     )
     assert found == expected > 0
@@ -248,6 +252,25 @@ def test_only_the_first_blocks_run_their_mlp_again(llama) -> None:
         block.mlp.gate_proj.register_forward_hook(lambda *_, index=index: runs.update([index]))
     hf(batch()).backward()
     assert runs == {0: 2, 1: 1}
+
+
+def test_an_activation_that_is_made_again_is_not_kept(llama) -> None:
+    """Its linears run once, itself twice, and nobody keeps it: gate and up are there."""
+    hf = built(llama, PLAIN, LORA, recompute="selective", recompute_blocks=0).model.train()
+    linears: Counter[str] = Counter()
+    activations: Counter[str] = Counter()
+    outputs: list[weakref.ref[Tensor]] = []
+    for block in blocks(hf.model):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            block.mlp.get_submodule(name).register_forward_hook(lambda *_, name=name: linears.update([name]))
+        block.mlp.act_fn.register_forward_hook(lambda *_: activations.update(["act_fn"]))
+        block.mlp.down_proj.register_forward_pre_hook(lambda _, given: outputs.append(weakref.ref(given[0])))
+    loss = hf(batch())
+    gc.collect()
+    assert [y() for y in outputs] == [None] * len(outputs)
+    loss.backward()
+    layers = FAMILIES["llama"]["num_hidden_layers"]
+    assert set(linears.values()) == {layers} and activations == {"act_fn": 2 * layers}
 
 
 def test_norms_run_twice_and_nothing_else(llama) -> None:

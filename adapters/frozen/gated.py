@@ -7,7 +7,7 @@ would come back to it with its branch added, and all its gradients follow from t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,14 +18,19 @@ from decompft.adapters.frozen.thin import Later
 from decompft.adapters.kernels import swiglu as kernel
 
 
-def gated(x: Tensor, members: Sequence[Member]) -> Tensor:
-    """x (..., in) -> silu(y_gate) * y_up (..., out) of the members gate and up; only where the kernel `fits` x."""
+def gated(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, Callable[[], Tensor]]:
+    """x (..., in) -> silu(y_gate) * y_up (..., out) of the members gate and up, and how to make it again.
+
+    Only where the kernel `fits` x. It is made again of what the second node saves, so before that node's backward pass.
+    """
     later = Later(kernel.takes, len(members))
     gate, up = frozen_linears(x, members, later=later)
     of_gate, of_up = later.branches
     factors = (*(of_gate or (None, None)), *(of_up or (None, None)))
     y: Tensor = _SwiGlu.apply(gate, up, later, *factors)
-    return y
+    # without their nodes, or what holds this would keep itself
+    given = gate.detach(), up.detach()
+    return y, lambda: _activation(*given, factors)
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -33,7 +38,7 @@ class _SwiGlu(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, later: Later, *factors: Tensor | None) -> Tensor:
         ctx.later = later
         ctx.save_for_backward(gate, up, *factors)
-        return kernel.forward(_flat(gate), _flat(up), *_branches(factors)).view(gate.shape)
+        return _activation(gate, up, factors)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -43,6 +48,10 @@ class _SwiGlu(torch.autograd.Function):
         found = kernel.backward(_flat(dy).contiguous(), _flat(gate), _flat(up), *_branches(factors), wanted)
         ctx.later.dots = list(found)
         return gate, up, None, *[None] * len(factors)
+
+
+def _activation(gate: Tensor, up: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
+    return kernel.forward(_flat(gate), _flat(up), *_branches(factors)).view(gate.shape)
 
 
 def _flat(tensor: Tensor) -> Tensor:

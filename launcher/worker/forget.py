@@ -1,4 +1,5 @@
-"""Recomputation by pieces: a block runs its norms again, and under `selective` the front of its MLP; the rest it keeps.
+"""Recomputation by pieces: a block runs its norms again, and under `selective` the front of its MLP or the activation
+alone; the rest it keeps.
 
 A piece is a function of one tensor, run once in the forward pass and, if the backward pass asks for anything that it
 left behind, once more. Left behind are two kinds of tensors: those that autograd saved inside, and the piece's output
@@ -14,9 +15,9 @@ launches are the limit already, and refuse what is written to in place, as Liger
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +26,17 @@ from torch.autograd.graph import saved_tensors_hooks
 from decompft.adapters.base import Adapter
 from decompft.adapters.joint import running
 from decompft.launcher.recompute import Pieces
+from decompft.launcher.worker.gated import gated_front
 
 _Function = Callable[[Tensor], Tensor]
+MlpPart = Literal["nothing", "activation", "front"]
 
 
-def forget(block: nn.Module, pieces: Pieces, *, mlp_too: bool) -> None:
+def forget(block: nn.Module, pieces: Pieces, *, mlp: MlpPart) -> None:
     """Let a block run its norms again in the backward pass. Before anything is sharded, after kernels are chosen.
 
     Args:
-        mlp_too: and its MLP but the last linear.
+        mlp: what of its MLP, too: what lies between its linears, or all but the last linear.
     """
     passes: list[_Pass] = []  # the forward pass that is under way, if any
     for name in pieces.norms:
@@ -43,9 +46,11 @@ def forget(block: nn.Module, pieces: Pieces, *, mlp_too: bool) -> None:
             # Liger's rotary writes over what the attention's own norms give, unseen by autograd: whoever saved that
             # would be given it unturned; and nobody else keeps it
             _set_forward(norm, _rerun_norm(norm, passes, is_kept=not parent))
-    if mlp_too:
-        mlp = block.get_submodule(pieces.mlp)
-        _set_forward(mlp, _split_mlp(mlp, pieces.last, passes))
+    module = block.get_submodule(pieces.mlp)
+    if mlp == "front":
+        _set_forward(module, _split_mlp(module, pieces.last, passes))
+    elif mlp == "activation":
+        _set_forward(module, _rerun_activation(module, pieces, passes))
     _set_forward(block, _watch(block.forward, passes))
 
 
@@ -95,16 +100,10 @@ def _split_mlp(mlp: nn.Module, last: str, passes: list[_Pass]) -> _Function:
     """The MLP as two calls: all before its last linear, which is a piece, and that linear."""
     original: _Function = mlp.forward
     draws = any(m.config.dropout > 0 for n, m in mlp.named_modules() if isinstance(m, Adapter) and n != last)
-    same = nn.Identity()
 
     def front(x: Tensor) -> Tensor:
-        taken = mlp._modules[last]
-        mlp._modules[last] = same
-        try:
-            with running(mlp):  # the second time nobody calls the MLP
-                return original(x)
-        finally:
-            mlp._modules[last] = taken
+        with _exchanged(mlp, {last: nn.Identity()}), running(mlp):  # the second time nobody calls the MLP
+            return original(x)
 
     def forward(x: Tensor) -> Tensor:
         if not passes:
@@ -113,6 +112,56 @@ def _split_mlp(mlp: nn.Module, last: str, passes: list[_Pass]) -> _Function:
         return end(passes[-1].run(front, x, again=front, draws=draws))
 
     return forward
+
+
+def _rerun_activation(mlp: nn.Module, pieces: Pieces, passes: list[_Pass]) -> _Function:
+    """The MLP as three calls, of which the second, between its linears, is not kept; what it saved itself is."""
+    original: _Function = mlp.forward
+
+    def front(x: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+        """The activation, and how to make it again."""
+        found: list[Tensor] = []
+
+        def seen(name: str) -> _Function:
+            module: _Function = mlp.get_submodule(name)
+
+            def call(x: Tensor) -> Tensor:
+                found.append(module(x))
+                return found[-1]
+
+            return call
+
+        with _exchanged(mlp, {**{n: seen(n) for n in pieces.inner}, pieces.last: nn.Identity()}):
+            y = original(x)
+        # without their nodes, or what holds this would keep itself
+        given = [t.detach() for t in found]
+
+        def again() -> Tensor:
+            outputs = {n: lambda _, t=t: t for n, t in zip(pieces.inner, given, strict=True)}
+            with torch.no_grad(), _exchanged(mlp, {**outputs, pieces.last: nn.Identity()}):
+                return original(given[0])  # as an x, which nobody reads
+
+        return y, again
+
+    def forward(x: Tensor) -> Tensor:
+        if not passes:
+            return original(x)
+        y, again = gated_front(mlp, x) or front(x)
+        end: _Function = mlp.get_submodule(pieces.last)
+        return end(passes[-1].drop(y, again))
+
+    return forward
+
+
+@contextmanager
+def _exchanged(module: nn.Module, others: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Within, calls of these children are calls of others."""
+    taken = {name: module._modules[name] for name in others}
+    module._modules.update(others)  # type: ignore[arg-type]  # whatever can be called
+    try:
+        yield
+    finally:
+        module._modules.update(taken)
 
 
 def _set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
@@ -125,7 +174,7 @@ class _Pass:
 
     def __init__(self) -> None:
         # by address; the tensors are held, so that no other takes an address of theirs before the pass is over
-        self._outputs: dict[int, tuple[Tensor, _Piece]] = {}
+        self._outputs: dict[int, tuple[Tensor, _Source]] = {}
 
     def run(
         self,
@@ -147,6 +196,12 @@ class _Pass:
         y = piece.run(function, x)
         if is_kept and y.data_ptr():
             self._outputs[y.data_ptr()] = (y, piece)
+        return y
+
+    def drop(self, y: Tensor, again: Callable[[], Tensor]) -> Tensor:
+        """y itself, which is not kept where modules after this save it: `again` makes it."""
+        if y.data_ptr():
+            self._outputs[y.data_ptr()] = (y, _Remade(again))
         return y
 
     def end(self) -> None:
@@ -221,6 +276,27 @@ class _Piece:
         self._output = y.detach()
 
 
+class _Remade:
+    """An output that follows from tensors which others keep."""
+
+    def __init__(self, again: Callable[[], Tensor]) -> None:
+        self._again = again
+        self._num_uses = 0
+        self._output: Tensor | None = None
+
+    def use_output(self) -> None:
+        self._num_uses += 1
+
+    def output(self) -> Tensor:
+        y = self._again() if self._output is None else self._output
+        self._num_uses -= 1
+        self._output = y if self._num_uses > 0 else None
+        return y
+
+
+_Source = _Piece | _Remade
+
+
 class _Saved:
     """In place of a tensor that was saved inside a piece."""
 
@@ -235,7 +311,7 @@ class _Output:
 
     __slots__ = ("piece", "shape")
 
-    def __init__(self, piece: _Piece, shape: torch.Size) -> None:
+    def __init__(self, piece: _Source, shape: torch.Size) -> None:
         self.piece, self.shape = piece, shape
         piece.use_output()
 

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from decompft.adapters.base import Adapter
+from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.joint import together
 from decompft.adapters.kernels import swiglu as kernel
 
 # Liger puts its own class in the place of the family's, for models that are built later in the process
 _CLASSES = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "LigerSwiGLUMLP")
 _ACTIVATIONS = ("silu", "swish")
+_IS_BOUND = "_decompft_gated"  # attribute of an MLP
 
 
 def use_gated(hf: Any) -> int:
@@ -26,22 +29,33 @@ def use_gated(hf: Any) -> int:
     found = [m for m in hf.modules() if type(m).__name__ in _CLASSES]
     for module in found:
         module.forward = _forward(module)
+        module.__dict__[_IS_BOUND] = True
     return len(found)
+
+
+def gated_front(mlp: nn.Module, x: Tensor) -> tuple[Tensor, Callable[[], Tensor]] | None:
+    """What a bound MLP gives to its last linear, and how to make it again before the backward pass comes to it.
+
+    None where the MLP computes as it would unbound.
+    """
+    if not mlp.__dict__.get(_IS_BOUND) or torch.compiler.is_compiling() or not kernel.fits(x):
+        return None
+    # linears may be exchanged for others at any time
+    pair: Any = (mlp.gate_proj, mlp.up_proj)
+    if any(not isinstance(m, Adapter | FrozenLinear) or _has_hooks(m) for m in pair):
+        return None
+    return together(x, pair)
 
 
 def _forward(mlp: nn.Module) -> Callable[[Tensor], Tensor]:
     before: Callable[[Tensor], Tensor] = mlp.forward
 
     def forward(x: Tensor) -> Tensor:
-        # linears may be exchanged for others at any time
-        pair: Any = (mlp.gate_proj, mlp.up_proj)
-        if torch.compiler.is_compiling() or any(_has_hooks(m) for m in pair) or not kernel.fits(x):
-            return before(x)
-        y = together(x, pair)
-        if y is None:
+        front = gated_front(mlp, x)
+        if front is None:
             return before(x)
         down: Any = mlp.down_proj
-        result: Tensor = down(y)
+        result: Tensor = down(front[0])
         return result
 
     return forward

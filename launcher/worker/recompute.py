@@ -11,7 +11,7 @@ from decompft.adapters.frozen.again import contexts
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.inject import adapters
 from decompft.launcher.recompute import BY_PIECES, MODES, Pieces, Recompute, pieces_of
-from decompft.launcher.worker.forget import forget
+from decompft.launcher.worker.forget import MlpPart, forget
 from decompft.launcher.worker.host_inputs import checkpoint_on_host
 
 
@@ -21,7 +21,7 @@ def set_recompute(hf: Any, blocks: list[nn.Module], mode: Recompute, *, count: i
     Args:
         hf: the transformers model.
         blocks: its repeated layers.
-        count: of `selective`: the first so many, while the others run norms again alone; None: all.
+        count: of `selective`: the first so many, while the others run norms and the activation again; None: all.
     """
     assert mode in MODES, mode
     if mode == "none":
@@ -31,7 +31,8 @@ def set_recompute(hf: Any, blocks: list[nn.Module], mode: Recompute, *, count: i
         assert pieces is not None, f"the plan takes full for {hf.config.model_type}"
         first = len(blocks) if count is None else count
         for index, block in enumerate(blocks):
-            forget(block, pieces, mlp_too=mode == "selective" and index < first)
+            part: MlpPart = "nothing" if mode == "norms" else "front" if index < first else "activation"
+            forget(block, pieces, mlp=part)
         return
     # the state of random numbers cannot be read while a CUDA graph is recorded, and nothing draws without dropout
     drops = any(a.config.dropout for _, a in adapters(hf))
