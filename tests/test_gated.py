@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -125,6 +126,53 @@ def test_evaluation_and_generation_are_the_same(llama, monkeypatch) -> None:
     for one, other in zip(found(), plain, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=0.0)
     assert len(ours.branches) >= 8 * ours.mlps and not ours.dots
+
+
+@pytest.mark.parametrize("method", ["lora", "map", "dora"])
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_saved_is_let_go_of(llama, method, mode, monkeypatch) -> None:
+    """Of a branch nothing outlives a forward pass that is run again, and nothing at all a backward pass."""
+    ours = Ours(monkeypatch)
+    seen: list[weakref.ref[Tensor]] = []
+
+    def forward(gate: Tensor, up: Tensor, *branches: kernel.Branch | None) -> Tensor:
+        seen.extend(weakref.ref(t) for branch in branches for t in branch or ())
+        return ours.forward(gate, up, *branches)
+
+    def backward(*args: Any) -> Any:
+        dots = ours.backward(*args)
+        seen.extend(weakref.ref(t) for t in dots if t is not None)
+        return dots
+
+    monkeypatch.setattr(kernel, "forward", forward)
+    monkeypatch.setattr(kernel, "backward", backward)
+    model = built(llama, BF16, METHODS[method], recompute=mode).model.train()
+    loss = model(batch())
+    count = 4 * ours.mlps
+    assert len(seen) == count
+    if mode in ("selective", "full", "offloaded"):
+        assert not any(ref() is not None for ref in seen)
+    loss.backward()
+    assert len(seen) > count or mode in ("none", "norms")
+    assert not any(ref() is not None for ref in seen), "while the loss is there"
+
+
+def test_a_graph_that_was_written_over_is_not_walked_again(llama, monkeypatch) -> None:
+    ours = Ours(monkeypatch)
+
+    def unseen(dy: Tensor, gate: Tensor, up: Tensor, *rest: Any) -> Any:
+        """As a kernel writes."""
+        arrays = gate.clone(), up.clone()
+        found = ours.backward(dy, *arrays, *rest)
+        gate.data.copy_(arrays[0])
+        up.data.copy_(arrays[1])
+        return found
+
+    monkeypatch.setattr(kernel, "backward", unseen)
+    loss = built(llama, PLAIN, LORA).model.train()(batch())
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified"):
+        loss.backward()
 
 
 def test_what_does_not_fit_goes_where_it_went(llama, monkeypatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from decompft.adapters.frozen.linear import Member, frozen_linears
 from decompft.adapters.frozen.thin import Later
@@ -26,6 +27,9 @@ def gated(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, Callable[[], Te
     later = Later(kernel.takes, len(members))
     gate, up = frozen_linears(x, members, later=later)
     of_gate, of_up = later.branches
+    # both nodes hold `later` for as long as the graph is there: from here on these are saved tensors as all others,
+    # which a recomputation lets go of and a backward pass frees
+    later.branches = []
     factors = (*(of_gate or (None, None)), *(of_up or (None, None)))
     y: Tensor = _SwiGlu.apply(gate, up, later, *factors)
     # without their nodes, or what holds this would keep itself
@@ -46,6 +50,8 @@ class _SwiGlu(torch.autograd.Function):
         wanted = tuple(ctx.later.wants_dots)
         # gate and up become what comes back to them: nobody reads them after this
         found = kernel.backward(_flat(dy).contiguous(), _flat(gate), _flat(up), *_branches(factors), wanted)
+        # a kernel's writes are not counted by autograd: a second walk through this graph is to be an error, not wrong
+        increment_version((gate, up))
         ctx.later.dots = list(found)
         return gate, up, None, *[None] * len(factors)
 

@@ -183,7 +183,7 @@ class _FrozenLinears(torch.autograd.Function):
             pulls = adapter is not None and adapter.pulls_through_weight
             kept_TO, storage, row = own[k][0][0], own[k][3], None
             if _is_vector(base, factors[k]):
-                row = ctx.later.dots[k] if kept_TO is None else dot_columns(g_TO, kept_TO)
+                row = ctx.later.take_dots(k) if kept_TO is None else dot_columns(g_TO, kept_TO)
             found = _back_through_base(g_TO, dx, base, storage, factors[k], row, folds, pulls)
             if pulls:
                 pull_back(k, g_TO, found)

@@ -51,6 +51,11 @@ class Later:
         # of each member the sums (O,) over tokens of y times what comes back to it, float32
         self.dots: list[Tensor | None] = [None] * num_members
 
+    def take_dots(self, place: int) -> Tensor | None:
+        """A member's, which are not held here any longer."""
+        dots, self.dots[place] = self.dots[place], None
+        return dots
+
 
 class Back:
     """Gradients of the factors, and the slope of x_d, which is a product that nobody may need."""
