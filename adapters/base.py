@@ -60,7 +60,7 @@ class Adapter(nn.Module):
     """
 
     reads_weight = False  # `note` wants products of the weight in every pass
-    pulls_through_weight = False  # and so is `pull_back`
+    pulls_through_weight = False  # `pull_back` is shown the weight
     uses_products = True  # W x is its base's `product`; False: it multiplies with a W that it has changed
     note_has_slope = False  # and what it returns has a gradient, which `pull_back` carries on
     joint: Joint | None = None  # the linears that it may compute with
@@ -120,7 +120,7 @@ class Adapter(nn.Module):
         Args:
             found: what `factors` returned in the forward pass.
             grads: a gradient in the place of each tensor of `factors`, None for what has none.
-            weight: what `note` was shown, where `pulls_through_weight`.
+            weight: the one that is used (out, in), in the compute dtype, where `pulls_through_weight`.
         """
         with torch.enable_grad():
             leaves = tuple(t.detach().requires_grad_(True) for t in trained)

@@ -185,16 +185,17 @@ def test_what_does_not_fit_goes_where_it_went(llama, monkeypatch) -> None:
     assert len(ours.branches) == count > 0
 
 
-def test_who_watches_a_linear_sees_its_calls(llama, monkeypatch) -> None:
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_who_watches_a_linear_sees_its_calls(llama, kind, monkeypatch) -> None:
     ours = Ours(monkeypatch)
     made = built(llama, PLAIN, LORA).model.train()
-    seen: list[Tensor] = []
+    seen: list[Any] = []
     layer = made.model.model.layers[0].mlp.gate_proj
-    handle = layer.register_forward_hook(lambda *given: seen.append(given[-1]))
-    made(batch())
+    handle = getattr(layer, f"register_{kind}_hook")(lambda *given: seen.append(given[0]))
+    made(batch()).backward()
     assert len(seen) == 1 and len(ours.branches) == ours.mlps - 1
     handle.remove()
-    made(batch())
+    made(batch()).backward()
     assert len(seen) == 1 and len(ours.branches) == 2 * ours.mlps - 1
 
 

@@ -81,6 +81,7 @@ def test_which_branches_are_taken() -> None:
     h, w = drawn((7, 80), (40, 80), dtype=torch.bfloat16)
     assert kernel.takes(h[:, 8:24], w[:, :16].contiguous())
     assert not kernel.takes(h, w), "a rank above the largest"
+    assert not kernel.takes(h[:, :0], w[:, :0]), "none"
     assert not kernel.takes(h[:, :16], w[:, :16].float())
     assert not kernel.takes(h[:, :16], w[:16].T), "ranks lie apart"
 
@@ -103,8 +104,8 @@ def pair(*variants: str | None, base_name: str = "dense-fp32", joined: bool = Tr
     return made
 
 
-def slopes(made: Gated, *, as_one: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    x, dy = drawn((2, TOKENS, IN), (2, TOKENS, OUT), dtype=torch.float32)
+def slopes(made: Gated, *, as_one: bool, dy: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    x, drawn_dy = drawn((2, TOKENS, IN), (2, TOKENS, OUT), dtype=torch.float32)
     x.requires_grad_()
     if as_one:
         found = together(x, (made.gate, made.up))
@@ -113,7 +114,7 @@ def slopes(made: Gated, *, as_one: bool) -> tuple[Tensor, dict[str, Tensor]]:
         assert torch.equal(again(), y.detach())
     else:
         y = made(x)
-    y.backward(dy)
+    y.backward(drawn_dy if dy is None else dy)
     grads = {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}
     made.zero_grad()
     return y.detach(), grads | {"x": x.grad}
@@ -133,6 +134,11 @@ def test_every_method_has_the_slopes_of_branches_that_are_written(twins: Twins, 
     made = pair(variant, variant, base_name=base_name)
     assert_close(slopes(made, as_one=True), slopes(made, as_one=False))
     assert len(twins.branches) == 2  # once to see that it is made again as it was
+
+
+def test_a_slope_that_is_one_number_is_written_out_for_the_kernel(twins: Twins) -> None:
+    made, ones = pair("lora", "dora"), torch.ones(()).expand(2, TOKENS, OUT)
+    assert_close(slopes(made, as_one=True, dy=ones), slopes(made, as_one=False, dy=ones))
 
 
 @pytest.mark.parametrize("variants", [("lora", None), (None, "map"), ("dora", "lora")])

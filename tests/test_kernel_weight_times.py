@@ -45,6 +45,23 @@ def test_layers_have_the_slopes_that_they_have_by_the_weight(
     assert len(asked) == 1
 
 
+def test_A_is_rounded_as_the_weight_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, A = make_base("nf4-dq", weight()), torch.randn(RANK, IN)
+    plain = base.times(base.storage(), A, torch.bfloat16)
+    given: list[torch.Tensor] = []
+
+    def twin(codes, scales, A, *rest, **named):
+        given.append(A)
+        return kernel.plain(codes, scales, A, *rest, **named)
+
+    monkeypatch.setattr(kernel, "fits", lambda codes, block_size, A: True)
+    monkeypatch.setattr(kernel, "weight_times", twin)
+    found = base.times(base.storage(), A, torch.bfloat16)
+    assert given[0].dtype == torch.bfloat16 and found.dtype == torch.float32
+    # the plain product on a CPU is rounded to bfloat16 at its end
+    torch.testing.assert_close(found, plain, rtol=2**-8, atol=1e-3)
+
+
 def test_a_cpu_takes_the_plain_way() -> None:
     base = make_base("nf4", weight())
     assert not kernel.fits(base.codes, base.block_size, torch.randn(RANK, IN).bfloat16())

@@ -212,7 +212,7 @@ def example(
         spacing * d_gate.abs() + some * terms + off + tiny,
         (spacing + some) * d_up.abs() + 1.1 * dy_size * off_g + tiny,
     )
-    for dots in ((False, False), (True, False), (False, True)):
+    for dots in ((False, False), (True, True), (False, True)):
         arrays = gate.clone(), up.clone()
         sums = backward(dy, *arrays, branches[0], branches[1], dots)
         for array, expected, bound in zip(arrays, (d_gate, d_up), bounds, strict=True):

@@ -63,4 +63,10 @@ def _forward(mlp: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def _has_hooks(module: nn.Module) -> bool:
     """Of an engine, say: who sees the linear's calls must be called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    hooks = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    return any(hooks)
