@@ -19,7 +19,7 @@
 #   rows         the table of speed on one GPU, a part of it on each, the peers beside it; ROWS: names, default all
 #   pair         that on two; PAIR: names
 #   sweeps       tokens/s over sequence length, rank and depth (one GPU), and ranks (two)
-# benchmarks/gpu_pack.sh, run before on the other machine, makes both folders. Give all calls at once: the machine is taken
+# benchmarks/gpu_pack.sh, run before on the other machine, makes the folders. Give all calls at once: the machine is taken
 # back half a minute after the last. A session of its own (setsid) lets the work go on between calls.
 # E.g. after kernels have changed: begin 2 25 tests rows pair methods, and the next time: begin 2 25 sweeps
 set -euo pipefail

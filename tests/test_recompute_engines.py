@@ -32,13 +32,14 @@ def deepspeed_before_fork() -> None:
 @pytest.mark.parametrize("world", ["single", "ddp", "fsdp", "zero2", "zero3"])
 def test_no_engine_has_other_numbers(tmp_path, world) -> None:
     found = {}
-    for mode in MODES:
-        run = make_run(
-            tmp_path, mode, adapter=ADAPTER, train={**TRAIN, "recompute": mode}, parallel=WORLDS[world]
-        )
-        assert run.read_plan().recompute == mode
+    # of two blocks one, and none, run their MLP again: the others their activation
+    for mode, blocks in (*((m, None) for m in MODES), ("selective", 1), ("selective", 0)):
+        train = {**TRAIN, "recompute": mode, "recompute_blocks": blocks}
+        name = f"{mode}-{blocks}" if blocks is not None else mode
+        run = make_run(tmp_path, name, adapter=ADAPTER, train=train, parallel=WORLDS[world])
+        assert run.read_plan().recompute == mode and run.read_plan().recompute_blocks == blocks
         run_ranks(run)
-        found[mode] = [(row["loss"], row["grad_norm"]) for row in metrics(run)]
+        found[name] = [(row["loss"], row["grad_norm"]) for row in metrics(run)]
     assert all(rows == found["none"] for rows in found.values()), found
 
 
