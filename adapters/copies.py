@@ -14,6 +14,7 @@ from decompft.adapters.base import Adapter
 from decompft.adapters.frozen.rounded import Rounded
 from decompft.adapters.inject import adapters
 from decompft.adapters.joint import joints
+from decompft.adapters.map_scales import map_scales
 
 
 def round_factors(model: nn.Module, dtype: torch.dtype) -> Rounded:
@@ -26,7 +27,8 @@ def round_factors(model: nn.Module, dtype: torch.dtype) -> Rounded:
             for factor in (*(down for _, down in pairs), *(up for up, _ in pairs)):
                 if factor is not None:
                     found.setdefault(id(factor), factor)
-    return Rounded(list(found.values()), dtype)
+    whole = [a for _, a in adapters(model) if len(list(_whole(a))) == len(a.shapes)]
+    return Rounded(list(found.values()), dtype, map_scales(whole, dtype))
 
 
 @torch.no_grad()

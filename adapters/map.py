@@ -15,7 +15,7 @@ from torch import Tensor
 from decompft.adapters.base import Adapter, Facts, Settling, kaiming_uniform
 from decompft.adapters.frozen.base import FrozenLinear
 from decompft.adapters.frozen.factors import Factors
-from decompft.adapters.kernels import norm
+from decompft.adapters.kernels import norm, norm_many
 from decompft.adapters.lora import scaling
 from decompft.adapters.spec import AdapterConfig
 from decompft.adapters.specs.base import inner_config
@@ -85,12 +85,26 @@ class MapLinear(Map):
         inner = inner_config(config)
         self.scaling = scaling(inner)
         self.lr_ratio = config.options.lr_ratio * inner.options.lr_ratio
+        # by map_scales.py for the passes of a step; and the versions of the tensors that it is of, apart from it: a
+        # recorded pass looks at what holds tensors, and must not be recorded anew for them
+        self.made_ahead: norm_many.Made | None = None
+        self.made_of: tuple[int, ...] = ()
+
+    def versions(self) -> tuple[int, ...]:
+        """Of what the scales follow from: a number that counts torch's writes to it, of each."""
+        return self.A._version, self.B._version, self.a._version, self.b._version
 
     def factors(self, trained: tuple[Tensor, ...], fixed: tuple[Tensor, ...]) -> Factors:
         """row = a / (N(W) + eps), q = w b s / (N(D) + eps) = w b / (n + eps/s), with N(D) = s n,
         n = sqrt(tr((B^T B)(A A^T))) (METHODS 1.3, identity 1) and w the warm-up of b."""
         A, B, a, b = trained
         eps, s, warmup = self.config.options.eps, self.scaling, self._warmup
+        ahead = None if isinstance(warmup, Tensor) else self.made_ahead
+        if ahead is not None and self.made_of == self.versions():
+            grams, scalars, up = ahead
+            found = norm.views(grams, scalars)
+            self._update_norm = found.n
+            return Factors(up=up, down=A, row=found.row, keep=(grams, scalars))
         if norm.fits(A, B) and not isinstance(warmup, Tensor):
             grams, scalars = norm.scales(A, B, a, b, fixed[0], eps=eps, s=s)
             found = norm.views(grams, scalars)

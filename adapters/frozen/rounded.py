@@ -10,16 +10,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 
+class OfAStep(Protocol):
+    """What follows from trained tensors, and is made once for all passes of a step."""
+
+    def refresh(self) -> None: ...
+
+    def drop(self) -> None: ...
+
+
 class Rounded:
     """Copies of some tensors in one flat array, in the tensors' order."""
 
-    def __init__(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> None:
-        """The tensors are on one device, and wider than `dtype`."""
+    def __init__(self, tensors: Sequence[Tensor], dtype: torch.dtype, others: Sequence[OfAStep] = ()) -> None:
+        """The tensors are on one device, and wider than `dtype`; `others` are made and dropped with them."""
+        self._others = others
         self._tensors = list(tensors)
         self.flat = torch.empty(
             sum(t.numel() for t in tensors), dtype=dtype, device=tensors[0].device if tensors else None
@@ -40,11 +50,15 @@ class Rounded:
                 torch._foreach_copy_([c.values for c in self._copies], self._tensors)
             for tensor, copy in zip(self._tensors, self._copies, strict=True):
                 copy.version, copy.place = tensor._version, tensor.data_ptr()
+        for other in self._others:
+            other.refresh()
         self.is_current = True
 
     def drop(self) -> None:
         """From now on there are no copies."""
         self.is_current = False
+        for other in self._others:
+            other.drop()
 
 
 @dataclass(slots=True)

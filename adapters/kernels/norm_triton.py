@@ -17,17 +17,19 @@ def _gram_part(  # type: ignore[no-untyped-def]
     length_stride,
     R: tl.constexpr,
     CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    CHUNKS,  # in a stretch
 ):
     """The part of x x^T that comes from one stretch of x."""
     r = tl.arange(0, R)
     in_rank = r < rank
     total = tl.zeros((R, R), dtype=tl.float32)
-    for chunk in range(CHUNKS):
+    chunk = 0
+    while chunk < CHUNKS:
         k = (split * CHUNKS + chunk) * CHUNK + tl.arange(0, CHUNK)
         at = x_ptr + r[:, None] * rank_stride + k[None, :] * length_stride
         x = tl.load(at, mask=in_rank[:, None] & (k < length)[None, :], other=0.0)
         total += tl.dot(x, tl.trans(x), input_precision="ieee")
+        chunk += 1
     at = part_ptr + r[:, None] * rank + r[None, :]
     tl.store(at, total, mask=in_rank[:, None] & in_rank[None, :])
 
@@ -68,6 +70,26 @@ def finish(  # type: ignore[no-untyped-def]
     R: tl.constexpr,
     STRIDE: tl.constexpr,
 ):
+    a, b, base_norm = tl.load(a_ptr), tl.load(b_ptr), tl.load(base_norm_ptr)
+    _finish(parts_ptr, a, b, base_norm, grams_ptr, found_ptr, rank, eps, eps_over_s, SPLITS, R, STRIDE)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _finish(  # type: ignore[no-untyped-def]
+    parts_ptr,
+    a,
+    b,
+    base_norm,
+    grams_ptr,
+    found_ptr,
+    rank,
+    eps,
+    eps_over_s,
+    SPLITS: tl.constexpr,
+    R: tl.constexpr,
+    STRIDE: tl.constexpr,
+):
+    """Add up a layer's parts; its scalars."""
     r = tl.arange(0, R)
     mask = (r < rank)[:, None] & (r < rank)[None, :]
     at = r[:, None] * rank + r[None, :]
@@ -81,13 +103,90 @@ def finish(  # type: ignore[no-untyped-def]
     tl.store(grams_ptr + size + at, BtB, mask=mask)
     inner = tl.sum(tl.sum(AAt * BtB, axis=1), axis=0)
     n = tl.sqrt_rn(tl.where(inner < 0.0, 0.0, inner))  # NaN stays NaN
-    per_a = tl.div_rn(1.0, tl.load(base_norm_ptr) + eps)
+    per_a = tl.div_rn(1.0, base_norm + eps)
     per_b = tl.div_rn(1.0, n + eps_over_s)
     tl.store(found_ptr, n)
     tl.store(found_ptr + STRIDE, per_a)
     tl.store(found_ptr + 2 * STRIDE, per_b)
-    tl.store(found_ptr + 3 * STRIDE, tl.load(b_ptr) * per_b)
-    tl.store(found_ptr + 4 * STRIDE, tl.load(a_ptr) * per_a)
+    tl.store(found_ptr + 3 * STRIDE, b * per_b)
+    tl.store(found_ptr + 4 * STRIDE, a * per_a)
+
+
+# of many layers at once (norm_many.py): `addresses_ptr` (layers, 5) int64 of A, B, a, b and base_norm, float32;
+# `sizes_ptr` (layers, 3) int32: in, out, chunks in a stretch
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _tensor(addresses_ptr, layer, place: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.load(addresses_ptr + 5 * layer + place).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def gram_many(  # type: ignore[no-untyped-def]
+    addresses_ptr,
+    sizes_ptr,
+    parts_ptr,  # (layers, 2, SPLITS, rank, rank)
+    rank,
+    SPLITS: tl.constexpr,
+    R: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """As `gram`, of each layer."""
+    program, layer = tl.program_id(0), tl.program_id(1)
+    part = parts_ptr + (layer * (2 * SPLITS) + program).to(tl.int64) * (rank * rank)
+    num_in, num_out = tl.load(sizes_ptr + 3 * layer), tl.load(sizes_ptr + 3 * layer + 1)
+    chunks = tl.load(sizes_ptr + 3 * layer + 2)
+    if program < SPLITS:
+        _gram_part(_tensor(addresses_ptr, layer, 0), part, program, rank, num_in, num_in, 1, R, CHUNK, chunks)
+    else:
+        of_b = _tensor(addresses_ptr, layer, 1)
+        _gram_part(of_b, part, program - SPLITS, rank, num_out, 1, rank, R, CHUNK, chunks)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def finish_many(  # type: ignore[no-untyped-def]
+    addresses_ptr,
+    parts_ptr,  # (layers, 2, SPLITS, rank, rank)
+    grams_ptr,  # (layers, 2, rank, rank)
+    found_ptr,  # (layers, 5, STRIDE)
+    rank,
+    eps,
+    eps_over_s,
+    SPLITS: tl.constexpr,
+    R: tl.constexpr,
+    STRIDE: tl.constexpr,
+):
+    """As `finish`, of each layer."""
+    layer = tl.program_id(0)
+    a = tl.load(_tensor(addresses_ptr, layer, 2))
+    b = tl.load(_tensor(addresses_ptr, layer, 3))
+    base_norm = tl.load(_tensor(addresses_ptr, layer, 4))
+    size = rank * rank
+    parts = parts_ptr + layer.to(tl.int64) * (2 * SPLITS * size)
+    grams, found = grams_ptr + layer * (2 * size), found_ptr + layer * (5 * STRIDE)
+    _finish(parts, a, b, base_norm, grams, found, rank, eps, eps_over_s, SPLITS, R, STRIDE)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def up_many(  # type: ignore[no-untyped-def]
+    addresses_ptr,
+    sizes_ptr,
+    starts_ptr,  # (layers,) int64: of a layer's numbers in `ups`
+    found_ptr,  # (layers, 5, STRIDE)
+    ups_ptr,
+    rank,
+    STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """q B of each layer."""
+    layer = tl.program_id(1)
+    size = tl.load(sizes_ptr + 3 * layer + 1) * rank
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    q = tl.load(found_ptr + layer * (5 * STRIDE) + 3 * STRIDE)
+    B = tl.load(_tensor(addresses_ptr, layer, 1) + at, mask=mask, other=0.0)
+    ups = ups_ptr + tl.load(starts_ptr + layer)
+    tl.store(ups + at, (q * B).to(ups_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

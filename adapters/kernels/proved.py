@@ -23,8 +23,8 @@ SWITCH = "DECOMPFT_TRITON"  # 0: no kernel of ours or of Liger's runs, to find o
 
 # each has a `PROVED`
 _MODULES = (
-    "columns", "dequantize", "norm", "rows", "changed", "visit", "combine", "swiglu", "rms_norm", "cross_entropy",
-    "weight_times", "fp8",
+    "columns", "dequantize", "norm", "norm_many", "rows", "changed", "visit", "combine", "swiglu", "rms_norm",
+    "cross_entropy", "weight_times", "fp8",
 )  # fmt: skip
 
 
