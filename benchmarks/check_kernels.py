@@ -75,17 +75,17 @@ def compile_all() -> None:
             dequantize_triton.dequantize, SOURCES | {"out_ptr": pointer}, constants, enable_fp_fusion=False
         )
 
-    from decompft.adapters.kernels import norm, norm_many, norm_triton, rows, rows_triton
+    from decompft.adapters.kernels import norm, norm_many, norm_many_triton, norm_triton, rows, rows_triton
 
     for padded in (16, 32, 64):
         sizes = {"R": padded, "SPLITS": norm._SPLITS}
         compile_one(norm_triton.gram, {}, sizes | {"CHUNK": norm.chunk_of(padded), "CHUNKS": 6})
         tables = {"addresses_ptr": "*i64", "sizes_ptr": "*i32", "starts_ptr": "*i64"}
-        compile_one(norm_triton.gram_many, tables, sizes | {"CHUNK": norm.chunk_of(padded)})
-        compile_one(norm_triton.finish_many, tables | FLOATS, sizes | {"STRIDE": norm._STRIDE})
+        compile_one(norm_many_triton.gram_many, tables, sizes | {"CHUNK": norm.chunk_of(padded)})
+        compile_one(norm_many_triton.finish_many, tables | FLOATS, sizes | {"STRIDE": norm._STRIDE})
         for pointer in ("*bf16", "*fp16"):
             blocks = {"STRIDE": norm._STRIDE, "BLOCK": norm_many._BLOCK}
-            compile_one(norm_triton.up_many, tables | {"ups_ptr": pointer}, blocks)
+            compile_one(norm_many_triton.up_many, tables | {"ups_ptr": pointer}, blocks)
         compile_one(norm_triton.finish, FLOATS, sizes | {"STRIDE": norm._STRIDE})
         compile_one(
             norm_triton.pull, FLOATS, {"R": padded, "CHUNK": norm.chunk_of(padded), "STRIDE": norm._STRIDE}

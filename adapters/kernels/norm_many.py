@@ -98,9 +98,9 @@ def runs(device: torch.device, dtype: torch.dtype) -> bool:
 @cache
 def _triton() -> Any:
     # triton only where a GPU is
-    from decompft.adapters.kernels import norm_triton
+    from decompft.adapters.kernels import norm_many_triton
 
-    return norm_triton
+    return norm_many_triton
 
 
 def _example(device: torch.device, dtype: torch.dtype) -> None:
