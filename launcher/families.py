@@ -261,7 +261,7 @@ def _phi3(s: _Sizes, model_type: str, task: Task) -> _Parts:
             OtherShape(name=layer + "post_attention_layernorm", num_params=s.hidden, per_layer=True),
             OtherShape(name="model.norm", num_params=s.hidden),
         ),
-        saved=Saved(),
+        saved=Saved(mlp_copies=True),
     )
 
 

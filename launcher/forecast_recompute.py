@@ -29,8 +29,12 @@ def made_again_by_norms(shape: ModelShape, e: int, *, is_fused: bool) -> int:
 
 
 def kept_without_activation(shape: ModelShape, e: int, *, is_fused: bool) -> int:
-    """What a layer keeps under `selective` that does not run its MLP again: no input of the MLP's last linear."""
-    return kept_by_norms(shape, e, is_fused=is_fused) - shape.intermediate * e
+    """What a layer keeps under `selective` that does not run its MLP again: no input of the MLP's last linear.
+
+    But where it would be made of what else nobody keeps.
+    """
+    is_kept = is_fused and shape.saved.mlp_copies
+    return kept_by_norms(shape, e, is_fused=is_fused) - shape.intermediate * e * (not is_kept)
 
 
 def kept_by_selective(shape: ModelShape, e: int) -> int:

@@ -57,6 +57,7 @@ class Saved:
     block_inputs: int = 2  # distinct hidden-wide inputs of linears: attention's and the MLP's
     mlp_eager: int = 4  # intermediate-wide tensors without fused kernels, down's input included
     mlp_fused: int = 3  # and with them
+    mlp_copies: bool = False  # gate and up are halves of one output, of which fused kernels save copies
     has_liger: bool = True  # Liger has kernels for this model type
 
 

@@ -42,6 +42,16 @@ def test_selective_keeps_norms_inputs_and_attention_by_hand() -> None:
     assert "logits and loss" not in small and small["recomputed MLP"] == again
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_an_activation_of_copies_is_not_made_again(device) -> None:
+    """Of halves of one output Liger's activation saves copies, and eager torch the halves."""
+    phi3 = work(TINY | {"model_type": "phi3"})
+    norms = run(phi3, micro_size=1, recompute="norms", device=device)
+    some = run(phi3, micro_size=1, recompute="selective", recompute_blocks=0, device=device)
+    less = 0 if device == "cuda" else 2 * 2048 * 128 * 2
+    assert norms["activations"] - some["activations"] == less
+
+
 def test_selective_in_some_layers_keeps_the_mlps_of_the_others_by_hand() -> None:
     few_words = work(TINY | {"vocab_size": 8}, adapter={"rank": 4})
     ways = ("selective", None), ("selective", 1), ("norms", None)

@@ -210,6 +210,37 @@ def test_selective_in_some_blocks_keeps_what_the_forecast_says(family, some) -> 
     assert found == expected > 0
 
 
+class OnCopies(torch.autograd.Function):
+    """As Liger's activation: contiguous copies are saved, and written over in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        return torch.nn.functional.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, dy):
+        gate, up = ctx.saved_tensors
+        part = torch.sigmoid(gate)
+        d_gate, d_up = dy * up * part * (1 + gate * (1 - part)), dy * gate * part
+        return gate.copy_(d_gate), up.copy_(d_up)
+
+
+def test_an_activation_is_kept_where_more_would_be_kept_to_make_it_again(tmp_path, monkeypatch) -> None:
+    """phi3's gate and up are halves of one output, which nobody keeps beside the copies."""
+    phi3 = import_module("transformers.models.phi3.modeling_phi3")
+    monkeypatch.setattr(
+        phi3.Phi3MLP, "forward",
+        lambda mlp, x: mlp.down_proj(OnCopies.apply(*mlp.gate_up_proj(x).chunk(2, dim=-1))),
+    )  # fmt: skip
+    assert kept("phi3", 6, "selective", "bfloat16", some=0) == kept("phi3", 6, "norms", "bfloat16")
+    model = section(saved(tmp_path, FAMILIES["phi3"])[0])
+    for method in ("lora", "dora"):  # which keeps that output for itself
+        plain = gradients(model, PLAIN, METHODS[method], "none")
+        assert_equal(plain, gradients(model, PLAIN, METHODS[method], "selective", count=0))
+
+
 @pytest.mark.parametrize("compute", ["bfloat16", "fp8"])
 @pytest.mark.parametrize("method", ["lora-dropout", "dora", "liera", "ia3"])
 def test_no_method_keeps_a_norms_output_for_itself(method, compute) -> None:

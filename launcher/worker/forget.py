@@ -118,8 +118,8 @@ def _rerun_activation(mlp: nn.Module, pieces: Pieces, passes: list[_Pass]) -> _F
     """The MLP as three calls, of which the second, between its linears, is not kept; what it saved itself is."""
     original: _Function = mlp.forward
 
-    def front(x: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
-        """The activation, and how to make it again."""
+    def front(x: Tensor) -> tuple[Tensor, Callable[[], Tensor] | None]:
+        """The activation, and how to make it again; None where more would be kept for that than it is."""
         found: list[Tensor] = []
 
         def seen(name: str) -> _Function:
@@ -141,14 +141,14 @@ def _rerun_activation(mlp: nn.Module, pieces: Pieces, passes: list[_Pass]) -> _F
             with torch.no_grad(), _exchanged(mlp, {**outputs, pieces.last: nn.Identity()}):
                 return original(given[0])  # as an x, which nobody reads
 
-        return y, again
+        return y, again if all(map(passes[-1].keeps, given)) else None
 
     def forward(x: Tensor) -> Tensor:
         if not passes:
             return original(x)
         y, again = gated_front(mlp, x) or front(x)
         end: _Function = mlp.get_submodule(pieces.last)
-        return end(passes[-1].drop(y, again))
+        return end(y if again is None else passes[-1].drop(y, again))
 
     return forward
 
@@ -175,6 +175,7 @@ class _Pass:
     def __init__(self) -> None:
         # by address; the tensors are held, so that no other takes an address of theirs before the pass is over
         self._outputs: dict[int, tuple[Tensor, _Source]] = {}
+        self._kept: set[int] = set()  # where the memory begins that is saved as it is
 
     def run(
         self,
@@ -204,9 +205,14 @@ class _Pass:
             self._outputs[y.data_ptr()] = (y, _Remade(again))
         return y
 
+    def keeps(self, tensor: Tensor) -> bool:
+        """Whether its memory is saved already: Liger's activation saves copies of what is not contiguous (phi3)."""
+        return tensor.data_ptr() in self._kept
+
     def end(self) -> None:
         """Let go of the outputs: the graph holds this object through its hook."""
         self._outputs.clear()
+        self._kept.clear()
 
     def pack(self, tensor: Tensor) -> Any:
         found = self._outputs.get(tensor.data_ptr())
@@ -214,6 +220,7 @@ class _Pass:
             y, piece = found
             if tensor.numel() == y.numel() and tensor.dtype == y.dtype and _same_order(tensor, y):
                 return _Output(piece, tensor.shape)
+        self._kept.add(tensor.data_ptr())
         # without its node, or a node that saves its own output would keep itself alive
         return tensor if tensor.grad_fn is None else tensor.detach()
 
