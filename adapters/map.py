@@ -9,6 +9,8 @@ D are in decompft.adapters.map_over.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,11 @@ def make_map(base: FrozenLinear, config: AdapterConfig) -> Map:
     from decompft.adapters.map_over import make_map_over  # which needs this module
 
     return make_map_over(base, config)
+
+
+def state_of(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    """Of each a number that counts torch's writes to it, and its address."""
+    return tuple(n for t in tensors for n in (t._version, t.data_ptr()))
 
 
 class Map(Adapter):
@@ -85,14 +92,10 @@ class MapLinear(Map):
         inner = inner_config(config)
         self.scaling = scaling(inner)
         self.lr_ratio = config.options.lr_ratio * inner.options.lr_ratio
-        # by map_scales.py for the passes of a step; and the versions of the tensors that it is of, apart from it: a
-        # recorded pass looks at what holds tensors, and must not be recorded anew for them
+        # by map_scales.py for the passes of a step; and `state_of` the tensors that it is of, apart from it: a recorded
+        # pass looks at what holds tensors, and must not be recorded anew for versions
         self.made_ahead: norm_many.Made | None = None
         self.made_of: tuple[int, ...] = ()
-
-    def versions(self) -> tuple[int, ...]:
-        """Of what the scales follow from: a number that counts torch's writes to it, of each."""
-        return self.A._version, self.B._version, self.a._version, self.b._version
 
     def factors(self, trained: tuple[Tensor, ...], fixed: tuple[Tensor, ...]) -> Factors:
         """row = a / (N(W) + eps), q = w b s / (N(D) + eps) = w b / (n + eps/s), with N(D) = s n,
@@ -100,7 +103,8 @@ class MapLinear(Map):
         A, B, a, b = trained
         eps, s, warmup = self.config.options.eps, self.scaling, self._warmup
         ahead = None if isinstance(warmup, Tensor) else self.made_ahead
-        if ahead is not None and self.made_of == self.versions():
+        # which nothing differentiates
+        if ahead is not None and self.made_of == state_of(trained) and not torch.is_grad_enabled():
             grams, scalars, up = ahead
             found = norm.views(grams, scalars)
             self._update_norm = found.n

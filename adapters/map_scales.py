@@ -9,7 +9,7 @@ import torch
 
 from decompft.adapters.base import Adapter
 from decompft.adapters.kernels import norm, norm_many
-from decompft.adapters.map import MapLinear
+from decompft.adapters.map import MapLinear, state_of
 
 
 class MapScales:
@@ -17,13 +17,13 @@ class MapScales:
 
     def __init__(self, layers: Sequence[MapLinear], dtype: torch.dtype) -> None:
         self._layers = list(layers)
-        tensors = [(a.A, a.B, a.a, a.b, a.base_norm) for a in layers]
-        self._many = norm_many.Many(tensors, dtype, eps=layers[0].config.options.eps, s=layers[0].scaling)
+        self._tensors = [(a.A, a.B, a.a, a.b, a.base_norm) for a in layers]
+        self._many = norm_many.Many(self._tensors, dtype, eps=layers[0].config.options.eps, s=layers[0].scaling)
 
     def refresh(self) -> None:
         self._many.refresh()
-        for layer, made in zip(self._layers, self._many.layers, strict=True):
-            layer.made_ahead, layer.made_of = made, layer.versions()
+        for layer, made, tensors in zip(self._layers, self._many.layers, self._tensors, strict=True):
+            layer.made_ahead, layer.made_of = made, state_of(tensors[:4])
 
     def drop(self) -> None:
         for layer in self._layers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import pytest
 import torch
@@ -116,6 +117,31 @@ def test_what_was_written_to_meanwhile_is_computed_anew() -> None:
         after = layer.factors(layer.trained(), layer.fixed())
     assert before.up is layer.made_ahead.up and before.up.dtype == torch.bfloat16
     assert after.up is not before.up and after.up.dtype == torch.float32
+
+
+def test_scales_are_of_no_other_tensors() -> None:
+    """Nor of a tensor with other data, of a parameter in its place, or of what somebody differentiates."""
+    found = model()
+    rounded = round_factors(found.model.model, torch.bfloat16)
+    rounded.refresh()
+    layer = next(layer for _, layer in adapters(found.model.model))
+
+    def is_ahead(trained: tuple[Tensor, ...]) -> bool:
+        return layer.factors(trained, layer.fixed()).up is layer.made_ahead.up
+
+    assert not is_ahead(layer.trained())
+    with torch.no_grad():
+        assert is_ahead(layer.trained())
+        assert not is_ahead(tuple(t.clone() for t in layer.trained()))
+        twin = deepcopy(layer)
+        assert twin.factors(twin.trained(), twin.fixed()).up is not twin.made_ahead.up
+        before = layer.B.data
+        layer.B.data = before.clone()
+        assert not is_ahead(layer.trained())
+        layer.B.data = before
+        layer.B = torch.nn.Parameter(2 * before)
+        rounded.refresh()
+        assert not is_ahead(layer.trained())
 
 
 def test_while_b_warms_up_each_pass_makes_its_own() -> None:
