@@ -20,6 +20,15 @@ from decompft.launcher.recipe import AdapterSection, ModelSection
 from decompft.launcher.worker.module_state import ModuleState
 
 LLAMA = ModelSection(config=FAMILIES["llama"], weights="random")
+# in one model: other scalings, eps and ranks
+MIXED = AdapterSection(
+    method="map", rank=4, alpha=8.0,
+    overrides=[
+        {"targets": ["q_proj"], "alpha": 2.0},
+        {"targets": ["gate_proj"], "options": {"eps": 1e-2}},
+        {"targets": ["o_proj"], "rank": 2},
+    ],
+)  # fmt: skip
 WARM = AdapterSection(method="map", rank=4, alpha=8.0, options={"b_warmup_steps": 3})
 
 
@@ -81,10 +90,11 @@ def gradients(found, *, ahead: bool) -> list[Tensor]:
     return [loss.detach(), *grads]
 
 
-def test_a_step_has_the_numbers_of_scales_that_each_pass_makes() -> None:
-    found = model()
+@pytest.mark.parametrize(("adapter", "groups"), [(METHODS["map"], 1), (MIXED, 4)], ids=["alike", "mixed"])
+def test_a_step_has_the_numbers_of_scales_that_each_pass_makes(adapter, groups) -> None:
+    found = model(adapter)
     plain, ahead = gradients(found, ahead=False), gradients(found, ahead=True)
-    assert ManyTwin.made == 1
+    assert ManyTwin.made == groups
     # A is rounded to bfloat16 once instead of in each pass: to the same
     assert all(torch.equal(a, b) for a, b in zip(plain, ahead, strict=True))
 
