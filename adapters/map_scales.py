@@ -18,7 +18,9 @@ class MapScales:
     def __init__(self, layers: Sequence[MapLinear], dtype: torch.dtype) -> None:
         self._layers = list(layers)
         self._tensors = [(a.A, a.B, a.a, a.b, a.base_norm) for a in layers]
-        self._many = norm_many.Many(self._tensors, dtype, eps=layers[0].config.options.eps, s=layers[0].scaling)
+        self._many = norm_many.Many(
+            self._tensors, dtype, eps=layers[0].config.options.eps, s=layers[0].scaling
+        )
 
     def refresh(self) -> None:
         self._many.refresh()
