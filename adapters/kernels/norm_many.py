@@ -40,6 +40,8 @@ class Many:
         """All layers on one GPU, each as `norm.fits` wants it."""
         (rank, _), device = layers[0][0].shape, layers[0][0].device
         assert all(layer[0].shape[0] == rank for layer in layers)
+        # the kernels read addresses
+        assert all(t.dtype == torch.float32 and t.is_contiguous() for layer in layers for t in layer)
         self._layers, self._rank, self._eps, self._s = list(layers), rank, eps, s
         num = len(layers)
         chunk = norm.chunk_of(rank)
