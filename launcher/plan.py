@@ -109,9 +109,8 @@ class Plan(Frozen):
     cpu_offload: bool = False  # fsdp and zero3; the ladder may choose it unasked
     deepspeed: dict[str, Any] | None = None  # zero1 to zero3: the config that DeepSpeed is given
     recompute: Recompute
-    recompute_blocks: int | None = (
-        None  # of selective: the first so many, the others norms and activations alone; None: all
-    )
+    # of selective: the first so many, the others norms and activations alone; None: all
+    recompute_blocks: int | None = None
     cuda_graph: bool = False  # passes are recorded
     cuda_graph_reason: str = ""  # where that was asked for
     batch: Batch

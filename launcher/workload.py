@@ -24,9 +24,8 @@ class Layout:
     world_size: int
     micro_size: int  # rows
     recompute: Recompute
-    recompute_blocks: int | None = (
-        None  # of selective: the first so many, the others norms and activations alone; None: all
-    )
+    # of selective: the first so many, the others norms and activations alone; None: all
+    recompute_blocks: int | None = None
     group_size: int | None = None  # ranks that share one copy of what is sharded; None: all
     cpu_offload: bool = False
 

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import testbed
@@ -33,6 +34,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is planned here is planned without GPUs, on a machine that has some too."""
     monkeypatch.setenv("DECOMPFT_DEVICE", "cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The ModelSection of tiny_models' llama, saved with random weights; never changed."""
+    # transformers: seconds that most files need not wait
+    from tiny_models import FAMILIES, saved, section
+
+    return section(saved(tmp_path_factory.mktemp("tiny-llama"), FAMILIES["llama"])[0])
 
 
 @pytest.fixture(scope="session")

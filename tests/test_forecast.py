@@ -18,12 +18,10 @@ from decompft.launcher.forecast_fitted import (
     CPU_PROCESS_BYTES,
     GIB,
     NCCL_BYTES,
-    RECORDED_BYTES,
-    RECORDED_EVALUATION_BYTES,
 )
 from decompft.launcher.known_models import known_config
 from decompft.launcher.models import LinearShape
-from decompft.launcher.plan import RECORDED, RUNTIME, Batch, Forecast
+from decompft.launcher.plan import RUNTIME, Batch, Forecast
 from decompft.launcher.recipe import ParallelSection, Recipe
 from decompft.launcher.strategies import STRATEGIES
 from decompft.launcher.workload import Layout, Workload, quantized_linears, weight_bytes, workload
@@ -78,20 +76,6 @@ def test_terms_sum_and_the_runtime_is_no_tensor() -> None:
     memory = forecast(work(), layout(), capacity_bytes=None)
     assert memory.total_bytes == sum(t.num_bytes for t in memory.terms)
     assert memory.total_bytes - memory.allocated_bytes == sizes(memory)[RUNTIME]
-
-
-def test_recorded_passes_reserve_what_no_tensor_shows_and_evaluations_more() -> None:
-    def memory(strategy: str = "single", **data: Any) -> Forecast:
-        wanted = work(train={"cuda_graph": True}, data=data)
-        return forecast(wanted, layout(strategy=strategy, world_size=2), capacity_bytes=None)
-
-    assert RECORDED not in run(work())
-    alone, evaluated = memory(), memory(eval_fraction=0.1)
-    assert sizes(alone)[RECORDED] == RECORDED_BYTES
-    assert sizes(evaluated)[RECORDED] == RECORDED_BYTES + RECORDED_EVALUATION_BYTES
-    assert alone.allocated_bytes == evaluated.allocated_bytes
-    # on the way to a layout that can be, one that cannot be recorded is forecast as it would run
-    assert RECORDED not in sizes(memory("fsdp"))
 
 
 def stored(part: LinearShape, **quantization: Any) -> tuple[int, int]:

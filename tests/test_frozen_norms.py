@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from decompft.adapters.kernels import rms_norm as kernel
-from decompft.launcher.recipe import ModelSection, QuantizationSection
+from decompft.launcher.recipe import AdapterSection, ModelSection, QuantizationSection
 from decompft.launcher.recompute import MODES, Recompute
 from decompft.launcher.worker import chosen_kernels, norms
 from decompft.launcher.worker.data.batches import collate
@@ -36,11 +36,6 @@ class Ours(Twins):
     def _put(self, hf: Any, engine: Any, format: str, dtype: torch.dtype, recompute: Recompute) -> str:
         self.norms = use_norms(hf, recompute)
         return ""
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> ModelSection:
-    return section(saved(tmp_path_factory.mktemp("llama"), FAMILIES["llama"])[0])
 
 
 def assert_close(plain, ours, rtol: float) -> None:
@@ -80,24 +75,24 @@ def test_every_family_has_the_losses_and_slopes_of_its_own_norms(tmp_path, famil
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "norms-too"])
-def test_modes_have_equal_numbers_in_bfloat16(llama, method, monkeypatch) -> None:
+def test_modes_have_equal_numbers_in_bfloat16(tiny_llama, method, monkeypatch) -> None:
     """A sum that the kernel makes is rounded as autograd's addition is."""
     ours = Ours(monkeypatch)
-    plain = gradients(llama, BF16, METHODS[method], "none")
+    plain = gradients(tiny_llama, BF16, METHODS[method], "none")
     assert any(ours.sums)
     for mode in MODES[1:]:
-        assert_equal(plain, gradients(llama, BF16, METHODS[method], mode))
+        assert_equal(plain, gradients(tiny_llama, BF16, METHODS[method], mode))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_methods_have_the_slopes_of_the_norms_that_were_there(llama, method, monkeypatch) -> None:
-    plain = gradients(llama, PLAIN, METHODS[method], "none")
+def test_methods_have_the_slopes_of_the_norms_that_were_there(tiny_llama, method, monkeypatch) -> None:
+    plain = gradients(tiny_llama, PLAIN, METHODS[method], "none")
     ours = Ours(monkeypatch)
-    assert_close(plain, gradients(llama, PLAIN, METHODS[method], "none"), 1e-6)
+    assert_close(plain, gradients(tiny_llama, PLAIN, METHODS[method], "none"), 1e-6)
     assert any(ours.sums) == (method != "norms-too"), "norms that train are left alone"
 
 
-def test_no_slope_is_added_by_itself(llama, monkeypatch) -> None:
+def test_no_slope_is_added_by_itself(tiny_llama, monkeypatch) -> None:
     """Both additions of a block; of the first block the one at its input has no slope to begin with."""
 
     class Additions(TorchDispatchMode):
@@ -112,7 +107,7 @@ def test_no_slope_is_added_by_itself(llama, monkeypatch) -> None:
             return result
 
     def additions() -> int:
-        loss = built(llama, PLAIN, LORA).model.train()(batch())
+        loss = built(tiny_llama, PLAIN, LORA).model.train()(batch())
         with Additions() as seen:
             loss.backward()
         return sum(n for shape, n in seen.found.items() if len(shape) == 3 and shape[-1] == 64)
@@ -142,11 +137,11 @@ def test_an_input_that_has_slopes_is_the_first_norms_too(monkeypatch) -> None:
     assert ours.sums.count(True) >= 2 * FAMILIES["llama"]["num_hidden_layers"]
 
 
-def test_hidden_states_that_were_asked_for_have_their_slopes(llama, monkeypatch) -> None:
+def test_hidden_states_that_were_asked_for_have_their_slopes(tiny_llama, monkeypatch) -> None:
     """They are the residual stream, collected before a norm takes its place."""
 
     def found() -> list[Tensor]:
-        hf = built(llama, PLAIN, LORA).model.model.train()
+        hf = built(tiny_llama, PLAIN, LORA).model.model.train()
         states = hf(torch.arange(3, 15).view(2, 6), output_hidden_states=True).hidden_states
         end = sum((n + 1) * (state**2).sum() for n, state in enumerate(states[1:]))
         return [*(s.detach() for s in states), *torch.autograd.grad(end, _down_projections(hf))]
@@ -161,11 +156,11 @@ def _down_projections(hf: Any) -> list[Tensor]:
     return [p for n, p in hf.named_parameters() if p.requires_grad and "mlp" in n and "B" in n]
 
 
-def test_evaluation_and_generation_are_the_same(llama, monkeypatch) -> None:
+def test_evaluation_and_generation_are_the_same(tiny_llama, monkeypatch) -> None:
     prompt = torch.arange(3, 9).view(1, 6)
 
     def found() -> tuple[Tensor, Tensor]:
-        made = built(llama, PLAIN, LORA).model.eval()
+        made = built(tiny_llama, PLAIN, LORA).model.eval()
         with torch.no_grad():
             said = made.model.generate(prompt, max_new_tokens=8, do_sample=False)
             return made(batch()), said
@@ -179,29 +174,33 @@ def test_evaluation_and_generation_are_the_same(llama, monkeypatch) -> None:
 # --- on a GPU ---
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("mode", MODES)
-def test_a_llama_on_a_gpu_is_close_to_itself_without(mode, monkeypatch) -> None:
+def numbers_on_gpu(
+    quantization: QuantizationSection, adapter: AdapterSection, mode: Recompute
+) -> tuple[float, dict[str, Tensor], str]:
+    """Loss and slopes of a pass, from a start that has slopes everywhere, and which kernels run."""
     model = ModelSection(
         config={**FAMILIES["llama"], "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4},
         weights="random",
     )
+    engine = Engine(torch.device("cuda"), timeout_s=60)
+    made = built(model, quantization, adapter, engine=engine, recompute=mode)
+    moved = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in made.trained.values():
+            parameter += (0.02 * torch.randn(parameter.shape, generator=moved)).to(parameter.device)
+    loss = made.model.train()(collate([row((40, 24))], pad_id=0).to(torch.device("cuda")))
+    loss.backward()
+    return loss.item(), {n: p.grad.double() for n, p in made.trained.items()}, made.kernels
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+def test_a_llama_on_a_gpu_is_close_to_itself_without(mode, monkeypatch) -> None:
     bf16 = QuantizationSection(format="none", compute="bfloat16")
-
-    def found() -> tuple[float, dict[str, Tensor], str]:
-        made = built(model, bf16, LORA, engine=Engine(torch.device("cuda"), timeout_s=60), recompute=mode)
-        moved = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in made.trained.values():
-                parameter += (0.02 * torch.randn(parameter.shape, generator=moved)).to(parameter.device)
-        loss = made.model.train()(collate([row((40, 24))], pad_id=0).to(torch.device("cuda")))
-        loss.backward()
-        return loss.item(), {n: p.grad.double() for n, p in made.trained.items()}, made.kernels
-
-    loss, slopes, kernels = found()
+    loss, slopes, kernels = numbers_on_gpu(bf16, LORA, mode)
     assert "rms_norm" in kernels.partition(" (proved")[0]
     monkeypatch.setattr(kernel, "fits", lambda x, weight: False)  # as where DECOMPFT_TRITON is 0
-    plain_loss, plain_slopes, _ = found()
+    plain_loss, plain_slopes, _ = numbers_on_gpu(bf16, LORA, mode)
     # bfloat16 norms and sums of slopes, rounded in another order over four blocks
     assert loss == pytest.approx(plain_loss, rel=2**-8)
     for name, expected in plain_slopes.items():

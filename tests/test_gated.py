@@ -8,18 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_frozen_norms import assert_close
+from test_frozen_norms import assert_close, numbers_on_gpu
 from test_kernel_swiglu import Twins
 from test_recompute import BF16, LORA, METHODS, assert_equal, batch, gradients
-from tiny_models import FAMILIES, PLAIN, built, row, saved, section
+from tiny_models import FAMILIES, PLAIN, built, saved, section
 from torch import Tensor
 
 from decompft.adapters.kernels import swiglu as kernel
-from decompft.launcher.recipe import AdapterSection, ModelSection, QuantizationSection
+from decompft.launcher.recipe import AdapterSection, QuantizationSection
 from decompft.launcher.recompute import MODES, Recompute
 from decompft.launcher.worker import chosen_kernels
-from decompft.launcher.worker.data.batches import collate
-from decompft.launcher.worker.engines.base import Engine
 from decompft.launcher.worker.gated import use_gated
 
 OURS = [name for name, fields in FAMILIES.items() if fields["model_type"] in kernel.FAMILIES]
@@ -36,11 +34,6 @@ class Ours(Twins):
     def _put(self, hf: Any, engine: Any, format: str, dtype: torch.dtype, recompute: Recompute) -> str:
         self.mlps = use_gated(hf)
         return ""
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> ModelSection:
-    return section(saved(tmp_path_factory.mktemp("llama"), FAMILIES["llama"])[0])
 
 
 def close(plain: Any, ours: Any, rtol: float) -> None:
@@ -71,30 +64,30 @@ def test_every_family_has_the_losses_and_slopes_of_its_own_mlp(tmp_path, family,
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_methods_have_the_slopes_of_the_mlps_that_were_there(llama, method, monkeypatch) -> None:
-    plain = gradients(llama, PLAIN, METHODS[method], "none")
+def test_methods_have_the_slopes_of_the_mlps_that_were_there(tiny_llama, method, monkeypatch) -> None:
+    plain = gradients(tiny_llama, PLAIN, METHODS[method], "none")
     ours = Ours(monkeypatch)
-    close(plain, gradients(llama, PLAIN, METHODS[method], "none"), 1e-5)
+    close(plain, gradients(tiny_llama, PLAIN, METHODS[method], "none"), 1e-5)
     alone = method in ("liera", "lora-dropout")
     assert bool(ours.branches) == (not alone), "they compute linear by linear"
 
 
 @pytest.mark.parametrize("method", ["lora", "map", "dora"])
-def test_modes_have_equal_numbers_in_bfloat16(llama, method, monkeypatch) -> None:
+def test_modes_have_equal_numbers_in_bfloat16(tiny_llama, method, monkeypatch) -> None:
     Ours(monkeypatch)
-    plain = gradients(llama, BF16, METHODS[method], "none")
+    plain = gradients(tiny_llama, BF16, METHODS[method], "none")
     for mode in MODES[1:]:
-        assert_equal(plain, gradients(llama, BF16, METHODS[method], mode))
-    assert_equal(plain, gradients(llama, BF16, METHODS[method], "selective", count=0))
+        assert_equal(plain, gradients(tiny_llama, BF16, METHODS[method], mode))
+    assert_equal(plain, gradients(tiny_llama, BF16, METHODS[method], "selective", count=0))
 
 
 @pytest.mark.parametrize("method", ["lora", "map"])
-def test_float8_products_have_their_branches(llama, method, monkeypatch) -> None:
+def test_float8_products_have_their_branches(tiny_llama, method, monkeypatch) -> None:
     """Rounded to bfloat16 once less, by which codes of float8 turn: nearer to it than it is to bfloat16."""
     fp8 = QuantizationSection(format="nf4", compute="fp8")
 
     def found(quantization: QuantizationSection) -> Tensor:
-        _, slopes = gradients(llama, quantization, METHODS[method], "none")
+        _, slopes = gradients(tiny_llama, quantization, METHODS[method], "none")
         return torch.cat([slope.flatten() for slope in slopes.values()])
 
     plain, bfloat16 = found(fp8), found(BF16)
@@ -104,19 +97,19 @@ def test_float8_products_have_their_branches(llama, method, monkeypatch) -> None
     assert (one - plain).norm() <= 0.75 * (plain - bfloat16).norm()
 
 
-def test_targets_may_leave_one_out(llama, monkeypatch) -> None:
+def test_targets_may_leave_one_out(tiny_llama, monkeypatch) -> None:
     adapter = AdapterSection(method="lora", rank=4, alpha=8.0, targets=["up_proj", "down_proj"])
-    plain = gradients(llama, PLAIN, adapter, "none")
+    plain = gradients(tiny_llama, PLAIN, adapter, "none")
     ours = Ours(monkeypatch)
-    close(plain, gradients(llama, PLAIN, adapter, "none"), 1e-5)
+    close(plain, gradients(tiny_llama, PLAIN, adapter, "none"), 1e-5)
     assert set(ours.branches) == {(False, True)}
 
 
-def test_evaluation_and_generation_are_the_same(llama, monkeypatch) -> None:
+def test_evaluation_and_generation_are_the_same(tiny_llama, monkeypatch) -> None:
     prompt = torch.arange(3, 9).view(1, 6)
 
     def found() -> tuple[Tensor, Tensor]:
-        made = built(llama, PLAIN, LORA).model.eval()
+        made = built(tiny_llama, PLAIN, LORA).model.eval()
         with torch.no_grad():
             said = made.model.generate(prompt, max_new_tokens=8, do_sample=False)
             return made(batch()), said
@@ -130,7 +123,7 @@ def test_evaluation_and_generation_are_the_same(llama, monkeypatch) -> None:
 
 @pytest.mark.parametrize("method", ["lora", "map", "dora"])
 @pytest.mark.parametrize("mode", MODES)
-def test_what_is_saved_is_let_go_of(llama, method, mode, monkeypatch) -> None:
+def test_what_is_saved_is_let_go_of(tiny_llama, method, mode, monkeypatch) -> None:
     """Of a branch nothing outlives a forward pass that is run again, and nothing at all a backward pass."""
     ours = Ours(monkeypatch)
     seen: list[weakref.ref[Tensor]] = []
@@ -146,7 +139,7 @@ def test_what_is_saved_is_let_go_of(llama, method, mode, monkeypatch) -> None:
 
     monkeypatch.setattr(kernel, "forward", forward)
     monkeypatch.setattr(kernel, "backward", backward)
-    model = built(llama, BF16, METHODS[method], recompute=mode).model.train()
+    model = built(tiny_llama, BF16, METHODS[method], recompute=mode).model.train()
     loss = model(batch())
     count = 4 * ours.mlps
     assert len(seen) == count
@@ -157,7 +150,7 @@ def test_what_is_saved_is_let_go_of(llama, method, mode, monkeypatch) -> None:
     assert not any(ref() is not None for ref in seen), "while the loss is there"
 
 
-def test_a_graph_that_was_written_over_is_not_walked_again(llama, monkeypatch) -> None:
+def test_a_graph_that_was_written_over_is_not_walked_again(tiny_llama, monkeypatch) -> None:
     ours = Ours(monkeypatch)
 
     def unseen(dy: Tensor, gate: Tensor, up: Tensor, *rest: Any) -> Any:
@@ -169,15 +162,15 @@ def test_a_graph_that_was_written_over_is_not_walked_again(llama, monkeypatch) -
         return found
 
     monkeypatch.setattr(kernel, "backward", unseen)
-    loss = built(llama, PLAIN, LORA).model.train()(batch())
+    loss = built(tiny_llama, PLAIN, LORA).model.train()(batch())
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified"):
         loss.backward()
 
 
-def test_what_does_not_fit_goes_where_it_went(llama, monkeypatch) -> None:
+def test_what_does_not_fit_goes_where_it_went(tiny_llama, monkeypatch) -> None:
     ours = Ours(monkeypatch)
-    made = built(llama, PLAIN, LORA).model.train()
+    made = built(tiny_llama, PLAIN, LORA).model.train()
     made(batch())
     count = len(ours.branches)
     monkeypatch.setattr(kernel, "fits", lambda x: False)
@@ -186,9 +179,9 @@ def test_what_does_not_fit_goes_where_it_went(llama, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
-def test_who_watches_a_linear_sees_its_calls(llama, kind, monkeypatch) -> None:
+def test_who_watches_a_linear_sees_its_calls(tiny_llama, kind, monkeypatch) -> None:
     ours = Ours(monkeypatch)
-    made = built(llama, PLAIN, LORA).model.train()
+    made = built(tiny_llama, PLAIN, LORA).model.train()
     seen: list[Any] = []
     layer = made.model.model.layers[0].mlp.gate_proj
     handle = getattr(layer, f"register_{kind}_hook")(lambda *given: seen.append(given[0]))
@@ -212,27 +205,10 @@ def test_other_families_and_activations_are_left_alone(family: str, act: str) ->
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("method", ["lora", "map", "dora"])
 def test_a_llama_on_a_gpu_is_close_to_itself_without(method: str, mode: Recompute, monkeypatch) -> None:
-    model = ModelSection(
-        config={**FAMILIES["llama"], "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4},
-        weights="random",
-    )
-    nf4 = QuantizationSection(format="nf4", compute="bfloat16")
-
-    def found() -> tuple[float, dict[str, Tensor], str]:
-        engine = Engine(torch.device("cuda"), timeout_s=60)
-        made = built(model, nf4, METHODS[method], engine=engine, recompute=mode)
-        moved = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in made.trained.values():
-                parameter += (0.02 * torch.randn(parameter.shape, generator=moved)).to(parameter.device)
-        loss = made.model.train()(collate([row((40, 24))], pad_id=0).to(torch.device("cuda")))
-        loss.backward()
-        return loss.item(), {n: p.grad.double() for n, p in made.trained.items()}, made.kernels
-
-    loss, slopes, kernels = found()
+    loss, slopes, kernels = numbers_on_gpu(BF16, METHODS[method], mode)
     assert "swiglu" in kernels.partition(" (proved")[0]
     monkeypatch.setattr(kernel, "fits", lambda x: False)  # as where DECOMPFT_TRITON is 0
-    plain_loss, plain_slopes, _ = found()
+    plain_loss, plain_slopes, _ = numbers_on_gpu(BF16, METHODS[method], mode)
     # a rounding less an array, over four blocks
     assert loss == pytest.approx(plain_loss, rel=2**-8)
     for name, expected in plain_slopes.items():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from decompft.adapters.kernels.dequantize import LEVELS, example_storage, sources
 from decompft.adapters.kernels.dequantize import plain as plain_weight
-from decompft.adapters.kernels.launch import launch
+from decompft.adapters.kernels.launch import launch, padded
 from decompft.adapters.kernels.proved import Proved, close_to
 
 MAX_RANK = 64  # B's and A's parts of a tile lie in registers
@@ -77,18 +77,14 @@ def changed(
         *stored.pointers, change.A, change.B, out, num_rows, width, block_size, stored.row_floats, rank,
         float(change.s), 0.0 if change.limit is None else float(change.limit),
         **stored.constants, EXACT=change.limit is not None, SLOPE=slope is not None,
-        R=_padded(rank), ROWS=tile_rows, COLUMNS=_COLUMNS,
+        R=padded(rank), ROWS=tile_rows, COLUMNS=_COLUMNS,
     )  # fmt: skip
     return out
 
 
 def rows_of(rank: int) -> int:
     """Of a tile: with more numbers of B and A in it, its machine code takes seconds to compile."""
-    return 1024 // _padded(rank)
-
-
-def _padded(rank: int) -> int:
-    return max(16, 1 << (rank - 1).bit_length())
+    return 1024 // padded(rank)
 
 
 def plain(weight: Tensor, change: Change, slope: Tensor | None = None) -> Tensor:

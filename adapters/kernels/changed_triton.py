@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from decompft.adapters.kernels.dequantize_triton import block_scale
+from decompft.adapters.kernels.dequantize_triton import block_scale, unpacked
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -54,9 +54,7 @@ def changed(  # type: ignore[no-untyped-def]
     half = tl.arange(0, COLUMNS // 2)
     byte_at = codes_ptr + wide[:, None] * (width // 2) + (column // 2 + half)[None, :]
     byte = tl.load(byte_at, mask=mask, other=0).to(tl.int32)
-    high = tl.load(levels_ptr + (byte >> 4)) * scale[:, None]
-    low = tl.load(levels_ptr + (byte & 15)) * scale[:, None]
-    found = tl.interleave(high, low)
+    found = unpacked(byte, levels_ptr, scale)
     columns = column + tl.arange(0, COLUMNS)
     out_at = out_ptr + wide[:, None] * width + columns[None, :]
     if EXACT or not SLOPE:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from decompft.adapters.kernels.launch import launch
+from decompft.adapters.kernels.launch import launch, padded
 from decompft.adapters.kernels.proved import Proved, close_to
 
 MOST = 3  # arrays, which lie in registers together
@@ -129,11 +129,6 @@ def product(left_TK: Tensor, right_KC: Tensor) -> Tensor:
 def rows_of(dtype: torch.dtype) -> int:
     """Of a tile; a float32 product takes its registers from the tile."""
     return 32 if dtype == torch.float32 else 64
-
-
-def padded(inner: int) -> int:
-    """The inner size of a tile's product: a power of 2, of which a tensor core takes 16."""
-    return max(16, 1 << (inner - 1).bit_length()) if inner else 16
 
 
 def _is_thin(left_TK: Tensor, right_KC: Tensor, dtype: torch.dtype) -> bool:

@@ -38,6 +38,14 @@ def block_scale(  # type: ignore[no-untyped-def]
     return found
 
 
+@triton.jit
+def unpacked(byte, levels_ptr, scale):  # type: ignore[no-untyped-def]
+    """Bytes (n, k) of two codes -> numbers (n, 2 k), float32; scale (n,) of each row."""
+    high = tl.load(levels_ptr + (byte >> 4)) * scale[:, None]
+    low = tl.load(levels_ptr + (byte & 15)) * scale[:, None]
+    return tl.interleave(high, low)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def dequantize(  # type: ignore[no-untyped-def]
     codes_ptr,  # (blocks of all rows, HALF) bytes, the first code of two in the high half
@@ -65,7 +73,5 @@ def dequantize(  # type: ignore[no-untyped-def]
     mask = is_block[:, None]
     start = block.to(tl.int64)[:, None] * HALF
     byte = tl.load(codes_ptr + start + tl.arange(0, HALF)[None, :], mask=mask, other=0).to(tl.int32)
-    high = tl.load(levels_ptr + (byte >> 4)) * scale[:, None]
-    low = tl.load(levels_ptr + (byte & 15)) * scale[:, None]
-    weight = tl.interleave(high, low).to(out_ptr.dtype.element_ty)
+    weight = unpacked(byte, levels_ptr, scale).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + 2 * start + tl.arange(0, 2 * HALF)[None, :], weight, mask=mask)

@@ -71,6 +71,11 @@ def _stream(device: torch.device) -> int | None:
     return torch._C._cuda_getCurrentRawStream(device.index)
 
 
+def padded(rank: int) -> int:
+    """The inner size of a tile's product: a power of 2, of which a tensor core takes 16."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
 @cache
 def _is_known() -> bool:
     import triton

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from decompft.adapters.kernels.launch import launch
+from decompft.adapters.kernels.launch import launch, padded
 from decompft.adapters.kernels.proved import Proved, close_to
 
 MAX_RANK = 64  # one program adds up both Gram matrices
@@ -61,7 +61,7 @@ def scales(
         a, b, base_norm: (1,).
     """
     (rank, num_in), num_out = A.shape, B.shape[0]
-    sizes: dict[str, Any] = {"SPLITS": _SPLITS, "R": _padded(rank)}
+    sizes: dict[str, Any] = {"SPLITS": _SPLITS, "R": padded(rank)}
     chunk = chunk_of(rank)
     chunks = -(-max(num_in, num_out) // (_SPLITS * chunk))
     parts = A.new_empty(2, _SPLITS, rank, rank)
@@ -105,7 +105,7 @@ def pull_(
     launch(
         _triton().pull, (-(-num_in // chunk) - (-num_out // chunk),), A.device,
         A, B, grams, found, dq, drow, dA, dB, slopes, rank, num_in, num_out,
-        R=_padded(rank), CHUNK=chunk, STRIDE=_STRIDE,
+        R=padded(rank), CHUNK=chunk, STRIDE=_STRIDE,
     )  # fmt: skip
     return slopes[0, :1], slopes[1, :1]
 
@@ -157,11 +157,7 @@ def plain_pull_(
 
 def chunk_of(rank: int) -> int:
     """Columns of A, or rows of B, in a tile; a tile of more numbers is machine code that takes seconds to compile."""
-    return 1024 // _padded(rank)
-
-
-def _padded(rank: int) -> int:
-    return max(16, 1 << (rank - 1).bit_length())
+    return 1024 // padded(rank)
 
 
 @cache

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from decompft.adapters.kernels import norm
-from decompft.adapters.kernels.launch import launch
+from decompft.adapters.kernels.launch import launch, padded
 from decompft.adapters.kernels.proved import Proved, WrongKernelError
 
 _BLOCK = 2048  # numbers of q B that a program makes
@@ -76,7 +76,7 @@ class Many:
         num, device = len(self._layers), self._sizes.device
         # not held between steps: 15 MB of 7B's 224 layers at rank 16, 235 at 64
         parts = torch.empty(num, 2, norm._SPLITS, self._rank, self._rank, device=device)
-        sizes: dict[str, Any] = {"SPLITS": norm._SPLITS, "R": norm._padded(self._rank)}
+        sizes: dict[str, Any] = {"SPLITS": norm._SPLITS, "R": padded(self._rank)}
         launch(
             _triton().gram_many, (2 * norm._SPLITS, num), device,
             self._addresses, self._sizes, parts, self._rank, CHUNK=norm.chunk_of(self._rank), **sizes,

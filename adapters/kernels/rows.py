@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from decompft.adapters.kernels.launch import launch
+from decompft.adapters.kernels.launch import launch, padded
 from decompft.adapters.kernels.proved import Proved, close_to
 
 MAX_RANK = 64  # of a tile that lies in registers
@@ -53,7 +53,7 @@ def factors(P: Tensor, AAt: Tensor, B: Tensor, squares: Tensor, m: Tensor, s: fl
     launch(
         _triton().factors, (-(-num_out // rows_of(rank)),), B.device,
         P.contiguous(), AAt.contiguous(), B, squares, m, n, row, per_B, up, num_out, rank, s, TINY,
-        R=_padded(rank), ROWS=rows_of(rank),
+        R=padded(rank), ROWS=rows_of(rank),
     )  # fmt: skip
     return Rows(n, row, per_B, up)
 
@@ -64,7 +64,7 @@ def pull_(dup: Tensor, B: Tensor, drow: Tensor, n: Tensor, per_B: Tensor, s: flo
     dm = torch.empty_like(n)
     launch(
         _triton().pull, (-(-num_out // rows_of(rank)),), B.device,
-        dup, B, drow.contiguous(), n, per_B, dm, num_out, rank, s, R=_padded(rank), ROWS=rows_of(rank),
+        dup, B, drow.contiguous(), n, per_B, dm, num_out, rank, s, R=padded(rank), ROWS=rows_of(rank),
     )  # fmt: skip
     return dm
 
@@ -92,11 +92,7 @@ def plain_pull_(dup: Tensor, B: Tensor, drow: Tensor, n: Tensor, per_B: Tensor, 
 
 def rows_of(rank: int) -> int:
     """Of a tile: with more numbers in it, its machine code takes seconds to compile."""
-    return max(16, 512 // _padded(rank))
-
-
-def _padded(rank: int) -> int:
-    return max(16, 1 << (rank - 1).bit_length())
+    return max(16, 512 // padded(rank))
 
 
 @cache

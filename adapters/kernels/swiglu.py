@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from decompft.adapters.kernels.launch import launch
+from decompft.adapters.kernels.launch import launch, padded
 from decompft.adapters.kernels.proved import Proved, WrongKernelError, close_to
 
 MAX_RANK = 64  # of a branch, padded to a power of 2 of which a tensor core takes 16
@@ -106,7 +106,7 @@ def _launch(
     launch(
         kernel, _grid(tile, first), first.device,
         *arrays, *factors, *first.shape, *ranks, *(0 if f is None else f.stride(0) for f in factors),
-        **flags, GATE_R=padded(ranks[0]), UP_R=padded(ranks[1]),
+        **flags, GATE_R=ranks[0] and padded(ranks[0]), UP_R=ranks[1] and padded(ranks[1]),
         ROWS=tile.rows, COLUMNS=tile.columns, TILES=tile.tiles, num_warps=tile.warps, num_stages=1,
     )  # fmt: skip
 
@@ -147,11 +147,6 @@ def plain_backward(
 def _whole(y_TO: Tensor, branch: Branch | None) -> Tensor:
     wide = y_TO.to(torch.promote_types(y_TO.dtype, torch.float32))
     return wide if branch is None else wide + branch[0].to(wide.dtype) @ branch[1].to(wide.dtype).T
-
-
-def padded(rank: int) -> int:
-    """The inner size of a tile's product; 0 for no branch."""
-    return max(16, 1 << (rank - 1).bit_length()) if rank else 0
 
 
 @cache

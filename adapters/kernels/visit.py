@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decompft.adapters.kernels.launch import launch
+from decompft.adapters.kernels.launch import launch, padded
 from decompft.adapters.kernels.proved import Proved, close_to
 
 # parts are float32: those of a stretch of 512 x 256 are 0.19 of dy's bytes for R = 16 and 0.38 for 32, and are written
@@ -71,7 +71,7 @@ def _launch(dy_TO: Tensor, up_OR: Tensor, hq_TR: Tensor, gu_TR: Tensor, scale: f
         _triton().visit_parts, (column_blocks, row_blocks), dy_TO.device,
         dy_TO, up_OR, hq_TR, gu_parts, d_up_parts, num_rows, num_columns, rank,
         dy_TO.stride(0), up_OR.stride(0), hq_TR.stride(0),
-        R=_padded(rank), ROWS=_ROWS, COLUMNS=_COLUMNS, TILES=tiles, num_warps=4, num_stages=_STAGES,
+        R=padded(rank), ROWS=_ROWS, COLUMNS=_COLUMNS, TILES=tiles, num_warps=4, num_stages=_STAGES,
     )  # fmt: skip
     launch(
         _triton().visit_sums, (-(-gu_size // _SIZE) - (-d_up_size // _SIZE),), dy_TO.device,
@@ -85,10 +85,6 @@ def _tiles_of(num_rows: int, num_columns: int) -> int:
     """Of a program: the more, the fewer parts of d_up; a power of 2, as each number is compiled by itself."""
     tiles = -(-num_rows // _ROWS) * -(-num_columns // _COLUMNS)
     return min(_TILES, 1 << max(0, (tiles // _PROGRAMS).bit_length() - 1))
-
-
-def _padded(rank: int) -> int:
-    return max(16, 1 << (rank - 1).bit_length())
 
 
 @cache

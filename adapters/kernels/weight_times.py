@@ -17,7 +17,7 @@ from torch import Tensor
 
 from decompft.adapters.kernels.dequantize import LEVELS, example_storage, sources
 from decompft.adapters.kernels.dequantize import plain as plain_weight
-from decompft.adapters.kernels.launch import launch
+from decompft.adapters.kernels.launch import launch, padded
 from decompft.adapters.kernels.proved import Proved, close_to
 
 MAX_RANK = 64
@@ -73,11 +73,6 @@ def plain(
 def columns_of(block_size: int) -> int:
     """Of a tile: within a block."""
     return min(block_size, _COLUMNS)
-
-
-def padded(rank: int) -> int:
-    """A power of 2, of which a tensor core takes 16."""
-    return max(16, 1 << (rank - 1).bit_length())
 
 
 @cache

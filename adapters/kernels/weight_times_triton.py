@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from decompft.adapters.kernels.dequantize_triton import block_scale
+from decompft.adapters.kernels.dequantize_triton import block_scale, unpacked
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -55,9 +55,7 @@ def weight_times(  # type: ignore[no-untyped-def]
         )
         byte_at = codes_ptr + wide[:, None] * (width // 2) + (column // 2 + half)[None, :]
         byte = tl.load(byte_at, mask=mask[:, None], other=0).to(tl.int32)
-        high = tl.load(levels_ptr + (byte >> 4)) * scale[:, None]
-        low = tl.load(levels_ptr + (byte & 15)) * scale[:, None]
-        weight = tl.interleave(high, low).to(a_ptr.dtype.element_ty)
+        weight = unpacked(byte, levels_ptr, scale).to(a_ptr.dtype.element_ty)
         columns = column + tl.arange(0, COLUMNS)
         of_a = in_rank[:, None] & (columns < width)[None, :]
         a = tl.load(a_ptr + r[:, None] * width + columns[None, :], mask=of_a, other=0.0)
